@@ -1,0 +1,102 @@
+"""CLIP's text encoder (Radford et al. 2021, section 2.4), OpenAI's and OpenCLIP's kind in one tree.
+
+The attribute tree spells the Hugging Face names, as the SD1 checkpoint does under `cond_stage_model.transformer.`;
+OpenCLIP's names in SD2 checkpoints are a table in names.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.config import TextConfig
+
+
+class TextEncoder(nn.Module):
+    """Token ids (B, L) -> one vector a token (B, L, D), which is what the UNet is conditioned on."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text_model(ids)
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embeddings(ids)  # (B, L, D)
+        for layer in self.encoder.layers:
+            h = layer(h)
+        return self.final_layer_norm(h)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context_length, config.width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as CLIP was initialised
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self.token_embedding(ids) + self.position_embedding(positions)
+
+
+class Block(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.self_attn = CausalAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CausalAttention(nn.Module):
+    """A token sees itself and those before it; padding is not masked, as in the original."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.width, config.width)
+        self.k_proj = nn.Linear(config.width, config.width)
+        self.v_proj = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, D/heads)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(h.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}

@@ -1,0 +1,112 @@
+"""What a model is, as data: one frozen dataclass a network, and the presets of the official releases.
+
+Sources of the presets: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml and
+Stability-AI/stablediffusion configs/stable-diffusion/v2-inference{,-v}.yaml.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser. Level i works at 1/2**i of the latents' size, `channels[i]` wide."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels look at the text
+    blocks: int = 2  # residual blocks a level (one more on the way up)
+    heads: int | None = 8  # SD1: eight heads at every width
+    head_dim: int | None = None  # SD2: 64-wide heads, as many as fit
+    linear_projection: bool = False  # SD2: proj_in and proj_out are matrices, not 1x1 convolutions
+    context_dim: int = 768
+    norm_groups: int = 32
+
+    def heads_at(self, channels: int) -> int:
+        """Attention heads of a layer `channels` wide."""
+        return self.heads if self.heads is not None else channels // self.head_dim
+
+    @property
+    def factor(self) -> int:
+        """How often the coarsest level's size goes into the latents'."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder between pictures and latents."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    latent_channels: int = 4
+    norm_groups: int = 32
+    scale_factor: float = 0.18215  # 1 / standard deviation of the latents, measured once by CompVis
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP's text encoder."""
+
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 768
+    mlp_width: int = 3072
+    layers: int = 12  # blocks that run; SD2 leaves OpenCLIP's last one out
+    heads: int = 12
+    activation: str = "quick_gelu"  # OpenAI's CLIP; OpenCLIP has the exact "gelu"
+    pad_id: int = 49407  # SD1 pads with end-of-text, SD2 with 0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The forward process (DDPM) and what the UNet predicts of it."""
+
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    prediction: str = "eps"  # or "v"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole Stable Diffusion."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sample_size: int = 64  # height and width of the latents that the model was trained on
+
+    @property
+    def resolution(self) -> int:
+        """Height and width in pixels of the pictures that the model was trained on."""
+        return self.sample_size * self.vae.factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`, also after a trip through JSON (lists become tuples again)."""
+        parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig, "schedule": ScheduleConfig}
+        made = {name: kind(**{k: _tuple(v) for k, v in tree[name].items()}) for name, kind in parts.items()}
+        return cls(**made, **{k: v for k, v in tree.items() if k not in parts})
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+SD1 = ModelConfig()
+SD2 = ModelConfig(
+    unet=UNetConfig(heads=None, head_dim=64, linear_projection=True, context_dim=1024),
+    text=TextConfig(width=1024, mlp_width=4096, layers=23, heads=16, activation="gelu", pad_id=0),
+)
+SD2_V = replace(SD2, schedule=ScheduleConfig(prediction="v"), sample_size=96)

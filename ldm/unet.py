@@ -1,0 +1,238 @@
+"""The denoiser: a U-Net that looks at the text through cross-attention (LDM, section 3.3; after DDPM and ADM).
+
+The attribute tree spells the official checkpoint's names under `model.diffusion_model.`, hence the numbered
+`input_blocks` and `output_blocks`; what each number holds is said where it is built.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.config import UNetConfig
+
+
+class UNet(nn.Module):
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        width = config.channels[0]
+        emb = 4 * width
+        self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+        def stage(width: int, out: int, attention: bool) -> Stage:
+            layers: list[nn.Module] = [ResBlock(width, out, emb, config.norm_groups)]
+            if attention:
+                layers.append(SpatialTransformer(out, config))
+            return Stage(*layers)
+
+        # Down: one convolution, then a level's blocks, then a stage that halves the size.
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))])
+        skips = [width]
+        for level, out in enumerate(config.channels):
+            for _ in range(config.blocks):
+                self.input_blocks.append(stage(width, out, config.attention[level]))
+                width = out
+                skips.append(width)
+            if level < len(config.channels) - 1:
+                self.input_blocks.append(Stage(Downsample(width)))
+                skips.append(width)
+
+        self.middle_block = Stage(
+            ResBlock(width, width, emb, config.norm_groups),
+            SpatialTransformer(width, config),
+            ResBlock(width, width, emb, config.norm_groups),
+        )
+
+        # Up: every stage takes the skip that mirrors it; the last of a level also doubles the size.
+        self.output_blocks = nn.ModuleList()
+        for level, out in reversed(list(enumerate(config.channels))):
+            for i in range(config.blocks + 1):
+                block = stage(width + skips.pop(), out, config.attention[level])
+                if level > 0 and i == config.blocks:
+                    block.append(Upsample(out))
+                self.output_blocks.append(block)
+                width = out
+
+        self.out = nn.Sequential(
+            norm(width, config.norm_groups), nn.SiLU(), zero(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """Predicts the noise (or v) in noisy latents.
+
+        x: (B, 4, h, w), any h and w; t: (B,) steps in [0, 1000), integer or float;
+        context: (B, L, D), the text encoder's output. Returns (B, 4, h, w).
+        """
+        emb = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B, 4C)
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            size = skips[-1].shape[-2:] if skips else None  # 65 latents halve to 33 and must come back to 65
+            h = block(h, emb, context, size)
+        return self.out(h)
+
+
+class Stage(nn.Sequential):
+    """Layers in a row, each given what it asks for: the timestep, the text or the size to grow to."""
+
+    def forward(self, h: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, context)
+            elif isinstance(layer, Upsample):
+                h = layer(h, size)
+            else:
+                h = layer(h)
+        return h
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around the timestep embedding, which is added to every position."""
+
+    def __init__(self, width: int, out: int, emb: int, groups: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(norm(width, groups), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, out))
+        self.out_layers = nn.Sequential(
+            norm(out, groups),
+            nn.SiLU(),
+            nn.Identity(),  # the original's dropout, always 0; it keeps the convolution's name at 3
+            zero(nn.Conv2d(out, out, 3, padding=1)),
+        )
+        self.skip_connection = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class SpatialTransformer(nn.Module):
+    """Flattens the picture to a sequence of positions, and lets it look at itself and at the text."""
+
+    def __init__(self, width: int, config: UNetConfig):
+        super().__init__()
+        heads = config.heads_at(width)
+        self.linear = config.linear_projection
+        self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)  # 1e-5 elsewhere in the UNet
+        self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, config.context_dim)])
+        self.proj_out = zero(nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm(x)
+        if self.linear:
+            h = self.proj_in(h.flatten(2).transpose(1, 2))  # (B, H*W, C)
+        else:
+            h = self.proj_in(h).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h).transpose(1, 2).reshape(x.shape)
+        else:
+            h = self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        return x + h
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int, context_dim: int):
+        super().__init__()
+        self.attn1 = CrossAttention(width, width, heads)
+        self.ff = FeedForward(width)
+        self.attn2 = CrossAttention(width, context_dim, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class CrossAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V, LDM eq. 3; queries from the picture, keys and values from the context."""
+
+    def __init__(self, width: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: (B, N, C); context: (B, M, D) -> (B, N, C)."""
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C/heads)
+        return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, C)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C/heads)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        # the identity stands where the original has a dropout of 0, so that names stay net.0 and net.2
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate), Shazeer 2020; the value is the first half."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoids of the step, cosines first: (B,) -> (B, width) in fp32. DDPM, after "Attention is all you need"."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def norm(width: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, width, eps=1e-5)
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """Starts a residual branch at nothing, so that an untrained network is the identity around it (ADM)."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
