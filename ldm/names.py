@@ -1,0 +1,106 @@
+"""The tables between naming schemes: official checkpoint <-> diffusers folder.
+
+A table maps a module's name in one scheme to its name in the other; what stands behind a module's name (`weight`,
+`bias`, the inside of a transformer block) is the same in both. Tables are bijective: `invert` turns them round.
+"""
+
+from ldm.config import UNetConfig, VAEConfig
+
+Table = dict[str, str]
+
+# the three networks in an official single file
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+
+# the older of the two schemes that diffusers has had for the autoencoder's attention
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def rename(key: str, table: Table) -> str | None:
+    """The key with the longest module name that the table knows replaced; None if it knows none."""
+    head = key
+    while head and head not in table:
+        head = head.rpartition(".")[0]
+    return table[head] + key[len(head) :] if head else None
+
+
+def invert(table: Table) -> Table:
+    return {value: key for key, value in table.items()}
+
+
+def unet_table(config: UNetConfig) -> Table:
+    """Official names under `model.diffusion_model.` -> diffusers' UNet2DConditionModel."""
+    table = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    table |= _unet_resblock("middle_block.0", "mid_block.resnets.0")
+    table |= _unet_resblock("middle_block.2", "mid_block.resnets.1")
+
+    levels, number = len(config.channels), 1
+    for level in range(levels):
+        for i in range(config.blocks):
+            table |= _unet_resblock(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{i}")
+            if config.attention[level]:
+                table[f"input_blocks.{number}.1"] = f"down_blocks.{level}.attentions.{i}"
+            number += 1
+        if level < levels - 1:
+            table[f"input_blocks.{number}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            number += 1
+
+    number = 0
+    for up, level in enumerate(reversed(range(levels))):
+        for i in range(config.blocks + 1):
+            table |= _unet_resblock(f"output_blocks.{number}.0", f"up_blocks.{up}.resnets.{i}")
+            if config.attention[level]:
+                table[f"output_blocks.{number}.1"] = f"up_blocks.{up}.attentions.{i}"
+            number += 1
+        if level > 0:
+            last = 2 if config.attention[level] else 1
+            table[f"output_blocks.{number - 1}.{last}.conv"] = f"up_blocks.{up}.upsamplers.0.conv"
+    return table
+
+
+def vae_table(config: VAEConfig) -> Table:
+    """Official names under `first_stage_model.` -> diffusers' AutoencoderKL."""
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    levels = len(config.channels)
+    for half in ("encoder", "decoder"):
+        table |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
+        table[f"{half}.norm_out"] = f"{half}.conv_norm_out"
+        for i in (1, 2):
+            table |= _vae_resblock(f"{half}.mid.block_{i}", f"{half}.mid_block.resnets.{i - 1}")
+        attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+        for ours, theirs in attention.items():
+            table[f"{half}.mid.attn_1.{ours}"] = f"{half}.mid_block.attentions.0.{theirs}"
+    for level in range(levels):
+        up = levels - 1 - level  # diffusers counts the decoder's levels from the coarsest
+        for i in range(config.blocks):
+            table |= _vae_resblock(f"encoder.down.{level}.block.{i}", f"encoder.down_blocks.{level}.resnets.{i}")
+        for i in range(config.blocks + 1):
+            table |= _vae_resblock(f"decoder.up.{level}.block.{i}", f"decoder.up_blocks.{up}.resnets.{i}")
+        if level < levels - 1:
+            table[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
+        if level > 0:
+            table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{up}.upsamplers.0.conv"
+    return table
+
+
+def _unet_resblock(ours: str, theirs: str) -> Table:
+    parts = {
+        "in_layers.0": "norm1",
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.0": "norm2",
+        "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
+    }
+    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in parts.items()}
+
+
+def _vae_resblock(ours: str, theirs: str) -> Table:
+    parts = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in parts.items()}
