@@ -1,0 +1,184 @@
+"""Prompts -> token ids: CLIP's byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2), run by `tokenizers`.
+
+A prompt is lower-cased and split into words; of each word the UTF-8 bytes, the last one marked `</w>`, are merged pair
+by pair, the pair that was learned first going first. CLIP's 49,408 tokens are the 256 bytes, the same 256 at a word's
+end, the 48,894 merges of vocab/clip_merges.txt.gz, start-of-text and end-of-text.
+"""
+
+import gzip
+import json
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor
+
+from ldm.errors import InputError
+
+Vocab = dict[str, int]  # token -> id
+Merges = list[tuple[str, str]]  # first learned first
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# Contractions, runs of letters, single digits, runs of anything else (openai/CLIP, clip/simple_tokenizer.py).
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged tokenizer can raise
+
+
+class Tokenizer:
+    """tokenizer(prompts): list of B strings -> ids, LongTensor (B, context_length).
+
+    A row is start-of-text, the words, end-of-text, then `pad_id` up to `context_length`. Words beyond that are cut off
+    before the end-of-text, with a warning that names them. What the vocabulary cannot spell becomes end-of-text.
+    Raises InputError where vocabulary and merges do not make a tokenizer.
+    """
+
+    def __init__(self, vocab: Vocab, merges: Merges, context_length: int, pad_id: int):
+        if not {BOS, EOS} <= vocab.keys() or pad_id not in vocab.values():
+            raise InputError(
+                f"the tokenizer's vocabulary lacks {BOS}, {EOS} or id {pad_id} to pad with: not CLIP's kind"
+            )
+        self.vocab, self.merges = vocab, merges
+        self.context_length, self.vocab_size = context_length, len(vocab)
+        self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], pad_id
+        try:
+            self._bpe = tokenizers.Tokenizer(BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=EOS))
+        except Exception as error:  # the library knows no narrower kind
+            raise InputError(f"the tokenizer's merges do not fit its vocabulary: {error}") from error
+        clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        split = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+        self._bpe.normalizer = normalizers.Sequence(clean)
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        # A prompt may spell these two. SD2's padding, "!" with id 0, is not special: a prompt's "!" is "!</w>", 256, as
+        # in OpenCLIP, which SD2 was trained with (transformers makes it 0, huggingface/diffusers#4153).
+        self._bpe.add_special_tokens([AddedToken(token, normalized=True) for token in (BOS, EOS)])
+
+    @classmethod
+    def clip(cls, context_length: int = 77, pad_id: int = 49407) -> "Tokenizer":
+        """CLIP's own vocabulary. SD1 pads with end-of-text, 49407, SD2 with 0."""
+        return cls(*clip_vocabulary(), context_length, pad_id)
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        if isinstance(prompts, str):
+            raise TypeError("a tokenizer takes a list of prompts, not one string")
+        rows, room = [], self.context_length - 2
+        for prompt in prompts:
+            if dropped := self.dropped(prompt):
+                warnings.warn(f"prompt too long for {self.context_length} tokens, dropped: {dropped}", stacklevel=2)
+            ids = self._encode(prompt).ids[:room]
+            rows.append([self.bos_id, *ids, self.eos_id] + [self.pad_id] * (room - len(ids)))
+        return torch.tensor(rows, dtype=torch.long).view(-1, self.context_length)
+
+    def dropped(self, prompt: str) -> str:
+        """The end of the prompt that is cut off, from the first word that loses a token; "" where all of it fits."""
+        encoding, room = self._encode(prompt), self.context_length - 2
+        if len(encoding) <= room:
+            return ""
+        start, _ = encoding.word_to_chars(encoding.token_to_word(room))
+        return prompt[start:].strip()
+
+    def _encode(self, prompt: str) -> tokenizers.Encoding:
+        return self._bpe.encode(prompt, add_special_tokens=False)
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, context_length: int | None = None, pad_id: int | None = None
+    ) -> "Tokenizer":
+        """The tokenizer/ folder of a diffusers model: vocab.json and merges.txt, or tokenizer.json alone (newer ones).
+
+        Length and padding are the folder's own unless given. Raises InputError if files are missing or damaged.
+        """
+        folder = Path(folder)
+        try:
+            if (folder / "vocab.json").exists():
+                vocab = _read_json(folder / "vocab.json")
+                merges = _parse_merges((folder / "merges.txt").read_text(encoding="utf-8"))
+            else:
+                model = _read_json(folder / "tokenizer.json")["model"]
+                vocab, merges = model["vocab"], [_pair(merge) for merge in model["merges"]]
+            pad, length = _padding_and_length(folder)
+            return cls(vocab, merges, context_length or length, vocab[pad] if pad_id is None else pad_id)
+        except DAMAGED as error:
+            raise InputError(f"{folder}: no readable tokenizer (vocab.json, merges.txt): {error!r}") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a tokenizer/ folder for transformers 4 and 5; CLIP's vocab.json and merges.txt as in the releases."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokens = {id: token for token, id in self.vocab.items()}
+        special = dict(bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=tokens[self.pad_id])
+        flags = dict(lstrip=False, normalized=True, rstrip=False, single_word=False, special=True)
+        added = {str(self.vocab[token]): dict(content=token, **flags) for token in (BOS, EOS)}
+        config = dict(added_tokens_decoder=added, model_max_length=self.context_length, tokenizer_class="CLIPTokenizer")
+        merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
+        (folder / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
+        _write_json(folder / "vocab.json", self.vocab)
+        _write_json(folder / "tokenizer_config.json", config | special)
+        _write_json(folder / "special_tokens_map.json", special)
+
+    def to_metadata(self) -> str:
+        """One line of JSON for a safetensors header; CLIP's vocabulary is only named."""
+        vocab, merges = self.vocab, [" ".join(pair) for pair in self.merges]
+        if (self.vocab, self.merges) == clip_vocabulary():
+            vocab, merges = "clip", []
+        tree = dict(vocab=vocab, merges=merges, context_length=self.context_length, pad_id=self.pad_id)
+        return json.dumps(tree, ensure_ascii=False)
+
+    @classmethod
+    def from_metadata(cls, text: str) -> "Tokenizer":
+        """The inverse of `to_metadata`. Raises InputError if the text is damaged."""
+        try:
+            tree = json.loads(text)
+            known = tree["vocab"] == "clip"
+            vocab, merges = clip_vocabulary() if known else (tree["vocab"], [_pair(merge) for merge in tree["merges"]])
+            return cls(vocab, merges, tree["context_length"], tree["pad_id"])
+        except DAMAGED as error:
+            raise InputError(f"the tokenizer in the file's metadata is damaged: {error!r}") from error
+
+
+@cache
+def clip_vocabulary() -> tuple[Vocab, Merges]:
+    """CLIP's tokens and merges, from the table that the package carries."""
+    table = Path(__file__).parent / "vocab" / "clip_merges.txt.gz"
+    merges = _parse_merges(gzip.decompress(table.read_bytes()).decode())
+    # Bytes that print stand for themselves and come first, the other 68 borrow the characters from U+0100 on (GPT-2).
+    characters = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges] + [BOS, EOS]
+    return {token: id for id, token in enumerate(tokens)}, merges
+
+
+def _parse_merges(text: str) -> Merges:
+    lines = text.removesuffix("\n").split("\n")
+    return [_pair(line) for line in lines[lines[0].startswith("#version") :]]
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    """A merge is spelled "a b" in files, and ["a", "b"] in tokenizer.json since tokenizers 0.20."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _padding_and_length(folder: Path) -> tuple[str, int]:
+    """Padding token and context length of a tokenizer/ folder, with transformers' precedence."""
+    config, special = (
+        _read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    if "added_tokens_decoder" not in config:  # older folders: the map has the last word, as for SD2's "!"
+        config |= special
+    pad, length = config.get("pad_token", EOS), config.get("model_max_length", 77)
+    return pad["content"] if isinstance(pad, dict) else pad, length if length < 10**6 else 77  # 1e30 means "not set"
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, tree: Any) -> None:
+    text = json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")
