@@ -1,0 +1,64 @@
+"""What the two programs share at the command line."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ldm.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose long flags may be spelled with underscores, and whose complaints are an InputError."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        args = [_hyphens(arg) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists the flags")
+
+
+@contextmanager
+def reported(program: str) -> Iterator[None]:
+    """Ends the program with status 2 and one line on standard error if an `InputError` comes up inside."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def device(name: str | None) -> torch.device:
+    """The device of this name; the best one here if None. Raises InputError if this machine has it not."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: there is no such device here; try --device cpu") from None
+    return found
+
+
+def positive(text: str) -> int:
+    """An argparse type: whole numbers from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def _hyphens(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value

@@ -1,0 +1,58 @@
+"""Photographs as people have them -> square pictures in [-1, 1]."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm.errors import InputError
+
+
+def find_pictures(folder: str | Path, flag: str) -> list[Path]:
+    """The picture files in a folder, by name. What is no picture is skipped, with a word on standard error.
+
+    flag: the command line's name for the folder, for the messages.
+    Raises InputError if there is no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{flag}: {folder} is not a folder; give one with the pictures in it")
+    known = Image.registered_extensions()  # loads Pillow's plugins
+    pictures = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix.lower() in known and not path.name.startswith("."):
+            pictures.append(path)
+        else:
+            print(f"skipped {path}: not a picture", file=sys.stderr)
+    if not pictures:
+        raise InputError(f"{flag}: {folder} holds no picture; put the photographs (.jpg, .png, ...) there")
+    return pictures
+
+
+def load_picture(path: str | Path, resolution: int) -> Tensor:
+    """One picture as (3, R, R) float32 in [-1, 1]: upright, short side resized to R, cut to the middle square.
+
+    Raises InputError, which names the file, if it can't be read.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            square = ImageOps.fit(to_rgb(upright), (resolution, resolution), Image.Resampling.LANCZOS)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
+    pixels = torch.from_numpy(np.array(square))  # (R, R, 3), 0 to 255
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes -> 8-bit RGB: sixteen bits are scaled, not clipped; what is transparent becomes white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257.0).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

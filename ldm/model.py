@@ -1,0 +1,201 @@
+"""Stable Diffusion: three networks, a tokenizer and a schedule, and what they do together."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm import names, samplers, weights
+from ldm.clip import TextEncoder
+from ldm.config import ModelConfig
+from ldm.errors import InputError
+from ldm.schedule import Schedule
+from ldm.tokenizer import Tokenizer
+from ldm.unet import UNet
+from ldm.vae import Autoencoder
+
+
+class StableDiffusion:
+    """unet, vae, text_encoder, tokenizer and schedule of one `ModelConfig`; random weights until loaded."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None):
+        self.config = config
+        self.unet = UNet(config.unet)
+        self.vae = Autoencoder(config.vae)
+        self.text_encoder = TextEncoder(config.text)
+        self.tokenizer = tokenizer or Tokenizer.clip(config.text.context_length, config.text.pad_id)
+        self.schedule = Schedule(config.schedule)
+        self.path: Path | None = None  # where the weights came from
+        self._extra: weights.Tensors = {}
+
+    # Files
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "StableDiffusion":
+        """Loads an official single file or a diffusers folder; every tensor is insisted on, with its shape.
+
+        Raises InputError, which names the tensor, if one is missing, unknown or of another shape.
+        """
+        source = weights.read(path)
+        with torch.device("meta"):
+            sd = cls(source.config, source.tokenizer)
+        sd.path, sd._extra = Path(path), source.extra
+        _insist(path, sd.state(), source.tensors)
+        for prefix, network in sd.networks().items():
+            state = {name: source.tensors[prefix + name].to(device, dtype) for name in network.state_dict()}
+            network.load_state_dict(state, assign=True)
+            network.eval()
+        return sd
+
+    def save(self, path: str | Path, layout: str = "official", dtype: torch.dtype | None = None) -> None:
+        """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
+
+        dtype: of the stored weights; as they are if None. What is at `path` stays whole until the new one is.
+        """
+        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state().items()}
+        source = weights.Source(self.config, tensors, self.tokenizer, self._extra)
+        writers = {"official": weights.write_single, "diffusers": weights.write_folder}
+        if layout not in writers:
+            raise InputError(f"unknown layout {layout!r}; there are {' and '.join(writers)}")
+        writers[layout](path, source)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as they are stored where they were loaded from, or as they are if made here."""
+        return weights.fingerprint(weights.read(self.path).tensors if self.path else self.state())
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The three networks by the prefix that their tensors have in an official file."""
+        return {names.UNET: self.unet, names.VAE: self.vae, names.TEXT: self.text_encoder}
+
+    def state(self) -> weights.Tensors:
+        """All parameters under their official names."""
+        return {prefix + name: t for prefix, net in self.networks().items() for name, t in net.state_dict().items()}
+
+    # Between people's things and tensors
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> context (B, L, D), what the UNet is conditioned on."""
+        return self.text_encoder(self.tokenizer(list(prompts)).to(self.device))
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents: a sample if a generator is given, else the mode."""
+        posterior = self.vae.encode(images)
+        z = posterior.sample(generator) if generator is not None else posterior.mode()
+        return z * self.config.vae.scale_factor
+
+    def decode_latents(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1]."""
+        return self.vae.decode(z / self.config.vae.scale_factor)
+
+    # Sampling
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance: float = 7.5,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        seeds: Sequence[int] = (0,),
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        output: str = "pil",
+        progress: Callable[[], object] | None = None,
+    ) -> list[Image.Image] | Tensor:
+        """Pictures for prompts, one prompt a seed; a list of length one serves all of the other.
+
+        A picture depends on its prompt and its seed alone, not on the batch: initial latents, then the sampler's
+        noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU.
+        height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None.
+        latents: (B, 4, h, w) standard normal noise to start from instead. progress: called after each step.
+        output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
+        Raises InputError for sizes, steps, samplers and outputs that there are not.
+        """
+        prompts, seeds = _broadcast([prompts] if isinstance(prompts, str) else list(prompts), list(seeds))
+        if output not in ("pil", "tensor", "latent"):
+            raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
+        run = samplers.find(sampler)
+        self.schedule.leading(steps)  # complains before anything is computed
+        shape = self.latent_shape(height, width)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def noise() -> Tensor:
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+
+        x = noise() if latents is None else latents.to(self.device, torch.float32)
+        denoise = self.denoiser(prompts, negative_prompt, guidance, progress)
+        z = run(denoise, x, self.schedule, steps, eta=eta, noise=noise)
+        if output == "latent":
+            return z
+        images = self.decode_latents(z.to(next(self.vae.parameters()).dtype)).float()
+        return images if output == "tensor" else to_pil(images)
+
+    def denoiser(
+        self, prompts: Sequence[str], negative_prompt: str, guidance: float, progress: Callable[[], object] | None = None
+    ) -> samplers.Denoise:
+        """denoise(x, t) -> eps with classifier-free guidance (Ho & Salimans 2022, eq. 6), both halves in one batch.
+
+        guidance 1 is the prompt alone, and costs half.
+        """
+        guided = guidance != 1.0
+        context = self.encode_prompt([negative_prompt] * len(prompts) + list(prompts) if guided else prompts)
+        dtype = next(self.unet.parameters()).dtype
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            inputs = torch.cat([x, x]) if guided else x
+            steps = torch.full((len(inputs),), t, device=x.device)
+            prediction = self.unet(inputs.to(dtype), steps, context).to(x.dtype)
+            if guided:
+                without, with_prompt = prediction.chunk(2)
+                prediction = without + guidance * (with_prompt - without)
+            if progress is not None:
+                progress()
+            return self.schedule.eps(prediction, x, steps[: len(x)])
+
+        return denoise
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(4, h, w) for a picture of this size in pixels. Raises InputError if the autoencoder can't make it."""
+        factor, native = self.config.vae.factor, self.config.resolution
+        sides = {"height": native if height is None else height, "width": native if width is None else width}
+        for name, side in sides.items():
+            if side <= 0 or side % factor:
+                near = max(factor, round(side / factor) * factor)
+                raise InputError(f"{name} {side} is not a positive multiple of {factor} pixels; take {near}")
+        return self.config.unet.in_channels, sides["height"] // factor, sides["width"] // factor
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures."""
+    array = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(image) for image in array.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _broadcast(prompts: list[str], seeds: list[int]) -> tuple[list[str], list[int]]:
+    count = max(len(prompts), len(seeds))
+    if len(prompts) not in (1, count) or len(seeds) not in (1, count):
+        raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up")
+    return prompts * (count // len(prompts)), seeds * (count // len(seeds))
+
+
+def _insist(path: str | Path, expected: weights.Tensors, found: weights.Tensors) -> None:
+    """Every expected tensor is there with its shape, and no other. Rule 2: loading is strict."""
+    for kind, keys in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
+        if keys:
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise InputError(f"{path}: {kind} tensor {min(keys)}{more}")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise InputError(f"{path}: {name} is {tuple(found[name].shape)}, and should be {tuple(tensor.shape)}")

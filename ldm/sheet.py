@@ -1,0 +1,29 @@
+"""Contact sheets: labelled rows of pictures."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+Row = tuple[str, list[Image.Image]]
+
+MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
+
+
+def grid(rows: list[Row], smallest: int = 128) -> Image.Image:
+    """One sheet of rows (label, pictures), all cells of the first picture's size; small pictures are enlarged.
+
+    smallest: cells below this many pixels are magnified by a whole factor, without blur.
+    """
+    first = rows[0][1][0]
+    factor = max(1, -(-smallest // min(first.size)))
+    width, height = first.width * factor, first.height * factor
+    font = ImageFont.load_default(size=max(13, height // 12))
+    label = font.size + 2 * MARGIN
+    columns = max(len(pictures) for _, pictures in rows)
+    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, len(rows) * (height + label + MARGIN)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for r, (text, pictures) in enumerate(rows):
+        top = r * (height + label + MARGIN)
+        draw.text((MARGIN + 2, top + MARGIN), text, fill=INK, font=font)
+        for c, picture in enumerate(pictures):
+            cell = picture.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+            sheet.paste(cell, (MARGIN + c * (width + MARGIN), top + label))
+    return sheet
