@@ -1,6 +1,7 @@
-"""Photographs as people have them -> square pictures in [-1, 1]."""
+"""Photographs as people have them -> square pictures in [-1, 1] -> training rows."""
 
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm import draws
 from ldm.errors import InputError
 
 
-def find_pictures(folder: str | Path, flag: str) -> list[Path]:
+def find_pictures(folder: str | Path, flag: str, ours: Container[str] = ()) -> list[Path]:
     """The picture files in a folder, by name. What is no picture is skipped, with a word on standard error.
 
-    flag: the command line's name for the folder, for the messages.
+    flag: the command line's name for the folder, for the messages. ours: names to pass over without a word.
     Raises InputError if there is no such folder, or no picture in it.
     """
     folder = Path(folder)
@@ -23,6 +25,8 @@ def find_pictures(folder: str | Path, flag: str) -> list[Path]:
     known = Image.registered_extensions()  # loads Pillow's plugins
     pictures = []
     for path in sorted(folder.iterdir()):
+        if path.name in ours:
+            continue
         if path.is_file() and path.suffix.lower() in known and not path.name.startswith("."):
             pictures.append(path)
         else:
@@ -33,18 +37,22 @@ def find_pictures(folder: str | Path, flag: str) -> list[Path]:
 
 
 def load_picture(path: str | Path, resolution: int) -> Tensor:
-    """One picture as (3, R, R) float32 in [-1, 1]: upright, short side resized to R, cut to the middle square.
+    """One picture as (3, R, R) float32 in [-1, 1]; see `square`."""
+    pixels = torch.from_numpy(np.array(square(path, resolution)))  # (R, R, 3), 0 to 255
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def square(path: str | Path, resolution: int) -> Image.Image:
+    """One picture as 8-bit RGB: upright, short side resized to `resolution`, cut to the middle square.
 
     Raises InputError, which names the file, if it can't be read.
     """
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            square = ImageOps.fit(to_rgb(upright), (resolution, resolution), Image.Resampling.LANCZOS)
+            return ImageOps.fit(to_rgb(upright), (resolution, resolution), Image.Resampling.LANCZOS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
-    pixels = torch.from_numpy(np.array(square))  # (R, R, 3), 0 to 255
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -56,3 +64,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+class LatentRows:
+    """Training rows of one kind, drawn from pictures that were encoded once: mean and std are (N, C, h, w) latents.
+
+    Row `index` of a run is a function of (seed, kind, index) alone (rule 4).
+    """
+
+    def __init__(self, kind: str, mean: Tensor, std: Tensor, timesteps: int):
+        self.kind, self.mean, self.std, self.timesteps = kind, mean, std, timesteps
+
+    def draw(self, seed: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows first ... first + count - 1: latents sampled anew and noise, (count, C, h, w), and steps t, (count,)."""
+        latents, noises, steps = [], [], []
+        for index in range(first, first + count):
+            k = draws.pick(seed, self.kind, index, len(self.mean))
+            generator = draws.generator(seed, self.kind, "noise", index)
+            spread, noise = torch.randn((2, *self.mean.shape[1:]), generator=generator).to(self.mean.device)
+            latents.append(self.mean[k] + self.std[k] * spread)
+            noises.append(noise)
+            steps.append(torch.randint(self.timesteps, (), generator=generator))
+        return torch.stack(latents), torch.stack(noises), torch.stack(steps).to(self.mean.device)

@@ -143,7 +143,11 @@ class StableDiffusion:
         return images if output == "tensor" else to_pil(images)
 
     def denoiser(
-        self, prompts: Sequence[str], negative_prompt: str, guidance: float, progress: Callable[[], object] | None = None
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str,
+        guidance: float,
+        progress: Callable[[], object] | None = None,
     ) -> samplers.Denoise:
         """denoise(x, t) -> eps with classifier-free guidance (Ho & Salimans 2022, eq. 6), both halves in one batch.
 

@@ -10,7 +10,7 @@ MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
 def grid(rows: list[Row], smallest: int = 128) -> Image.Image:
     """One sheet of rows (label, pictures), all cells of the first picture's size; small pictures are enlarged.
 
-    smallest: cells below this many pixels are magnified by a whole factor, without blur.
+    smallest: cells below this many pixels are magnified by a whole factor.
     """
     first = rows[0][1][0]
     factor = max(1, -(-smallest // min(first.size)))
@@ -24,6 +24,6 @@ def grid(rows: list[Row], smallest: int = 128) -> Image.Image:
         top = r * (height + label + MARGIN)
         draw.text((MARGIN + 2, top + MARGIN), text, fill=INK, font=font)
         for c, picture in enumerate(pictures):
-            cell = picture.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+            cell = picture.resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(cell, (MARGIN + c * (width + MARGIN), top + label))
     return sheet

@@ -19,7 +19,9 @@ UNETS = {
     "sd2": UNetConfig(
         channels=(32, 64, 96, 96), heads=None, head_dim=16, context_dim=40, norm_groups=8, linear_projection=True
     ),
-    "two levels": UNetConfig(channels=(32, 48), attention=(False, True), blocks=1, heads=2, context_dim=24, norm_groups=16),
+    "two levels": UNetConfig(
+        channels=(32, 48), attention=(False, True), blocks=1, heads=2, context_dim=24, norm_groups=16
+    ),
 }
 VAES = {
     "four levels": VAEConfig(channels=(16, 32, 32, 48), norm_groups=8),

@@ -1,0 +1,144 @@
+"""The settings of a DreamBooth run: one dataclass, filled from defaults, a TOML file and the command line."""
+
+import argparse
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ldm import samplers
+from ldm.cli import Parser, positive
+from ldm.errors import InputError
+
+
+def setting(default: Any, text: str, *, flags: tuple[str, ...] = (), path: bool = False, **options: Any) -> Any:
+    """A field with what argparse wants to know of it. path: in a TOML file it is relative to that file's folder."""
+    return field(default=default, metadata={"help": text, "flags": flags, "path": path, "options": options})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Names as the diffusers DreamBooth script has them. The defaults are for Stable Diffusion 1.x at 512 pixels."""
+
+    model: str | None = setting(
+        None,
+        "official .safetensors file or diffusers folder; the embedded tiny model if not given",
+        flags=("--pretrained-model-name-or-path",),
+        path=True,
+    )
+    instance_data_dir: str | None = setting(None, "folder with photographs of the subject", path=True)
+    instance_prompt: str | None = setting(None, 'names the subject by a rare word: "a photo of sks dog"')
+    class_data_dir: str | None = setting(
+        None, "folder for class pictures, yours or generated; class/ in the output folder if not given", path=True
+    )
+    class_prompt: str | None = setting(None, 'names its class: "a photo of a dog"')
+    with_prior_preservation: bool = setting(True, "train on class pictures beside the photographs")
+    prior_loss_weight: float = setting(1.0, "weight of the prior-preservation term, lambda in eq. 2 of the paper")
+    num_class_images: int = setting(200, "class pictures to have; the missing ones are generated", type=positive)
+    resolution: int = setting(512, "side of the square that pictures are resized and cut to, in pixels", type=positive)
+    train_batch_size: int = setting(1, "photographs a step; as many class pictures join them", type=positive)
+    max_train_steps: int = setting(800, "optimiser steps", type=positive)
+    learning_rate: float = setting(2e-6, "of AdamW, constant")
+    train_text_encoder: bool = setting(True, "train the text encoder beside the UNet")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    seed: int = setting(0, "of everything random: order, noise, class pictures")
+    output_dir: str | None = setting(None, "a new folder for the run; runs/dreambooth, numbered if taken")
+    layout: str = setting("official", "of the saved model", choices=("official", "diffusers"))
+    sampler: str = setting("ddim", "for class pictures and sheets", metavar="NAME")
+    sample_steps: int = setting(50, "sampling steps for class pictures and sheets", type=positive)
+    guidance_scale: float = setting(7.5, "classifier-free guidance for class pictures and sheets")
+    sample_batch_size: int = setting(4, "pictures sampled at once", type=positive)
+    validation_prompt: tuple[str, ...] = setting(
+        (), "a row of the before/after sheet, repeatable; instance and class prompt if not given", action="append"
+    )
+    num_validation_images: int = setting(4, "pictures in a row of the sheet", type=positive)
+    device: str | None = setting(None, "cuda, cpu, ...; the best one here if not given")
+
+    def problems(self) -> str | None:
+        """What can't be trained with, as one line; None if all is well as far as settings go."""
+        if self.instance_data_dir is None:
+            return "--instance-data-dir is missing: the folder with photographs of your subject"
+        if not self.instance_prompt:
+            return '--instance-prompt is missing: it names the subject by a rare word, "a photo of sks dog"'
+        if self.with_prior_preservation and not self.class_prompt:
+            return '--class-prompt is missing ("a photo of a dog"); or give --no-with-prior-preservation'
+        if self.layout not in ("official", "diffusers"):
+            return f"unknown layout {self.layout!r}; there are official and diffusers"
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                return f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number"
+        if not 0 <= self.prior_loss_weight < float("inf"):
+            return f"--prior-loss-weight {self.prior_loss_weight} is not a number from 0"
+        samplers.find(self.sampler)
+        return None
+
+
+def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
+    """Defaults, then `tiny` if no model is named, then --config, then the other flags.
+
+    Raises InputError for unknown flags and keys, values of the wrong kind, and settings that can't be trained with.
+    """
+    given = vars(_parser().parse_args(argv))
+    config = given.pop("config", None)
+    from_file = _read_toml(Path(config)) if config else {}
+    settings = Settings()
+    if "model" not in given and "model" not in from_file:
+        settings = replace(settings, **_read_toml(tiny))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings = replace(settings, **{**from_file, **given})
+    if problem := settings.problems():
+        raise InputError(problem)
+    return settings
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="train.py",
+        description="DreamBooth: teaches a Stable Diffusion one subject from a few photographs.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="settings by their names below; flags go over it")
+    for f in fields(Settings):
+        meta, flag = f.metadata, "--" + f.name.replace("_", "-")
+        options = dict(meta["options"])
+        if isinstance(f.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif "type" not in options and isinstance(f.default, int | float):
+            options["type"] = type(f.default)
+        shown = "" if f.default in (None, ()) else f" (default: {f.default})"
+        parser.add_argument(flag, *meta["flags"], dest=f.name, help=meta["help"] + shown, **options)
+    return parser
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path} can't be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not TOML: {error}") from None
+    known = {f.name: f for f in fields(Settings)}
+    settings: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise InputError(f"--config {path}: there is no setting {key!r}; train.py --help lists them")
+        settings[name] = _checked(f"--config {path}: {key}", known[name], value, path.parent)
+    return settings
+
+
+def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
+    """The value of one key, of the kind that its default has."""
+    kind = str if f.default is None else type(f.default)
+    if kind is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InputError(f"{where} is not a list of strings")
+        return tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(f"{where} is {value!r}, and should be a {kind.__name__}")
+    if f.metadata["options"].get("type") is positive and value < 1:
+        raise InputError(f"{where} is {value}, and should be 1 or more")
+    return str(folder / value) if f.metadata["path"] else value

@@ -1,0 +1,146 @@
+"""Pictures from prompts.
+
+    python sample.py --prompt "a photo of a red cat on the beach" --num-images 4 --grid
+
+Picture i of each prompt has the seed --seed + i, so that a grid's columns share their seeds. A picture's file carries
+its prompt, seed, sampler, steps, guidance and the model's fingerprint as PNG text.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from ldm import cli, samplers, sheet
+from ldm.errors import InputError
+from ldm.model import StableDiffusion
+
+TINY = Path(__file__).parent / "weights" / "tiny" / "base"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    prompts = read_prompts(args)
+    check(args)
+    device = cli.device(args.device)
+    sd = StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype])
+    sd.latent_shape(args.height, args.width)
+    sd.schedule.leading(args.steps)
+    fingerprint = sd.fingerprint()
+
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {folder} can't be made: {error.strerror}") from None
+    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.num_images)]
+    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+    index = first_free_index(folder)
+    pictures: list[Image.Image] = []
+    with tqdm(total=len(batches) * args.steps, desc="sampling", unit="step") as bar:
+        for batch in batches:
+            made = sd.generate(
+                [prompt for prompt, _ in batch],
+                negative_prompt=args.negative_prompt,
+                steps=args.steps,
+                guidance=args.guidance_scale,
+                sampler=args.sampler,
+                eta=args.eta,
+                seeds=[seed for _, seed in batch],
+                height=args.height,
+                width=args.width,
+                progress=bar.update,
+            )
+            for (prompt, seed), picture in zip(batch, made, strict=True):
+                text = {
+                    "prompt": prompt,
+                    "negative_prompt": args.negative_prompt,
+                    "seed": seed,
+                    "sampler": args.sampler,
+                    "eta": args.eta,
+                    "steps": args.steps,
+                    "guidance_scale": args.guidance_scale,
+                    "size": f"{picture.width}x{picture.height}",
+                    "model": fingerprint,
+                }
+                write_png(folder / f"{index:05d}-{seed}.png", picture, text)
+                index += 1
+            pictures += made
+    if args.grid:
+        n = args.num_images
+        rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
+        number = sum(1 for _ in folder.glob("grid-*.png"))
+        write_png(folder / f"grid-{number:05d}.png", sheet.grid(rows), {"model": fingerprint})
+    print(f"{len(pictures)} pictures in {folder}")
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="sample.py", description="Pictures from prompts.")
+    p.add_argument("--model", default=str(TINY), help="official .safetensors file or diffusers folder")
+    p.add_argument("--prompt", action="append", default=[], help="what to show; repeatable")
+    p.add_argument("--prompts-file", help="a file with one prompt a line")
+    p.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+    p.add_argument("--num-images", type=cli.positive, default=1, help="pictures for each prompt")
+    p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 999")
+    p.add_argument("--guidance-scale", type=float, default=7.5, help="how strongly to follow the prompt; 1 is off")
+    p.add_argument("--sampler", default="ddim", help=f"one of {', '.join(samplers.SAMPLERS)}")
+    p.add_argument("--eta", type=float, default=0.0, help="noise in DDIM, from 0 to 1")
+    p.add_argument("--seed", type=int, default=0, help="of each prompt's first picture; the i-th has seed + i")
+    p.add_argument("--height", type=int, help="pixels; the size that the model was trained at if not given")
+    p.add_argument("--width", type=int, help="pixels; the size that the model was trained at if not given")
+    p.add_argument("--batch-size", type=cli.positive, default=4, help="pictures computed at once")
+    p.add_argument("--device", help="cuda, cpu, ...; the best one here if not given")
+    p.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="what the networks compute in")
+    p.add_argument("--output-dir", default="samples", help="folder for the pictures; nothing in it is overwritten")
+    p.add_argument("--grid", action="store_true", help="also one sheet: a row for each prompt, a column for each seed")
+    return p
+
+
+def check(args) -> None:
+    """Raises InputError for what can be seen to be wrong before the model is read."""
+    samplers.find(args.sampler)
+    if not math.isfinite(args.guidance_scale):
+        raise InputError(f"--guidance-scale {args.guidance_scale} is not a number; 7.5 is usual")
+    if not 0.0 <= args.eta <= 1.0:
+        raise InputError(f"--eta {args.eta} is not between 0 and 1")
+    if not 0 <= args.seed < 2**63 - args.num_images:
+        raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
+
+
+def read_prompts(args) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        try:
+            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompts-file {args.prompts_file} can't be read: {error}") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError('nothing to show: give --prompt "a photo of a cat", or --prompts-file')
+    return prompts
+
+
+def first_free_index(folder: Path) -> int:
+    """One more than the highest index that a picture in the folder has."""
+    taken = [int(path.name.split("-")[0]) for path in folder.glob("[0-9]*-*.png") if path.name.split("-")[0].isdigit()]
+    return max(taken, default=-1) + 1
+
+
+def write_png(path: Path, picture: Image.Image, text: dict[str, object]) -> None:
+    """Writes a new file, all of it at once; an existing one is an error, never overwritten."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, str(value))
+    content = io.BytesIO()
+    picture.save(content, format="PNG", pnginfo=info)
+    with path.open("xb") as file:
+        file.write(content.getvalue())
+
+
+if __name__ == "__main__":
+    with cli.reported("sample.py"):
+        main()
