@@ -1,0 +1,57 @@
+"""The presets have the parameters of the published checkpoints: how many, their names, their shapes."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import StableDiffusion, names
+from ldm.config import SD1, SD2
+from ldm.schedule import Schedule
+
+PREFIXES = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.TEXT}
+POSITION_IDS = names.TEXT + "text_model.embeddings.position_ids"  # 0 to 76, a buffer of older versions of transformers
+Shapes = dict[str, tuple[int, ...]]
+
+
+@cache
+def published(family: str) -> Shapes:
+    """Every tensor of the published single files of a family, and its shape."""
+    lines = (Path(__file__).parent / "facts" / f"{family}_tensors.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if not line.startswith("#")]
+    return {name: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for name, shape, *_ in rows}
+
+
+@cache
+def built(family: str) -> StableDiffusion:
+    with torch.device("meta"):
+        return StableDiffusion({"sd1": SD1, "sd2": SD2}[family])
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "count"),
+    [
+        ("sd1", "unet", 859_520_964),
+        ("sd1", "vae", 83_653_863),
+        ("sd1", "text_encoder", 123_060_480),
+        ("sd2", "unet", 865_910_724),
+        ("sd2", "vae", 83_653_863),
+    ],
+)
+def test_a_network_has_the_published_parameters(family, part, count):
+    network, prefix = getattr(built(family), part), PREFIXES[part]
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+    ours = {prefix + name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    theirs = {name: shape for name, shape in published(family).items() if name.startswith(prefix)}
+    theirs.pop(POSITION_IDS, None)
+    assert ours == theirs
+
+
+def test_what_else_is_in_a_published_file():
+    """The schedule's buffers, which we write too, the position ids, and two leftovers of the moving average."""
+    networks = (names.UNET, names.VAE, names.TEXT)
+    rest = {name: shape for name, shape in published("sd1").items() if not name.startswith(networks)}
+    buffers = {name: tuple(table.shape) for name, table in Schedule(SD1.schedule).official_buffers().items()}
+    assert rest == buffers | {"model_ema.decay": (), "model_ema.num_updates": ()}
+    assert published("sd1")[POSITION_IDS] == (1, SD1.text.context_length)
