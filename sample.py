@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     device = cli.device(args.device)
     sd = StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype])
+    print(sd.about)
     sd.latent_shape(args.height, args.width)
     sd.schedule.leading(args.steps)
     fingerprint = sd.fingerprint()

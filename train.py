@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(settings.output_dir)
     photographs = data.find_pictures(settings.instance_data_dir, "--instance-data-dir")
     sd = StableDiffusion.load(settings.model, cli.device(settings.device))
+    print(sd.about)
     class_pictures = plan(sd, settings, run, photographs)
     run.start(settings)
 

@@ -62,6 +62,11 @@ class TextConfig:
     activation: str = "quick_gelu"  # OpenAI's CLIP; OpenCLIP has the exact "gelu"
     pad_id: int = 49407  # SD1 pads with end-of-text, SD2 with 0
 
+    @property
+    def openclip(self) -> bool:
+        """Whether this is OpenCLIP's text encoder, which official files name and stack in a way of their own."""
+        return self.activation == "gelu"
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import InputError
+from ldm.tokenizer import Tokenizer
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
@@ -30,8 +31,10 @@ VAE_FACTS = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
 SCHEDULER_FACTS = {"beta_schedule": "scaled_linear"}
 
 
-def read_config(folder: Path, pad_id: int) -> ModelConfig:
-    """The configuration that the folder's JSON files describe. Raises InputError if it is not one of ours."""
+def read_config(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """What the folder's JSON files and vocabulary describe. Raises InputError if it is no Stable Diffusion 1 or 2."""
+    if not (folder / "model_index.json").exists():
+        raise InputError(f"{folder} is not a diffusers folder: it has no model_index.json")
     unet, vae = _load(folder / "unet" / "config.json"), _load(folder / "vae" / "config.json")
     text = _load(folder / "text_encoder" / "config.json")
     scheduler = _load(folder / "scheduler" / "scheduler_config.json")
@@ -39,6 +42,7 @@ def read_config(folder: Path, pad_id: int) -> ModelConfig:
     _agree(folder / "vae", vae, VAE_FACTS)
     _agree(folder / "scheduler", scheduler, SCHEDULER_FACTS)
 
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer", context_length=text["max_position_embeddings"])
     channels = tuple(unet["block_out_channels"])
     heads = unet["attention_head_dim"]  # the number of heads: the name is an old mistake of that library
     per_level = [heads] * len(channels) if isinstance(heads, int) else list(heads)
@@ -52,7 +56,7 @@ def read_config(folder: Path, pad_id: int) -> ModelConfig:
     if prediction not in PREDICTIONS:
         raise InputError(f"{folder / 'scheduler'}: prediction_type {prediction!r} is neither epsilon nor v_prediction")
 
-    return ModelConfig(
+    config = ModelConfig(
         unet=UNetConfig(
             in_channels=unet["in_channels"],
             out_channels=unet["out_channels"],
@@ -79,7 +83,7 @@ def read_config(folder: Path, pad_id: int) -> ModelConfig:
             layers=text["num_hidden_layers"],
             heads=text["num_attention_heads"],
             activation=text["hidden_act"],
-            pad_id=pad_id,
+            pad_id=tokenizer.pad_id,
         ),
         schedule=ScheduleConfig(
             timesteps=scheduler["num_train_timesteps"],
@@ -89,12 +93,13 @@ def read_config(folder: Path, pad_id: int) -> ModelConfig:
         ),
         sample_size=unet["sample_size"],
     )
+    return config, tokenizer
 
 
 def config_files(config: ModelConfig, eos_id: int, bos_id: int) -> dict[str, dict[str, Any]]:
     """The JSON files, by their path in the folder, from which diffusers and transformers build the same model."""
     unet, vae, text, schedule = config.unet, config.vae, config.text, config.schedule
-    cross, levels = unet.attention, len(unet.channels)
+    cross = unet.attention
     heads = unet.heads if unet.heads is not None else [unet.heads_at(c) for c in unet.channels]
     nothing = [None, None]
     return {

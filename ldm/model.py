@@ -1,6 +1,7 @@
 """Stable Diffusion: three networks, a tokenizer and a schedule, and what they do together."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,45 +28,84 @@ class StableDiffusion:
         self.text_encoder = TextEncoder(config.text)
         self.tokenizer = tokenizer or Tokenizer.clip(config.text.context_length, config.text.pad_id)
         self.schedule = Schedule(config.schedule)
-        self.path: Path | None = None  # where the weights came from
-        self._extra: weights.Tensors = {}
+        self.about = "random weights"  # what was loaded, in words
+        self._extra: weights.Tensors = {}  # of the official file, not computed with
+        self._read: Callable[[], weights.Source] | None = None  # reads again what was loaded
 
     # Files
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        ema: bool = False,
+        prediction: str | None = None,
+        variant: str | None = None,
     ) -> "StableDiffusion":
         """Loads an official single file or a diffusers folder; every tensor is insisted on, with its shape.
 
-        Raises InputError, which names the tensor, if one is missing, unknown or of another shape.
+        The networks adopt the file's memory-mapped tensors; only what has another type or device is copied.
+        ema, prediction, variant: see `weights.read`. Raises InputError, which names the tensor, if one is missing,
+        unknown, of another shape, or not of finite numbers.
         """
-        source = weights.read(path)
+        read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
+        source = read()
         with torch.device("meta"):
             sd = cls(source.config, source.tokenizer)
-        sd.path, sd._extra = Path(path), source.extra
-        _insist(path, sd.state(), source.tensors)
+        sd.about, sd._extra, sd._read = f"{path}: {weights.describe(source)}", source.extra, read
+        if problems := sd.differences(source.tensors):
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise InputError(f"{path}: {problems[0]}{more}")
         for prefix, network in sd.networks().items():
-            state = {name: source.tensors[prefix + name].to(device, dtype) for name in network.state_dict()}
+            state = {}
+            for name in network.state_dict():
+                state[name] = source.tensors[prefix + name].to(device, dtype)
+                if not _is_finite(state[name]):
+                    raise InputError(f"{path}: {prefix + name} holds NaN or infinity; the file is damaged or diverged")
             network.load_state_dict(state, assign=True)
             network.eval()
         return sd
 
-    def save(self, path: str | Path, layout: str = "official", dtype: torch.dtype | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        layout: str = "official",
+        dtype: torch.dtype | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
         """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
 
-        dtype: of the stored weights; as they are if None. What is at `path` stays whole until the new one is.
+        dtype: of the stored weights; as they are if None. metadata: more lines for the safetensors headers.
+        What is at `path` stays whole until the new one is.
         """
-        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state().items()}
-        source = weights.Source(self.config, tensors, self.tokenizer, self._extra)
-        writers = {"official": weights.write_single, "diffusers": weights.write_folder}
-        if layout not in writers:
-            raise InputError(f"unknown layout {layout!r}; there are {' and '.join(writers)}")
-        writers[layout](path, source)
+        if layout not in weights.WRITERS:
+            raise InputError(f"unknown layout {layout!r}; there are {' and '.join(weights.WRITERS)}")
+        weights.WRITERS[layout](path, self._now(dtype), metadata)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights as they are stored where they were loaded from, or as they are if made here."""
-        return weights.fingerprint(weights.read(self.path).tensors if self.path else self.state())
+        return weights.fingerprint(self._read() if self._read else self._now(None))
+
+    def _now(self, dtype: torch.dtype | None) -> weights.Source:
+        """The weights as they are at present, ready to be written."""
+        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state().items()}
+        return weights.Source(self.config, tensors, self.tokenizer, self._extra)
+
+    def differences(self, tensors: weights.Tensors) -> list[str]:
+        """What keeps these tensors from being this model's, a phrase each: rule 2, loading is strict."""
+        expected = self.state()
+        problems = [f"missing tensor {name}" for name in sorted(expected.keys() - tensors.keys())]
+        problems += [f"unknown tensor {name}" for name in sorted(tensors.keys() - expected.keys())]
+        for name in sorted(expected.keys() & tensors.keys()):
+            found, shape = tensors[name], expected[name].shape
+            if found.shape != shape:
+                problems.append(f"{name} is {tuple(found.shape)}, and should be {tuple(shape)}")
+            elif not found.is_floating_point():
+                problems.append(f"{name} holds {found.dtype}, and should hold floating-point numbers")
+        return problems
 
     def networks(self) -> dict[str, nn.Module]:
         """The three networks by the prefix that their tensors have in an official file."""
@@ -194,12 +234,6 @@ def _broadcast(prompts: list[str], seeds: list[int]) -> tuple[list[str], list[in
     return prompts * (count // len(prompts)), seeds * (count // len(seeds))
 
 
-def _insist(path: str | Path, expected: weights.Tensors, found: weights.Tensors) -> None:
-    """Every expected tensor is there with its shape, and no other. Rule 2: loading is strict."""
-    for kind, keys in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
-        if keys:
-            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            raise InputError(f"{path}: {kind} tensor {min(keys)}{more}")
-    for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
-            raise InputError(f"{path}: {name} is {tuple(found[name].shape)}, and should be {tuple(tensor.shape)}")
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; the sum, which is quick, tells unless it overflows by itself."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

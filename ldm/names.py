@@ -1,15 +1,21 @@
-"""The tables between naming schemes: official checkpoint <-> diffusers folder.
+"""The tables between naming schemes: official checkpoint <-> diffusers folder, and OpenCLIP's text encoder <-> ours.
 
 A table maps a module's name in one scheme to its name in the other; what stands behind a module's name (`weight`,
 `bias`, the inside of a transformer block) is the same in both. Tables are bijective: `invert` turns them round.
 """
 
-from ldm.config import UNetConfig, VAEConfig
+import re
+
+import torch
+from torch import Tensor
+
+from ldm.config import TextConfig, UNetConfig, VAEConfig
 
 Table = dict[str, str]
 
-# the three networks in an official single file
+# the three networks in an official single file; SD2's text encoder stands under a name of its own
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+OPENCLIP = "cond_stage_model.model."
 
 # the older of the two schemes that diffusers has had for the autoencoder's attention
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -87,6 +93,79 @@ def vae_table(config: VAEConfig) -> Table:
         if level > 0:
             table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{up}.upsamplers.0.conv"
     return table
+
+
+def openclip_table(config: TextConfig) -> Table:
+    """Names under `cond_stage_model.model.` -> ours; q, k and v, which OpenCLIP stacks in one matrix, apart."""
+    table = {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm"}
+    table["positional_embedding"] = "text_model.embeddings.position_embedding.weight"
+    parts = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    for i in range(config.layers):
+        for theirs, ours in parts.items():
+            table[f"transformer.resblocks.{i}.{theirs}"] = f"text_model.encoder.layers.{i}.{ours}"
+    return table
+
+
+STACKED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
+
+
+def from_openclip(tensors: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder under our names, q, k and v as views of their stack. Unknown names stay as they are."""
+    table, ours = openclip_table(config), {}
+    for key, tensor in tensors.items():
+        if stacked := STACKED.fullmatch(key):
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                ours[f"text_model.encoder.layers.{stacked[1]}.self_attn.{letter}_proj.{stacked[2]}"] = part
+        else:
+            ours[rename(key, table) or key] = tensor
+    return ours
+
+
+def to_openclip(tensors: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+    """The inverse of `from_openclip`."""
+    table, theirs = invert(openclip_table(config)), {}
+    for i in range(config.layers):
+        for kind in ("weight", "bias"):
+            parts = [tensors[f"text_model.encoder.layers.{i}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+            theirs[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(parts)
+    for key, tensor in tensors.items():
+        if (name := rename(key, table)) is not None:
+            theirs[name] = tensor
+    return theirs
+
+
+def unused_text(config: TextConfig) -> dict[str, Tensor]:
+    """What the original's text encoder class has beyond what runs, under official names.
+
+    SD1: the table of positions. SD2: OpenCLIP's last block, its projection and its temperature, as zeros.
+    """
+    if not config.openclip:
+        return {TEXT + "text_model.embeddings.position_ids": torch.arange(config.context_length)[None]}
+    width, mlp = config.width, config.mlp_width
+    block = f"transformer.resblocks.{config.layers}."
+    shapes = {"text_projection": (width, width), "logit_scale": ()}
+    for name, shape in {
+        "ln_1.weight": (width,),
+        "ln_1.bias": (width,),
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "ln_2.weight": (width,),
+        "ln_2.bias": (width,),
+        "mlp.c_fc.weight": (mlp, width),
+        "mlp.c_fc.bias": (mlp,),
+        "mlp.c_proj.weight": (width, mlp),
+        "mlp.c_proj.bias": (width,),
+    }.items():
+        shapes[block + name] = shape
+    return {OPENCLIP + name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def _unet_resblock(ours: str, theirs: str) -> Table:

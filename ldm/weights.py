@@ -1,38 +1,34 @@
 """Files <-> tensors under their official names: the official single file and the diffusers folder.
 
 Nothing here knows a network: `read` gives whatever names and shapes a file holds, `StableDiffusion.load` insists on
-the right ones. Tensors come memory-mapped; nothing is copied until somebody casts or moves it.
+the right ones. Inside the program the text encoder has the names of SD1's file for both families; OpenCLIP's, in the
+official files of SD2, are translated here.
 """
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ldm import folder, names
-from ldm.config import SD1, ModelConfig
+from ldm.config import SD1, SD2, ModelConfig
 from ldm.errors import InputError
+from ldm.files import PICKLED, Tensors, open_part, open_tensors, replacing, save_tensors
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 
-Tensors = dict[str, Tensor]
-
-# In official files beside the three networks: known, and never computed with.
+# In official files beside the three networks: known, and never computed with. Rule 2.
 CARRIED = re.compile(
     r"(sqrt_|log_)?(one_minus_|recipm?1?_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
     r"|.*\.position_ids|first_stage_model\.loss\..*"
+    r"|cond_stage_model\.model\.(text_projection|logit_scale|attn_mask)"
 )
-DROPPED = re.compile(r"model_ema\..*")  # belongs to a training run, not to the tuned model
+EMA = "model_ema."  # belongs to a training run, not to the tuned model: may be read from, is never written
+
+PREDICTIONS = ("eps", "v")
 
 
 @dataclass
@@ -40,85 +36,157 @@ class Source:
     """What a file or folder holds."""
 
     config: ModelConfig
-    tensors: Tensors  # the three networks, under their official names
+    tensors: Tensors  # the three networks
     tokenizer: Tokenizer
     extra: Tensors = field(default_factory=dict)  # known, not computed with, saved again in the official layout
+    layout: str = "official"
+    has_ema: bool = False
+    prediction_from: str = "the configuration"  # what said whether the model predicts eps or v
 
 
-def read(path: str | Path) -> Source:
-    """Reads an official .safetensors file or a diffusers folder. Raises InputError if it is neither."""
+def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, variant: str | None = None) -> Source:
+    """Reads an official .safetensors or .ckpt file, or a diffusers folder. Raises InputError if it is none of them.
+
+    ema: take the averaged UNet of a full training checkpoint instead of the last one.
+    prediction: "eps" or "v", over what the file says. variant: "fp16" for the folder's files of that name.
+    """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
+    if prediction not in (None, *PREDICTIONS):
+        raise InputError(f"--prediction-type {prediction} is neither eps nor v")
     if not path.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise InputError(
                 f"{path} is no file or folder here; if it is a name on a model hub: nothing is downloaded by this "
                 "program, so fetch the model first (weights/README.md says what and where) and give its path"
             )
-        raise InputError(f"{path}: no such model; give a .safetensors file or a diffusers folder")
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path} is neither a .safetensors file nor a diffusers folder")
-    return _read_single(path)
-
-
-def _read_single(path: Path) -> Source:
-    tensors, metadata = _open(path)
-    if "ldm.config" in metadata:
-        config = ModelConfig.from_dict(json.loads(metadata["ldm.config"]))
-        tokenizer = Tokenizer.from_metadata(metadata["ldm.tokenizer"])
-    elif names.TEXT + "text_model.embeddings.token_embedding.weight" in tensors:
-        config = SD1
-        tokenizer = Tokenizer.clip(config.text.context_length, config.text.pad_id)
+        raise InputError(f"{path}: no such model; give a .safetensors or .ckpt file, or a diffusers folder")
+    if path.is_dir():
+        if ema:
+            raise InputError(f"{path} is a diffusers folder, which has no EMA weights; leave --ema out")
+        source = _read_folder(path, variant)
+    elif path.suffix in (".safetensors", *PICKLED):
+        if variant:
+            raise InputError(f"{path} is one file; --variant {variant} is for diffusers folders")
+        source = _read_single(path, ema)
     else:
-        raise InputError(f"{path} does not look like Stable Diffusion 1: it has no {names.TEXT}text_model...")
+        raise InputError(f"{path} is neither a .safetensors or .ckpt file nor a diffusers folder")
+    if prediction is not None:
+        source.config = predicting(source.config, prediction)
+        source.prediction_from = "--prediction-type"
+    return source
+
+
+def predicting(config: ModelConfig, prediction: str) -> ModelConfig:
+    return replace(config, schedule=replace(config.schedule, prediction=prediction))
+
+
+def _read_single(path: Path, ema: bool) -> Source:
+    tensors, metadata = open_tensors(path)
+    config, tokenizer, prediction_from = _family(path, tensors, metadata)
+    averaged = _take(tensors, EMA)
+    unet = [key for key in tensors if key.startswith(names.UNET)]
+    flat = {key: key.removeprefix("model.").replace(".", "") for key in unet}  # LitEma drops the dots
+    has_ema = any(name in averaged for name in flat.values())
+    if ema:
+        if absent := [key for key, name in flat.items() if name not in averaged]:
+            raise InputError(f"{path} has no EMA weights for {_some(absent)}; leave --ema out")
+        tensors |= {key: averaged[name] for key, name in flat.items()}
+
+    extra = {key: tensors.pop(key) for key in list(tensors) if CARRIED.fullmatch(key)}
+    if config.text.openclip:
+        last = f"{names.OPENCLIP}transformer.resblocks.{config.text.layers}."
+        extra |= {key: tensors.pop(key) for key in list(tensors) if key.startswith(last)}
+        text = names.from_openclip(_take(tensors, names.OPENCLIP), config.text)
+        tensors |= {names.TEXT + key: tensor for key, tensor in text.items()}
     ours = (names.UNET, names.VAE, names.TEXT)
-    extra, dropped = _take(tensors, CARRIED), _take(tensors, DROPPED)
-    del dropped
-    unknown = sorted(key for key in tensors if not key.startswith(ours))
-    if unknown:
+    if unknown := sorted(key for key in tensors if not key.startswith(ours)):
         raise InputError(f"{path}: unknown tensor {_some(unknown)}")
-    return Source(config, tensors, tokenizer, extra)
+    return Source(config, tensors, tokenizer, extra, "official", has_ema, prediction_from)
 
 
-def _read_folder(path: Path) -> Source:
-    if not (path / "model_index.json").exists():
-        raise InputError(f"{path} is not a diffusers folder: it has no model_index.json")
-    text = json.loads((path / "text_encoder" / "config.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.from_folder(path / "tokenizer", context_length=text["max_position_embeddings"])
-    config = folder.read_config(path, tokenizer.pad_id)
+def _family(path: Path, tensors: Tensors, metadata: dict[str, str]) -> tuple[ModelConfig, Tokenizer, str]:
+    """Whose file this is: our own metadata says it, or the text encoder's names do."""
+    if "ldm.config" in metadata:
+        try:
+            config = ModelConfig.from_dict(json.loads(metadata["ldm.config"]))
+            return config, Tokenizer.from_metadata(metadata["ldm.tokenizer"]), "the file's metadata"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
+    if names.TEXT + "text_model.embeddings.token_embedding.weight" in tensors:
+        config, said = SD1, "SD 1.x always does"
+    elif names.OPENCLIP + "token_embedding.weight" in tensors:
+        config, said = predicting(SD2, "v"), "assumed of SD 2.x; for a 512-base model give --prediction-type eps"
+    else:
+        raise InputError(f"{path} does not look like Stable Diffusion 1 or 2: no text encoder that we know is in it")
+    if (named := metadata.get("modelspec.prediction_type")) in folder.PREDICTIONS:
+        config, said = predicting(config, folder.PREDICTIONS[named]), "the file's metadata"
+    return config, Tokenizer.clip(config.text.context_length, config.text.pad_id), said
+
+
+def _read_folder(path: Path, variant: str | None) -> Source:
+    config, tokenizer = folder.read_config(path)
     tensors: Tensors = {}
-    for key, tensor in _part(path, "unet").items():
-        tensors[names.UNET + _known(path, key, names.invert(names.unet_table(config.unet)))] = tensor
-    for key, tensor in _part(path, "vae").items():
+    unet_table, vae_table = (names.invert(t) for t in (names.unet_table(config.unet), names.vae_table(config.vae)))
+    for key, tensor in open_part(path / "unet", folder.PARTS["unet"], variant).items():
+        tensors[names.UNET + _known(path, key, unet_table)] = tensor
+    for key, tensor in open_part(path / "vae", folder.PARTS["vae"], variant).items():
         for old, new in names.OLD_VAE_ATTENTION.items():
             key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-        name = _known(path, key, names.invert(names.vae_table(config.vae)))
+        name = _known(path, key, vae_table)
         tensors[names.VAE + name] = tensor[:, :, None, None] if _is_matrix(name, tensor) else tensor
-    for key, tensor in _part(path, "text_encoder").items():
+    for key, tensor in open_part(path / "text_encoder", folder.PARTS["text_encoder"], variant).items():
         if not key.endswith("position_ids"):
             tensors[names.TEXT + (key if key.startswith("text_model.") else "text_model." + key)] = tensor
-    return Source(config, tensors, tokenizer)
+    return Source(config, tensors, tokenizer, layout="diffusers", prediction_from="the scheduler's JSON")
 
 
-def write_single(path: str | Path, source: Source) -> None:
-    """Writes an official single file whose header carries the configuration, so that any width loads back."""
-    schedule = Schedule(source.config.schedule)
-    positions = torch.arange(source.config.text.context_length)[None]
-    made = schedule.official_buffers() | {names.TEXT + "text_model.embeddings.position_ids": positions}
-    metadata = {
+def describe(source: Source) -> str:
+    """Family, layout, type and what the model predicts, and how that is known: one line."""
+    types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in source.tensors.values()})
+    family = next(
+        (name for name, preset in FAMILIES.items() if _shaped_like(source.config, preset)), "a model of its own size"
+    )
+    layout = {"official": "official single file", "diffusers": "diffusers folder"}[source.layout]
+    return f"{family}, {layout}, {'/'.join(types)}, predicts {source.config.schedule.prediction} ({source.prediction_from})"
+
+
+FAMILIES = {"Stable Diffusion 1": SD1, "Stable Diffusion 2": SD2}
+
+
+def _shaped_like(config: ModelConfig, preset: ModelConfig) -> bool:
+    return (config.unet, config.vae, config.text) == (preset.unet, preset.vae, preset.text)
+
+
+def official(source: Source) -> Tensors:
+    """The three networks as an official file names and shapes them."""
+    if not source.config.text.openclip:
+        return source.tensors
+    tensors = dict(source.tensors)
+    text = names.to_openclip(_take(tensors, names.TEXT), source.config.text)
+    return tensors | {names.OPENCLIP + key: tensor for key, tensor in text.items()}
+
+
+def write_single(path: str | Path, source: Source, metadata: dict[str, str] | None = None) -> None:
+    """Writes an official single file whose header carries the configuration, so that any width loads back.
+
+    Tables that the original's classes expect and a source (a diffusers folder) lacks are computed; what of OpenCLIP
+    lies beyond the layers that run is filled with zeros.
+    """
+    filled = Schedule(source.config.schedule).official_buffers() | names.unused_text(source.config.text)
+    header = {
         "format": "pt",
         "ldm.config": json.dumps(source.config.to_dict()),
         "ldm.tokenizer": source.tokenizer.to_metadata(),
     }
     with replacing(Path(path)) as temporary:
-        _save(temporary, made | source.extra | source.tensors, metadata)
+        save_tensors(temporary, filled | source.extra | official(source), header | (metadata or {}))
 
 
-def write_folder(path: str | Path, source: Source) -> None:
+def write_folder(path: str | Path, source: Source, metadata: dict[str, str] | None = None) -> None:
     """Writes a diffusers folder. What such a folder has no place for (`extra`) is left out."""
     config, tokenizer = source.config, source.tokenizer
-    unet, vae, text = (_take(dict(source.tensors), p) for p in (names.UNET, names.VAE, names.TEXT))
+    tensors = dict(source.tensors)
+    unet, vae, text = (_take(tensors, prefix) for prefix in (names.UNET, names.VAE, names.TEXT))
     unet_table, vae_table = names.unet_table(config.unet), names.vae_table(config.vae)
     parts = {
         "unet": {names.rename(key, unet_table): tensor for key, tensor in unet.items()},
@@ -133,64 +201,30 @@ def write_folder(path: str | Path, source: Source) -> None:
         for name, tree in folder.config_files(config, tokenizer.eos_id, tokenizer.bos_id).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        for part, tensors in parts.items():
-            _save(temporary / part / f"{folder.PARTS[part]}.safetensors", tensors, {"format": "pt"})
+        for part, part_tensors in parts.items():
+            file = temporary / part / f"{folder.PARTS[part]}.safetensors"
+            save_tensors(file, part_tensors, {"format": "pt"} | (metadata or {}))
         tokenizer.save(temporary / "tokenizer")
 
 
-def fingerprint(tensors: Tensors) -> str:
+WRITERS = {"official": write_single, "diffusers": write_folder}
+
+
+def fingerprint(source: Source) -> str:
     """SHA-256 over names, types, shapes and bytes of the tensors as stored, in the order of their official names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(official(source).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, and is removed when it does not.
-
-    An older file or model folder of that name stays whole until then; a folder that holds anything else is refused.
-    """
-    if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").exists():
-        raise InputError(f"{path} is a folder with other things in it; give a new name to save a model to")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        temporary = Path(scratch, "new")
-        yield temporary
-        if path.is_dir():
-            os.replace(path, Path(scratch, "old"))
-        os.replace(temporary, path)
+def _take(tensors: Tensors, prefix: str) -> Tensors:
+    """Moves the tensors whose name begins with the prefix out of `tensors`, and cuts it off."""
+    return {key[len(prefix) :]: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
 
-def _open(path: Path) -> tuple[Tensors, dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
-
-
-def _part(path: Path, part: str) -> Tensors:
-    file = path / part / f"{folder.PARTS[part]}.safetensors"
-    if not file.exists():
-        raise InputError(f"{file} is missing; a diffusers folder has it")
-    return _open(file)[0]
-
-
-def _save(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
-
-
-def _take(tensors: Tensors, which: str | re.Pattern) -> Tensors:
-    """Moves those out of `tensors` whose name begins with a prefix (and cuts it off), or matches a pattern."""
-    if isinstance(which, str):
-        return {key[len(which) :]: tensors.pop(key) for key in list(tensors) if key.startswith(which)}
-    return {key: tensors.pop(key) for key in list(tensors) if which.fullmatch(key)}
-
-
-def _is_matrix(name: str, tensor: Tensor) -> bool:
+def _is_matrix(name: str, tensor: torch.Tensor) -> bool:
     """The autoencoder's attention: 1x1 convolutions in the official file, matrices in a diffusers folder."""
     return ".attn_1." in name and tensor.ndim > 1
 

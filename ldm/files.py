@@ -1,0 +1,105 @@
+"""Tensor files, whatever wrote them, and replacing a file or folder in one step.
+
+Tensors come memory-mapped where the file allows it: nothing is copied until somebody casts or moves it.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.errors import InputError
+
+Tensors = dict[str, Tensor]
+
+PICKLED = (".ckpt", ".bin", ".pt", ".pth")
+
+
+def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a .safetensors or pickled file by name, and its metadata. Raises InputError if it is damaged.
+
+    Of a pickled training checkpoint only the `state_dict` counts; what else it holds is not looked at.
+    """
+    if path.suffix in PICKLED:
+        from ldm import ckpt
+
+        tree = ckpt.read(path)
+        if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+            tree = tree["state_dict"]
+        if not isinstance(tree, dict):
+            raise InputError(f"{path} holds no state_dict")
+        return {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
+
+
+def open_part(folder: Path, stem: str, variant: str | None = None) -> Tensors:
+    """The tensors of one network in a diffusers folder: one file or shards with an index, .safetensors before .bin.
+
+    variant "fp16" means the files that are so named beside the full ones, or instead of them.
+    """
+    stems = [stem, "pytorch_model"] if stem == "model" else [stem]  # transformers' older name
+    dot = f".{variant}" if variant else ""
+    for name in stems:
+        for kind in ("safetensors", "bin"):
+            if (whole := folder / f"{name}{dot}.{kind}").exists():
+                return open_tensors(whole)[0]
+            if (index := folder / f"{name}.{kind}.index{dot}.json").exists():
+                return _open_shards(index)
+    there = sorted(
+        {m[1] for p in folder.glob("*") if (m := re.match(r"[a-z_]+\.(\w+)[.-].*(safetensors|bin)$", p.name))}
+    )
+    if variant is None and there:
+        raise InputError(f"{folder} has its weights as variant {there[0]} only; give --variant {there[0]}")
+    raise InputError(f"{folder / f'{stem}{dot}.safetensors'} is missing; a diffusers folder has it")
+
+
+def _open_shards(index: Path) -> Tensors:
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(shards.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is damaged: {error!r}") from None
+    tensors: Tensors = {}
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).exists():
+            raise InputError(f"{index} names a shard {name!r} that is not beside it")
+        found = open_tensors(index.parent / name)[0]
+        if twice := found.keys() & tensors.keys():
+            raise InputError(f"{index.parent / name}: tensor {min(twice)} is in another shard too")
+        tensors |= found
+    if tensors.keys() != shards.keys():
+        raise InputError(f"{index} and its shards differ in tensor {min(tensors.keys() ^ shards.keys())}")
+    return tensors
+
+
+def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    An older file or model folder of that name stays whole until then, also for whoever has it mapped; a folder that
+    holds anything else is refused.
+    """
+    if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").exists():
+        raise InputError(f"{path} is a folder with other things in it; give a new name to save a model to")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        temporary = Path(scratch, "new")
+        yield temporary
+        if path.is_dir():
+            os.replace(path, Path(scratch, "old"))
+        os.replace(temporary, path)
