@@ -27,7 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(args)
     check(args)
     device = cli.device(args.device)
-    sd = StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype])
+    sd = StableDiffusion.load(
+        args.model,
+        device,
+        cli.DTYPES[args.dtype],
+        ema=args.ema,
+        prediction=args.prediction_type,
+        variant=args.variant,
+    )
     print(sd.about)
     sd.latent_shape(args.height, args.width)
     sd.schedule.leading(args.steps)
@@ -82,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parser() -> cli.Parser:
     p = cli.Parser(prog="sample.py", description="Pictures from prompts.")
     p.add_argument("--model", default=str(TINY), help="official .safetensors file or diffusers folder")
+    cli.add_source_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="what to show; repeatable")
     p.add_argument("--prompts-file", help="a file with one prompt a line")
     p.add_argument("--negative-prompt", default="", help="what guidance leads away from")

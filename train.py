@@ -26,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(argv, TINY)
     run = Run(settings.output_dir)
     photographs = data.find_pictures(settings.instance_data_dir, "--instance-data-dir")
-    sd = StableDiffusion.load(settings.model, cli.device(settings.device))
+    sd = StableDiffusion.load(
+        settings.model,
+        cli.device(settings.device),
+        ema=settings.ema,
+        prediction=settings.prediction_type,
+        variant=settings.variant,
+    )
     print(sd.about)
     class_pictures = plan(sd, settings, run, photographs)
     run.start(settings)

@@ -27,6 +27,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what to take of a model file, where it leaves a choice."""
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="of a full training checkpoint, take the averaged UNet instead of the last one",
+    )
+    parser.add_argument("--prediction-type", help="eps or v, over what the file says; SD 2.x files often say nothing")
+    parser.add_argument("--variant", help='of a diffusers folder, take the files of this name: "fp16"')
+
+
 @contextmanager
 def reported(program: str) -> Iterator[None]:
     """Ends the program with status 2 and one line on standard error if an `InputError` comes up inside."""

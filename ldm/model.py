@@ -39,7 +39,7 @@ class StableDiffusion:
         cls,
         path: str | Path,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         *,
         ema: bool = False,
         prediction: str | None = None,
@@ -48,8 +48,8 @@ class StableDiffusion:
         """Loads an official single file or a diffusers folder; every tensor is insisted on, with its shape.
 
         The networks adopt the file's memory-mapped tensors; only what has another type or device is copied.
-        ema, prediction, variant: see `weights.read`. Raises InputError, which names the tensor, if one is missing,
-        unknown, of another shape, or not of finite numbers.
+        dtype: of the networks; as stored if None. ema, prediction, variant: see `weights.read`.
+        Raises InputError, which names the tensor, if one is missing, unknown, of another shape or not finite.
         """
         read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
         source = read()
@@ -75,15 +75,17 @@ class StableDiffusion:
         layout: str = "official",
         dtype: torch.dtype | None = None,
         metadata: dict[str, str] | None = None,
-    ) -> None:
+    ) -> list[str]:
         """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
 
         dtype: of the stored weights; as they are if None. metadata: more lines for the safetensors headers.
-        What is at `path` stays whole until the new one is.
+        What is at `path` stays whole until the new one is. Returns the names of tensors that the source had beside the
+        three networks and that this layout has no place for.
         """
         if layout not in weights.WRITERS:
             raise InputError(f"unknown layout {layout!r}; there are {' and '.join(weights.WRITERS)}")
         weights.WRITERS[layout](path, self._now(dtype), metadata)
+        return sorted(self._extra) if layout == "diffusers" else []
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights as they are stored where they were loaded from, or as they are if made here."""

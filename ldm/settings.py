@@ -27,6 +27,9 @@ class Settings:
         flags=("--pretrained-model-name-or-path",),
         path=True,
     )
+    ema: bool = setting(False, "of a full training checkpoint, begin with the averaged UNet instead of the last one")
+    prediction_type: str | None = setting(None, "eps or v, over what the file says; SD 2.x files often say nothing")
+    variant: str | None = setting(None, 'of a diffusers folder, take the files of this name: "fp16"')
     instance_data_dir: str | None = setting(None, "folder with photographs of the subject", path=True)
     instance_prompt: str | None = setting(None, 'names the subject by a rare word: "a photo of sks dog"')
     class_data_dir: str | None = setting(

@@ -147,7 +147,8 @@ def describe(source: Source) -> str:
         (name for name, preset in FAMILIES.items() if _shaped_like(source.config, preset)), "a model of its own size"
     )
     layout = {"official": "official single file", "diffusers": "diffusers folder"}[source.layout]
-    return f"{family}, {layout}, {'/'.join(types)}, predicts {source.config.schedule.prediction} ({source.prediction_from})"
+    predicts = f"predicts {source.config.schedule.prediction} ({source.prediction_from})"
+    return f"{family}, {layout}, {'/'.join(types)}, {predicts}"
 
 
 FAMILIES = {"Stable Diffusion 1": SD1, "Stable Diffusion 2": SD2}
