@@ -22,7 +22,8 @@ def find_pictures(folder: str | Path, flag: str, ours: Container[str] = ()) -> l
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{flag}: {folder} is not a folder; give one with the pictures in it")
-    known = Image.registered_extensions()  # loads Pillow's plugins
+    formats = Image.registered_extensions()  # loads Pillow's plugins; some of them, such as PDF's, can only write
+    known = {extension for extension, format in formats.items() if format in Image.OPEN}
     pictures = []
     for path in sorted(folder.iterdir()):
         if path.name in ours:
@@ -51,12 +52,17 @@ def square(path: str | Path, resolution: int) -> Image.Image:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             return ImageOps.fit(to_rgb(upright), (resolution, resolution), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged picture can make Pillow's plugins raise anything
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes -> 8-bit RGB: sixteen bits are scaled, not clipped; what is transparent becomes white."""
+    """Any of Pillow's modes -> 8-bit RGB: sixteen bits are scaled, not clipped; what is transparent becomes white.
+
+    Raises ValueError for floating-point pictures: nothing says which number is white.
+    """
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257.0).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

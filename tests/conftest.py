@@ -12,14 +12,20 @@ sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts at the top, 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from PIL import Image  # noqa: E402
 
-@pytest.fixture
+from ldm import StableDiffusion  # noqa: E402
+from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E402
+from ldm.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary  # noqa: E402
+
+
+@pytest.fixture(scope="session")
 def root() -> Path:
     """The top of the repository."""
     return ROOT
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomised():
     """A network with every parameter drawn anew: a zero-initialised layer would hide what lies behind it."""
 
@@ -35,3 +41,56 @@ def randomised():
         return network
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def random_model(randomised):
+    """random_model(): a Stable Diffusion small enough for tests, of odd widths and a vocabulary of its own.
+
+    Pictures are 32x32, latents 8x8. The text matters to them: cross-attention and output are made strong.
+    """
+
+    def make(seed: int = 0) -> StableDiffusion:
+        vocab, merges = clip_vocabulary()
+        tokens = [*list(vocab)[: 512 + 200], BOS, EOS]
+        tokenizer = Tokenizer({token: id for id, token in enumerate(tokens)}, merges[:200], 24, len(tokens) - 1)
+        config = ModelConfig(
+            unet=UNetConfig(
+                channels=(16, 32), attention=(True, False), blocks=1, heads=2, context_dim=24, norm_groups=4
+            ),
+            vae=VAEConfig(channels=(8, 16, 24), blocks=1, norm_groups=4, scale_factor=0.25),
+            text=TextConfig(len(tokens), 24, width=24, mlp_width=48, layers=2, heads=3, pad_id=len(tokens) - 1),
+            sample_size=8,
+        )
+        sd = StableDiffusion(config, tokenizer)
+        for network in sd.networks().values():
+            randomised(network, seed).eval()
+        with torch.no_grad():
+            sd.unet.out[2].weight.mul_(3.0)
+            for name, parameter in sd.unet.named_parameters():
+                if "attn2.to_v" in name:
+                    parameter.mul_(5.0)
+        return sd
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saved(random_model, tmp_path_factory) -> dict[str, Path]:
+    """Where `random_model()` lies on the disk in each layout; not to be written to."""
+    folder = tmp_path_factory.mktemp("model")
+    paths = {"official": folder / "model.safetensors", "diffusers": folder / "model"}
+    for layout, path in paths.items():
+        random_model().save(path, layout)
+    return paths
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """A folder with three photographs, no two of a size."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i, size in enumerate([(40, 32), (32, 50), (64, 64)]):
+        noise = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).resize(size).save(folder / f"{i}.png")
+    return folder

@@ -1,0 +1,193 @@
+"""Photographs as people have them become upright, square, RGB pictures in [-1, 1]."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+from ldm import InputError
+from ldm.data import find_pictures, load_picture, square
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def quarters(top_left, top_right, bottom_left, bottom_right, size=64) -> Image.Image:
+    image = Image.new("RGB", (size, size))
+    corners = {(0, 0): top_left, (1, 0): top_right, (0, 1): bottom_left, (1, 1): bottom_right}
+    for (x, y), color in corners.items():
+        image.paste(color, (x * size // 2, y * size // 2, (x + 1) * size // 2, (y + 1) * size // 2))
+    return image
+
+
+def corners(image: Image.Image) -> list[tuple[int, ...]]:
+    n = image.width
+    return [image.getpixel(at) for at in ((n // 8, n // 8), (n - n // 8, n // 8), (n // 8, n - n // 8))]
+
+
+def close(a, b, by: int) -> bool:
+    return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= by
+
+
+def test_a_picture_is_rgb_from_minus_one_to_one(tmp_path):
+    quarters(RED, GREEN, BLUE, WHITE).save(tmp_path / "a.png")
+    pixels = load_picture(tmp_path / "a.png", 32)
+    assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.float32)
+    assert pixels[:, 2, 2].tolist() == [1, -1, -1] and pixels[:, 2, 29].tolist() == [-1, 1, -1]
+    assert pixels[:, 29, 29].tolist() == [1, 1, 1]
+    levels = (pixels + 1) * 127.5  # of 8 bits
+    assert (levels - levels.round()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_as_its_camera_says(orientation, tmp_path):
+    """EXIF 2.3, tag 274: where the picture's top left corner lies in the file."""
+    upright = quarters(RED, GREEN, BLUE, WHITE)
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }.get(orientation)  # fmt: skip
+    exif = Image.Exif()
+    exif[274] = orientation
+    (upright if turn is None else upright.transpose(turn)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert close(corners(square(tmp_path / "a.jpg", 64)), [RED, GREEN, BLUE], by=6)
+
+
+@pytest.mark.parametrize("size", [(300, 100), (100, 300), (101, 100), (3, 2), (1, 1), (1, 500), (500, 1)])
+def test_the_short_side_fits_and_the_middle_stays(size, tmp_path):
+    """A ramp along the longer side, cut to its middle: symmetric around the middle grey."""
+    width, height = size
+    ramp = np.tile(np.linspace(0, 255, max(size)), (min(size), 1))
+    ramp = (ramp if width >= height else ramp.T).round().astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    found = np.asarray(square(tmp_path / "a.png", 64), dtype=float)[..., 0]
+    assert found.shape == (64, 64)
+    if min(size) >= 100:
+        profile = found.mean(0) if width >= height else found.mean(1)
+        half = 127.5 * min(size) / max(size)
+        np.testing.assert_allclose(profile[[0, -1]], [127.5 - half, 127.5 + half], atol=4)
+
+
+def save_transparent(mode: str, path) -> None:
+    """Left half red (or black, in grey), right half nothing at all over some hidden colour."""
+    color, hidden = {"RGBA": ((255, 0, 0, 255), (9, 9, 9, 0)), "LA": ((0, 255), (9, 0))}.get(mode, (0, 1))
+    image = Image.new("P" if mode == "P" else mode, (64, 64), hidden)
+    image.paste(color, (0, 0, 32, 64))
+    if mode == "P":
+        image.putpalette([255, 0, 0, 9, 9, 9])
+        image.save(path, transparency=1)
+    else:
+        image.save(path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    save_transparent(mode, tmp_path / "a.png")
+    left, right, _ = corners(square(tmp_path / "a.png", 64))
+    assert left == ((0, 0, 0) if mode == "LA" else RED) and right == WHITE
+
+
+def test_colour_keys_and_half_transparency(tmp_path):
+    quarters(RED, GREEN, RED, GREEN).save(tmp_path / "key.png", transparency=GREEN)
+    assert corners(square(tmp_path / "key.png", 64)) == [RED, WHITE, RED]
+    Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save(tmp_path / "half.png")
+    assert close(square(tmp_path / "half.png", 8).getpixel((4, 4)), (127, 127, 127), by=1)
+
+
+def test_printers_jpegs_palettes_and_two_colours(tmp_path):
+    image = quarters(RED, GREEN, BLUE, WHITE)
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert Image.open(tmp_path / "cmyk.jpg").mode == "CMYK"
+    assert close(corners(square(tmp_path / "cmyk.jpg", 64)), [RED, GREEN, BLUE], by=8)
+    image.quantize(4).save(tmp_path / "palette.gif")
+    assert close(corners(square(tmp_path / "palette.gif", 64)), [RED, GREEN, BLUE], by=1)
+    quarters(WHITE, (0, 0, 0), WHITE, WHITE).convert("1").save(tmp_path / "bits.png")
+    assert corners(square(tmp_path / "bits.png", 64)) == [WHITE, (0, 0, 0), WHITE]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_are_scaled_not_clipped(name, tmp_path):
+    """65535 is white; 0x8000 is the middle grey, and not white, as everything above 255 is where it is clipped."""
+    values = np.full((64, 64), 0x8000, dtype=np.uint16)
+    values[:32, :32], values[:32, 32:] = 0xFFFF, 0
+    Image.fromarray(values).save(tmp_path / name)
+    assert Image.open(tmp_path / name).mode.startswith("I")
+    found = square(tmp_path / name, 32)
+    assert [found.getpixel(at)[0] for at in ((4, 4), (28, 4), (16, 28))] == [255, 0, 128]
+
+
+def test_floating_point_pictures_are_refused(tmp_path):
+    """Whether 1 or 255 is white is not said in the file."""
+    Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif can't be read .* 8 or 16 bits"):
+        square(tmp_path / "a.tif", 8)
+
+
+def test_pictures_are_found_and_the_rest_is_skipped_with_a_word(tmp_path, capsys):
+    picture = quarters(RED, GREEN, BLUE, WHITE)
+    for name in ("b.JPG", "a.Png", "c.webp", ".hidden.png"):
+        picture.save(tmp_path / name, format={"b.JPG": "JPEG", "c.webp": "WEBP"}.get(name, "PNG"))
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", "paper.pdf"):
+        (tmp_path / name).write_bytes(b"junk")
+    (tmp_path / "more.png").mkdir()
+    picture.save(tmp_path / "more.png" / "d.png")
+    assert [path.name for path in find_pictures(tmp_path, "--instance-data-dir")] == ["a.Png", "b.JPG", "c.webp"]
+    said = capsys.readouterr().err
+    for name in (".hidden.png", ".DS_Store", "Thumbs.db", "notes.txt", "paper.pdf", "more.png"):
+        assert str(tmp_path / name) in said
+    assert len(said.splitlines()) == 6
+
+
+@pytest.mark.parametrize("what", ["missing", "a file", "empty", "junk only"])
+def test_a_folder_without_pictures_is_an_error_that_names_the_flag(what, tmp_path):
+    folder = tmp_path / "dogs"
+    if what == "a file":
+        folder.write_text("no folder")
+    elif what != "missing":
+        folder.mkdir()
+    if what == "junk only":
+        (folder / "notes.txt").write_text("nothing to see")
+    with pytest.raises(InputError, match=r"^--instance-data-dir: .*dogs (is not a folder|holds no picture); \w+"):
+        find_pictures(folder, "--instance-data-dir")
+
+
+def damaged() -> dict[str, bytes]:
+    """Pictures cut short or hit in the middle, as bad cards and broken downloads leave them."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    files = {"empty.png": b"", "text.jpg": b"<html>404 not found</html>"}
+    for name, format in (("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("a.gif", "GIF"), ("a.tif", "TIFF")):
+        stream = io.BytesIO()
+        noise.save(stream, format=format)
+        files["short-" + name] = stream.getvalue()[: len(stream.getvalue()) // 2]
+    files["header.png"] = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
+    return files
+
+
+@pytest.mark.parametrize("name", damaged())
+def test_an_unreadable_picture_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(damaged()[name])
+    with pytest.raises(InputError, match=rf"{name} can't be read as a picture") as error:
+        load_picture(tmp_path / name, 32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow has much to say about such files
+def test_whatever_the_bytes_are_nothing_but_an_input_error_comes_up(tmp_path):
+    rng = np.random.default_rng(0)
+    picture, exif = quarters(RED, GREEN, BLUE, WHITE), Image.Exif()
+    exif[274], exif[306] = 6, "2024:01:01 00:00:00"
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", *(["AVIF"] if features.check("avif") else [])):
+        stream = io.BytesIO()
+        picture.save(stream, format=format, **({} if format in ("GIF", "BMP") else {"exif": exif}))
+        whole = np.frombuffer(stream.getvalue(), dtype=np.uint8)
+        for _ in range(40):
+            bytes_ = whole.copy()
+            bytes_[rng.integers(0, len(whole), 6)] = rng.integers(0, 256, 6)
+            (tmp_path / "a.img").write_bytes(bytes_.tobytes())
+            try:
+                load_picture(tmp_path / "a.img", 16)
+            except InputError:
+                pass
