@@ -1,0 +1,60 @@
+"""A model saved as a folder opens in diffusers as it is, and makes the same pictures there."""
+
+import logging
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from ldm import StableDiffusion
+
+diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
+pytest.importorskip("transformers", reason="needs the parity extra")
+
+
+@pytest.fixture(scope="module")
+def pipeline(saved):
+    """The saved folder, opened by diffusers, and what diffusers and transformers said while they did."""
+    kind = diffusers.StableDiffusionPipeline  # importing it has things to say about what is installed
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "py.warnings")]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for logger in loggers:
+            logger.addHandler(handler)
+        pipe = kind.from_pretrained(saved["diffusers"])
+        for logger in loggers:
+            logger.removeHandler(handler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, said + [str(w.message) for w in warned]
+
+
+def test_the_saved_folder_opens_in_diffusers_without_a_warning(pipeline):
+    assert pipeline[1] == []
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
+def test_diffusers_makes_the_same_pictures_of_the_saved_folder(sampler, eta, guidance, pipeline, saved):
+    pipe, _ = pipeline
+    kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}[sampler]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    prompts, seeds = ["a photo of a red cat", "snow"], [3, 14]
+    theirs = pipe(
+        prompts,
+        negative_prompt=["a blur"] * 2,
+        num_inference_steps=7,
+        guidance_scale=guidance,
+        eta=eta,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+    sd = StableDiffusion.load(saved["diffusers"])
+    ours = sd.generate(
+        prompts, negative_prompt="a blur", steps=7, guidance=guidance, sampler=sampler, eta=eta, seeds=seeds
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
+        assert np.asarray(a).std() > 10  # there is something to see

@@ -1,0 +1,205 @@
+"""Model files: the same tensors, bit for bit, in every layout, and nothing in them that is not accounted for."""
+
+import json
+import math
+import re
+import shutil
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ldm import InputError, StableDiffusion
+
+TEXT = "cond_stage_model.transformer.text_model."
+LAYOUTS = {"official": "model.safetensors", "diffusers": "model"}  # and what we call a model there
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def same_bits(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("second", LAYOUTS)
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_a_round_trip_through_any_two_layouts_is_bitwise(first, second, dtype, random_model, tmp_path):
+    original = random_model()
+    a, b = tmp_path / "a" / LAYOUTS[first], tmp_path / "b" / LAYOUTS[second]
+    original.save(a, first, dtype=dtype)
+    once = StableDiffusion.load(a, dtype=dtype)
+    once.save(b, second)
+    twice = StableDiffusion.load(b, dtype=dtype)
+    expected = {name: tensor.to(dtype) for name, tensor in original.state().items()}
+    assert same_bits(once.state(), expected) and same_bits(twice.state(), expected)
+    assert original.config == once.config == twice.config  # odd widths and all
+    prompt = ["a photo of sks dog, isn't it?"]
+    assert torch.equal(original.tokenizer(prompt), twice.tokenizer(prompt))
+    assert once.fingerprint() == twice.fingerprint()  # of what is stored, not of how
+
+
+def test_the_fingerprint_tells_models_and_types_apart(saved, random_model, tmp_path):
+    original = StableDiffusion.load(saved["official"])
+    assert original.fingerprint() == StableDiffusion.load(saved["diffusers"]).fingerprint()
+    assert original.fingerprint() == StableDiffusion.load(saved["official"], dtype=torch.float16).fingerprint()
+    original.save(tmp_path / "half.safetensors", dtype=torch.float16)
+    with torch.no_grad():
+        changed = random_model()
+        changed.vae.post_quant_conv.bias[0] += 1e-6
+    prints = [original, StableDiffusion.load(tmp_path / "half.safetensors"), changed]
+    assert len({sd.fingerprint() for sd in prints}) == 3
+
+
+# The tables that CompVis' DDPM.register_schedule keeps in its checkpoints: first, second and last entry, evaluated
+# from its formulas in float64. alphas_cumprod also stands in the tests of other ports, e.g. tinygrad's
+# external_test_models.py: sqrt_alphas_cumprod 0.99957490 and 0.06826485.
+BUFFERS = {
+    "betas": (0.00085, 0.0008546986554056862, 0.012),
+    "alphas_cumprod": (0.99915, 0.9982960278384514, 0.004660098513077238),
+    "sqrt_alphas_cumprod": (0.9995749096490968, None, 0.0682649142171675),
+    "sqrt_one_minus_alphas_cumprod": (0.029154759474226803, None, 0.9976672298351403),
+    "posterior_variance": (0.0, 0.00042635312564883403, 0.01199931761537886),
+    "posterior_log_variance_clipped": (-46.051701859880914, -7.760242621622523, -4.422905496196129),
+    "posterior_mean_coef1": (0.9999999999999795, 0.5013786906459231, 0.0008279972760209865),
+    "posterior_mean_coef2": (0.0, 0.49862121846488955, 0.9939253680201147),
+}
+
+
+def test_an_official_file_has_the_tables_that_the_original_class_expects(saved):
+    tensors = load_file(saved["official"])
+    for name, values in BUFFERS.items():
+        assert (tensors[name].shape, tensors[name].dtype) == ((1000,), torch.float32)
+        for index, value in zip((0, 1, 999), values, strict=True):
+            if value is not None:
+                assert math.isclose(tensors[name][index].item(), value, rel_tol=1e-7, abs_tol=1e-12), (name, index)
+    abar = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.0120**0.5, 1000) ** 2)
+    formulas = {
+        "alphas_cumprod_prev": np.append(1.0, abar[:-1]),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - abar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / abar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / abar - 1.0),
+    }
+    for name, values in formulas.items():
+        np.testing.assert_allclose(tensors[name].numpy(), values, rtol=1e-6, err_msg=name)
+    positions = tensors[TEXT + "embeddings.position_ids"]
+    assert positions.dtype == torch.int64 and positions.tolist() == [list(range(24))]
+    networks = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.")
+    others = {name for name in tensors if not name.startswith(networks)}
+    assert others == BUFFERS.keys() | formulas.keys()
+
+
+def test_what_an_official_file_has_beside_the_networks_is_carried_over(saved, tmp_path):
+    tensors = load_file(saved["official"])
+    kept = {
+        "betas": torch.full((1000,), 0.5),  # not ours to correct
+        "first_stage_model.loss.logvar": torch.tensor(0.25),
+        TEXT + "embeddings.position_ids": torch.arange(24, dtype=torch.int64)[None],
+    }
+    averages = {"model_ema.diffusion_modelout2bias": torch.zeros(4), "model_ema.num_updates": torch.tensor(7)}
+    with safe_open(saved["official"], "pt") as file:
+        save_file(tensors | kept | averages, tmp_path / "a.safetensors", file.metadata())
+    sd = StableDiffusion.load(tmp_path / "a.safetensors")
+    sd.save(tmp_path / "b.safetensors", dtype=torch.float16)
+    found = load_file(tmp_path / "b.safetensors")
+    assert same_bits({name: found[name] for name in kept}, kept)
+    assert not any(name.startswith("model_ema") for name in found)
+
+
+@contextmanager
+def rewritten(file):
+    """The tensors of a .safetensors file, to be changed in the block and written back at its end."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    yield tensors
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fault", ["missing", "unknown", "shape"])
+def test_loading_is_strict_and_names_the_tensor(layout, fault, saved, tmp_path):
+    path = tmp_path / LAYOUTS[layout]
+    if layout == "official":
+        shutil.copy(saved[layout], path)
+        file, name = path, "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"
+    else:
+        shutil.copytree(saved[layout], path)
+        file, name = path / "unet" / "diffusion_pytorch_model.safetensors", "down_blocks.0.resnets.0.norm1.weight"
+    official = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"  # our name for both
+    with rewritten(file) as tensors:
+        if fault == "missing":
+            del tensors[name]
+        elif fault == "unknown":
+            tensors["adapter.weight"] = torch.zeros(3)
+        else:
+            tensors[name] = tensors[name][:3].clone()
+    said = {
+        "missing": rf"missing tensor {re.escape(official)}$",
+        "unknown": r"unknown tensor .*adapter\.weight$",
+        "shape": rf"{re.escape(official)} is \(3,\), and should be \(16,\)$",
+    }
+    with pytest.raises(InputError, match=said[fault]) as error:
+        StableDiffusion.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_folders_of_every_age_are_read(saved, tmp_path):
+    """Hub folders and today's differ in the text encoder's names, the tokenizer's files and the VAE's attention."""
+    theirs, expected = tmp_path / "model", StableDiffusion.load(saved["diffusers"])
+    shutil.copytree(saved["diffusers"], theirs)
+    encoder = theirs / "text_encoder" / "model.safetensors"
+    today = all(not name.startswith("text_model.") for name in load_file(encoder))
+    with rewritten(encoder) as tensors:
+        for name in list(tensors):
+            other = "text_model." + name if today else name.removeprefix("text_model.")
+            tensors[other] = tensors.pop(name)
+        if today:
+            tensors["text_model.embeddings.position_ids"] = torch.arange(24)[None]
+    with rewritten(theirs / "vae" / "diffusion_pytorch_model.safetensors") as tensors:
+        old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+        for name in [name for name in tensors if ".attentions." in name]:
+            renamed = name
+            for new_part, old_part in old.items():
+                renamed = renamed.replace(new_part, old_part)
+            tensors[renamed] = tensors.pop(name)
+    vocab = json.loads((theirs / "tokenizer" / "vocab.json").read_text())
+    merges = [line.split() for line in (theirs / "tokenizer" / "merges.txt").read_text().splitlines()[1:]]
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        (theirs / "tokenizer" / name).unlink()
+    (theirs / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": merges}}))
+    loaded = StableDiffusion.load(theirs)
+    assert same_bits(loaded.state(), expected.state())
+    assert loaded.config == expected.config and loaded.fingerprint() == expected.fingerprint()
+    assert torch.equal(loaded.tokenizer(["a photo, that's it"]), expected.tokenizer(["a photo, that's it"]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_save_that_fails_leaves_the_old_model_whole(layout, random_model, saved, tmp_path, monkeypatch):
+    path = tmp_path / LAYOUTS[layout]
+    random_model().save(path, layout)
+    before = StableDiffusion.load(path).fingerprint()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("to_metadata", "save"):  # in the midst of writing either layout
+        monkeypatch.setattr("ldm.tokenizer.Tokenizer." + name, full)
+    with pytest.raises(OSError, match="No space"):
+        random_model(1).save(path, layout)
+    monkeypatch.undo()
+    assert StableDiffusion.load(path).fingerprint() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # and no litter
+    random_model(1).save(path, layout)
+    assert StableDiffusion.load(path).fingerprint() == random_model(1).fingerprint()
+
+
+def test_a_folder_with_other_things_is_not_replaced(random_model, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    for layout in LAYOUTS:
+        with pytest.raises(InputError, match="other things in it"):
+            random_model().save(tmp_path / "home", layout)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
