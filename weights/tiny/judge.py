@@ -1,0 +1,157 @@
+"""A small classifier of the drawn world, which scores generated pictures without any outside network.
+
+It plays the part that CLIP and DINO play in the DreamBooth paper (section 4): its answers say whether a picture
+shows what the prompt asked for, and its features say how alike two things are. It learns from drawings alone, never
+from generated pictures. Heads: kind, colour, pattern, scene; for monsters also shape, eyes, crown, mouth and the
+second colour. Blur and noise in training make it forgiving of the autoencoder.
+
+    python weights/tiny/judge.py --work-dir runs/tiny --minutes 6     # trains, writes weights/tiny/judge.safetensors
+"""
+
+import argparse
+import itertools
+import random
+from pathlib import Path
+
+import dataset
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from safetensors.torch import load_file, save_file
+from torch import nn
+from training import Budget, set_rate, to_tensor
+
+HEADS = {
+    "kind": world.KINDS,
+    "colour": tuple(world.COLOURS),
+    "pattern": world.PATTERNS,
+    "scene": world.SCENES,
+    "shape": world.SHAPES,
+    "eyes": world.EYES,
+    "crown": world.CROWNS + world.RARE_CROWNS,
+    "mouth": world.MOUTHS,
+    "second": ("white", *world.RARE_SECONDS),
+}
+FILE = Path(__file__).parent / "judge.safetensors"
+
+
+class Judge(nn.Module):
+    """(B, 3, 64, 64) in [-1, 1] -> features of the thing, (B, 64), and logits for each head."""
+
+    def __init__(self):
+        super().__init__()
+
+        def layer(width, out, stride):
+            return nn.Sequential(nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+
+        self.trunk = nn.Sequential(
+            layer(3, 32, 2), layer(32, 48, 2), layer(48, 96, 1), layer(96, 128, 2), layer(128, 128, 1)
+        )
+        self.thing = nn.Linear(256, 64)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(128 if name == "scene" else 64, len(HEADS[name])) for name in HEADS}
+        )
+        self.register_buffer("centre", torch.zeros(64))  # the mean of drawn monsters
+
+    def forward(self, x):
+        h = self.trunk(x)  # (B, 128, 8, 8)
+        mean, peak = h.mean((2, 3)), h.amax((2, 3))
+        thing = self.thing(torch.cat([mean, peak], 1))  # (B, 64)
+        return thing, {name: head(mean if name == "scene" else thing) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def features(self, images):
+        """(B, 64, 64, 3) uint8 -> (B, 64) of unit length, centred on the mean of drawn monsters: who, not where."""
+        return F.normalize(self(to_tensor(images))[0] - self.centre, dim=1)
+
+    @torch.no_grad()
+    def answers(self, images):
+        """(B, 64, 64, 3) uint8 -> for each picture a dict such as {"kind": "cat", "colour": "red", ...}."""
+        best = {name: logits.argmax(1).tolist() for name, logits in self(to_tensor(images))[1].items()}
+        return [{name: HEADS[name][best[name][i]] for name in HEADS} for i in range(len(images))]
+
+
+def load():
+    judge = Judge()
+    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(FILE).items()})
+    return judge.eval()
+
+
+def blur(x, rng):
+    """What the autoencoder and the sampler do to a picture, roughly: blur, noise, another contrast."""
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, soft, torch.rand(len(x), 1, 1, 1) * 1.2)
+    x = x * (1 + 0.12 * (torch.rand(len(x), 1, 1, 1) - 0.5)) + 0.08 * (torch.rand(len(x), 3, 1, 1) - 0.5)
+    return x + torch.rand(len(x), 1, 1, 1) * 0.12 * torch.randn_like(x)
+
+
+def labels(pictures):
+    """(N, heads) class numbers; -1 where a head does not apply (a ball has no eyes, a plain thing no second colour)."""
+    rows = []
+    for p in pictures:
+        row = {name: choices.index(getattr(p, name)) for name, choices in HEADS.items()}
+        if p.kind != "monster":
+            row.update(shape=-1, eyes=-1, crown=-1, mouth=-1)
+        if p.pattern == "plain":
+            row["second"] = -1
+        rows.append(list(row.values()))
+    return torch.tensor(rows)
+
+
+@torch.no_grad()
+def accuracy(judge, images, pictures):
+    judge.eval()
+    logits, truth = judge(to_tensor(images))[1], labels(pictures)
+    judge.train()
+    return {
+        n: round(float((logits[n].argmax(1) == truth[:, i])[truth[:, i] >= 0].float().mean()), 4)
+        for i, n in enumerate(HEADS)
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train the judge.")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    torch.manual_seed(0)
+    folders = [dataset.read(args.work_dir / name) for name in ("world", "wide")]
+    images = np.concatenate([images for images, _ in folders])
+    truth = labels([p for _, pictures in folders for p in pictures])
+    held = [dataset.draw_one((False, f"held {i}")) for i in range(1000)]
+    held_images, held_pictures = np.stack([image for _, image in held]), [picture for picture, _ in held]
+
+    judge = Judge().to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
+    budget = Budget(args.minutes)
+    for step in itertools.count():
+        rng = random.Random(f"judge {step}")
+        set_rate(optimizer, budget.learning_rate(2e-3))
+        rows = np.sort(rng.sample(range(len(images)), 96))
+        x, y = blur(to_tensor(images[rows]), rng).contiguous(memory_format=torch.channels_last), truth[rows]
+        logits = judge(x)[1]
+        loss = sum(F.cross_entropy(logits[name], y[:, i], ignore_index=-1) for i, name in enumerate(HEADS))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 300 == 0:
+            right = accuracy(judge, held_images, held_pictures)
+            print(f"{step:5d}  {budget.elapsed / 60:.1f} min  loss {loss:.3f}  {right}", flush=True)
+        if budget.fraction == 1:
+            break
+
+    judge.eval()
+    monsters = np.array([image for image, p in zip(held_images, held_pictures, strict=True) if p.kind == "monster"])
+    with torch.no_grad():
+        judge.centre.copy_(judge(to_tensor(monsters))[0].mean(0))
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in judge.state_dict().items()}, FILE)
+    print(f"{step} steps, as shipped: {accuracy(load(), held_images, held_pictures)}")
+
+
+if __name__ == "__main__":
+    main()
