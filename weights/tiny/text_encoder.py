@@ -1,0 +1,152 @@
+"""Trains the text encoder as CLIP was: captions and pictures of a batch must find each other.
+
+The real one (Radford et al. 2021) learned from 400 million pairs of the web, with a large image tower; Stable Diffusion
+keeps its text half, frozen. Ours has 2 layers instead of 12, a byte-pair vocabulary learned from our own captions, and
+an image tower of five convolutions, thrown away at the end. As CLIP's, the text's vector is the one at end-of-text.
+
+    python weights/tiny/text_encoder.py --work-dir runs/tiny --minutes 5
+"""
+
+import argparse
+import itertools
+import json
+import random
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import dataset
+import torch
+import torch.nn.functional as F
+import world
+from safetensors.torch import save_file
+from torch import nn
+from training import Budget, set_rate, to_tensor
+
+from ldm.clip import TextEncoder
+from ldm.config import TextConfig
+from ldm.tokenizer import Tokenizer
+
+CONTEXT_LENGTH, BATCH, VECTOR = 32, 256, 64
+
+
+def learn_merges(words):
+    """Byte-pair encoding (Sennrich et al. 2016): merge the commonest neighbours until every word is one token.
+
+    words: Counter of words. Returns merges in the order learned. Words that end in "</w>" are complete.
+    """
+    pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
+    merges = []
+    while any(len(p) > 1 for p in pieces.values()):
+        pairs = Counter()
+        for word, p in pieces.items():
+            for pair in itertools.pairwise(p):
+                pairs[pair] += words[word]
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for word, p in pieces.items():
+            merged, i = [], 0
+            while i < len(p):
+                step = 2 if p[i : i + 2] == best else 1
+                merged.append("".join(p[i : i + step]))
+                i += step
+            pieces[word] = tuple(merged)
+    return merges
+
+
+def learn_tokenizer(captions):
+    """CLIP's 512 byte tokens, then our merges, then the two specials: any text can be spelled, our words are tokens."""
+    counts = Counter(word for caption in captions for word in caption.split())
+    merges = learn_merges(
+        Counter({word: n for word, n in counts.items() if n > 100})
+    )  # leaves out the meaningless words
+    clip = Tokenizer.clip().vocab
+    tokens = [*sorted(clip, key=clip.get)[:512], *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, CONTEXT_LENGTH, pad_id=len(tokens) - 1)
+
+
+class ImageTower(nn.Module):
+    """(B, 3, 64, 64) -> (B, VECTOR). Only there to teach the text encoder."""
+
+    def __init__(self):
+        super().__init__()
+
+        def layer(width, out):
+            return nn.Sequential(nn.Conv2d(width, out, 3, 2, 1), nn.GroupNorm(8, out), nn.ReLU())
+
+        self.convolutions = nn.Sequential(layer(3, 32), layer(32, 64), layer(64, 96), layer(96, 128))
+        self.project = nn.Linear(2048, VECTOR)
+
+    def forward(self, x):
+        return self.project(self.convolutions(x).flatten(1))
+
+
+class Clip(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.text, self.image = TextEncoder(config), ImageTower()
+        self.text_projection = nn.Linear(config.width, VECTOR, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as CLIP starts
+
+    def forward(self, ids, images, end):
+        """ids (B, L), images (B, 3, 64, 64), end (B,) places of end-of-text -> similarities (B texts, B images)."""
+        text = self.text(ids)[torch.arange(len(ids)), end]
+        text, image = F.normalize(self.text_projection(text), dim=1), F.normalize(self.image(images), dim=1)
+        return self.logit_scale.exp().clamp(max=100) * text @ image.T
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train the text encoder.")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--minutes", type=float, default=5)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    images, pictures = dataset.read(args.work_dir / "world")
+    tokenizer = learn_tokenizer([world.caption(p, random.Random(i)) for i, p in enumerate(pictures)])
+    tokenizer.save(args.work_dir / "tokenizer")
+    config = TextConfig(
+        vocab_size=tokenizer.vocab_size,
+        context_length=CONTEXT_LENGTH,
+        width=128,
+        mlp_width=512,
+        layers=2,
+        heads=4,
+        pad_id=tokenizer.pad_id,
+    )
+    model = Clip(config)
+    model.image.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    budget = Budget(args.minutes)
+    for step in itertools.count():
+        rng = random.Random(f"text {step}")
+        set_rate(optimizer, budget.learning_rate(1.5e-3))
+        rows = sorted(rng.sample(range(len(images)), BATCH))
+        ids = tokenizer([world.caption(pictures[row], rng) for row in rows])
+        end = (ids == tokenizer.eos_id).int().argmax(1)  # the first: padding is end-of-text too
+        x = to_tensor(images[rows]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids[:, : int(end.max()) + 1], x, end)
+        truth = torch.arange(BATCH)
+        loss = (F.cross_entropy(logits.float(), truth) + F.cross_entropy(logits.float().T, truth)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0 or budget.fraction == 1:
+            found = (logits.argmax(1) == truth).float().mean()
+            print(
+                f"{step:5d}  {budget.elapsed / 60:.1f} min  loss {loss:.3f}  found among {BATCH}: {found:.2f}",
+                flush=True,
+            )
+        if budget.fraction == 1:
+            break
+
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.text.state_dict().items()},
+        args.work_dir / "text_encoder.safetensors",
+    )
+    (args.work_dir / "text_encoder.json").write_text(json.dumps(asdict(config)))
+
+
+if __name__ == "__main__":
+    main()
