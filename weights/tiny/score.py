@@ -1,0 +1,99 @@
+"""Scores a base model: does a picture show the kind, colour, pattern and scene that its prompt names?
+
+python weights/tiny/score.py                                # 216 pictures with the shipped model and settings
+python weights/tiny/score.py --guidance-scale 3 --steps 50  # others
+python weights/tiny/score.py --sheet runs/sheet.png         # and 64 of them to look at
+"""
+
+import argparse
+import random
+import tomllib
+from pathlib import Path
+
+import judge
+import numpy as np
+import world
+
+from ldm import StableDiffusion
+
+HERE = Path(__file__).parent
+
+
+def questions(count, seed=0):
+    """count dicts of kind, colour, pattern, scene: every value as often as every other, in random company."""
+    rng = random.Random(seed)
+    columns = {}
+    for name, values in (
+        ("kind", world.KINDS),
+        ("colour", world.COLOURS),
+        ("pattern", world.PATTERNS),
+        ("scene", world.SCENES),
+    ):
+        column = [tuple(values)[i % len(values)] for i in range(count)]
+        rng.shuffle(column)
+        columns[name] = column
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def prompt(question):
+    """ "a photo of a red striped cat in the snow"; plain things are not called plain, as people don't."""
+    pattern = "" if question["pattern"] == "plain" else question["pattern"] + " "
+    return f"a photo of a {question['colour']} {pattern}{question['kind']} {question['scene']}"
+
+
+def pictures(sd, prompts, seeds, steps, guidance, batch=36):
+    """Generated pictures as (len(prompts), 64, 64, 3) uint8."""
+    made = []
+    for i in range(0, len(prompts), batch):
+        made += sd.generate(prompts[i : i + batch], seeds=seeds[i : i + batch], steps=steps, guidance=guidance)
+    return np.stack([np.asarray(image) for image in made])
+
+
+def score(sd, count, steps, guidance, seed=0):
+    """({"kind": share right, ...}, the pictures, the prompts)"""
+    asked = questions(count, seed)
+    prompts = [prompt(question) for question in asked]
+    images = pictures(sd, prompts, [seed * count + i for i in range(count)], steps, guidance)
+    given = judge.load().answers(images)
+    right = {name: sum(g[name] == q[name] for g, q in zip(given, asked, strict=True)) / count for name in asked[0]}
+    return right, images, prompts
+
+
+def settings():
+    """train.toml, which has the sampling steps and guidance scale that the shipped model is used with."""
+    return tomllib.loads((HERE / "train.toml").read_text())
+
+
+def main():
+    shipped = settings()
+    parser = argparse.ArgumentParser(description="Score a base model with the judge.")
+    parser.add_argument("--model", type=Path, default=HERE / "base")
+    parser.add_argument("--count", type=int, default=216)
+    parser.add_argument("--steps", type=int, default=shipped["sample_steps"])
+    parser.add_argument("--guidance-scale", type=float, default=shipped["guidance_scale"])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sheet", type=Path)
+    args = parser.parse_args()
+    right, images, prompts = score(
+        StableDiffusion.load(args.model), args.count, args.steps, args.guidance_scale, args.seed
+    )
+    print(f"{args.count} pictures, {args.steps} steps, guidance {args.guidance_scale:g}: share that shows the prompt's")
+    print("  ".join(f"{name} {share:.1%}" for name, share in right.items()))
+
+    rng = random.Random("fresh")
+    drawn = [world.sample(rng) for _ in range(1000)]
+    given = judge.load().answers(np.stack([world.draw(picture, rng) for picture in drawn]))
+    print("the judge itself, on 1000 drawings:")
+    print(
+        "  ".join(
+            f"{name} {sum(g[name] == getattr(p, name) for g, p in zip(given, drawn, strict=True)) / 1000:.1%}"
+            for name in right
+        )
+    )
+    if args.sheet:
+        world.sheet(list(images[:64])).save(args.sheet)
+        print("\n".join(f"row {i // 8 + 1}, column {i % 8 + 1}: {text}" for i, text in enumerate(prompts[:64])))
+
+
+if __name__ == "__main__":
+    main()
