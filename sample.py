@@ -8,6 +8,7 @@ its prompt, seed, sampler, steps, guidance and the model's fingerprint as PNG te
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ldm import cli, samplers, sheet
+from ldm import cli, files, samplers, sheet
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     prompts = read_prompts(args)
     check(args)
+    folder = Path(args.output_dir)
+    files.insist_writable(folder, "--output-dir")
     device = cli.device(args.device)
     sd = StableDiffusion.load(
         args.model,
@@ -37,10 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(sd.about)
     sd.latent_shape(args.height, args.width)
-    sd.schedule.leading(args.steps)
+    sd.schedule.spaced(args.steps)
     fingerprint = sd.fingerprint()
 
-    folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.grid:
         n = args.num_images
         rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
-        number = sum(1 for _ in folder.glob("grid-*.png"))
+        number = first_free_index(folder, "grid-")
         write_png(folder / f"grid-{number:05d}.png", sheet.grid(rows), {"model": fingerprint})
     print(f"{len(pictures)} pictures in {folder}")
 
@@ -124,7 +126,7 @@ def read_prompts(args) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts-file {args.prompts_file} can't be read: {error}") from None
         prompts += [line.strip() for line in lines if line.strip()]
@@ -133,10 +135,10 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
-def first_free_index(folder: Path) -> int:
-    """One more than the highest index that a picture in the folder has."""
-    taken = [int(path.name.split("-")[0]) for path in folder.glob("[0-9]*-*.png") if path.name.split("-")[0].isdigit()]
-    return max(taken, default=-1) + 1
+def first_free_index(folder: Path, prefix: str = "") -> int:
+    """One more than the highest number that a picture's name in the folder has after the prefix."""
+    found = (re.match(rf"{prefix}(\d+)\b", path.name) for path in folder.glob("*.png"))
+    return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
 def write_png(path: Path, picture: Image.Image, text: dict[str, object]) -> None:

@@ -13,27 +13,33 @@ from ldm import draws
 from ldm.errors import InputError
 
 
-def find_pictures(folder: str | Path, flag: str, ours: Container[str] = ()) -> list[Path]:
-    """The picture files in a folder, by name. What is no picture is skipped, with a word on standard error.
+def find_pictures(folder: str | Path, flag: str) -> list[Path]:
+    """The picture files in a folder, by name; see `list_pictures`. flag: the folder's at the command line, to say so.
 
-    flag: the command line's name for the folder, for the messages. ours: names to pass over without a word.
     Raises InputError if there is no such folder, or no picture in it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise InputError(f"{flag}: {folder} is not a folder; give one with the pictures in it")
+    if pictures := list_pictures(folder):
+        return pictures
+    raise InputError(f"{flag}: {folder} holds no picture; put the photographs (.jpg, .png, ...) there")
+
+
+def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
+    """The picture files in a folder, by name. What is no picture is skipped, with a word on standard error.
+
+    ours: names to pass over without a word.
+    """
     formats = Image.registered_extensions()  # loads Pillow's plugins; some of them, such as PDF's, can only write
     known = {extension for extension, format in formats.items() if format in Image.OPEN}
     pictures = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(Path(folder).iterdir()):
         if path.name in ours:
             continue
         if path.is_file() and path.suffix.lower() in known and not path.name.startswith("."):
             pictures.append(path)
         else:
             print(f"skipped {path}: not a picture", file=sys.stderr)
-    if not pictures:
-        raise InputError(f"{flag}: {folder} holds no picture; put the photographs (.jpg, .png, ...) there")
     return pictures
 
 

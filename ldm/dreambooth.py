@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm import data, draws
+from ldm import data, draws, files
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
 
@@ -60,15 +60,17 @@ class ClassPictures:
         self.folder, self.recipe, self.seed = Path(folder), recipe, seed
         manifest = self._read_manifest()
         made = manifest["pictures"] if manifest else {}
-        own = []
-        if self.folder.is_dir() and any(p.name not in {MANIFEST, *made} for p in self.folder.iterdir()):
-            own = data.find_pictures(self.folder, "--class-data-dir", ours={MANIFEST, *made})
+        own: list[Path] = []
+        if self.folder.is_dir():
+            own = data.list_pictures(self.folder, ours={MANIFEST, *made})
         wanted = max(0, count - len(own))
         self.planned = {f"class-{i:05d}.png": draws.number(seed, "class picture", i) for i in range(wanted)}
         clash = [p.name for p in own if p.name in self.planned]
         if clash:
             raise InputError(f"{self.folder / clash[0]} has the name of a picture to be generated; rename it")
         self.paths = own[:count] + [self.folder / name for name in self.planned]
+        if self.missing():
+            files.insist_writable(self.folder, "--class-data-dir")
         self._record = {**recipe, "seed": seed, "pictures": made | self.planned}
 
     def _read_manifest(self) -> dict[str, Any] | None:
@@ -78,6 +80,7 @@ class ClassPictures:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             found = {name: manifest[name] for name in (*self.recipe, "seed", "pictures")}
+            found["pictures"] = dict(found["pictures"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error!r}); give another --class-data-dir") from None
         for name, value in {**self.recipe, "seed": self.seed}.items():

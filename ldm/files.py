@@ -87,6 +87,17 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
 
 
+def insist_writable(folder: Path, flag: str) -> None:
+    """Raises InputError, which names the flag, if nothing could be written in this folder, there already or not."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{flag} {folder} is a file; give a folder")
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder} can't be written: {there} is no folder that this user may write in")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place when the block ends well, and is removed when it does not.

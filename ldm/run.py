@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ldm import files
 from ldm.errors import InputError
 
 DEFAULT = Path("runs", "dreambooth")
@@ -15,8 +16,7 @@ class Run:
 
     def __init__(self, folder: str | None):
         self.folder = Path(folder) if folder is not None else _untaken(DEFAULT)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"--output-dir {self.folder} is a file; give a folder")
+        files.insist_writable(self.folder, "--output-dir")
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise InputError(f"--output-dir {self.folder} is not empty; give a new folder")
 
