@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(sd.about)
     sd.latent_shape(args.height, args.width)
-    sd.schedule.leading(args.steps)
+    sd.schedule.spaced(args.steps)
     fingerprint = sd.fingerprint()
 
     try:

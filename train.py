@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Path]) -> dreambooth.ClassPictures | None:
     """Finds out all that could be wrong with the input while nothing is written yet. Returns the class pictures."""
     sd.latent_shape(settings.resolution, settings.resolution)
-    sd.schedule.leading(settings.sample_steps)
+    sd.schedule.spaced(settings.sample_steps)
     pictures, class_pictures = photographs, None
     if settings.with_prior_preservation:
         recipe = {

@@ -76,6 +76,8 @@ class ScheduleConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     prediction: str = "eps"  # or "v"
+    zero_terminal_snr: bool = False  # the last step is noise alone (Lin et al. 2023); models that predict v only
+    spacing: str = "leading"  # of sampling steps; or "trailing", which begins at the very last one
 
 
 @dataclass(frozen=True)

@@ -147,12 +147,15 @@ class StableDiffusion:
         negative_prompt: str = "",
         steps: int = 50,
         guidance: float = 7.5,
+        guidance_rescale: float = 0.0,
         sampler: str = "ddim",
         eta: float = 0.0,
         seeds: Sequence[int] = (0,),
         height: int | None = None,
         width: int | None = None,
         latents: Tensor | None = None,
+        init_image: Tensor | None = None,
+        strength: float = 0.8,
         output: str = "pil",
         progress: Callable[[], object] | None = None,
     ) -> list[Image.Image] | Tensor:
@@ -161,24 +164,36 @@ class StableDiffusion:
         A picture depends on its prompt and its seed alone, not on the batch: initial latents, then the sampler's
         noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU.
         height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None.
-        latents: (B, 4, h, w) standard normal noise to start from instead. progress: called after each step.
+        latents: (B, 4, h, w) standard normal noise to start from instead.
+        init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: how much of the way
+        from noise is gone again, from 0, the picture as it is, to 1, nothing of it (SDEdit, Meng et al. 2022).
+        progress: called after each evaluation of the UNet; `samplers.evaluations` tells how many there are.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
-        Raises InputError for sizes, steps, samplers and outputs that there are not.
+        Raises InputError for sizes, steps, samplers, strengths and outputs that there are not.
         """
         prompts, seeds = _broadcast([prompts] if isinstance(prompts, str) else list(prompts), list(seeds))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
         run = samplers.find(sampler)
-        self.schedule.leading(steps)  # complains before anything is computed
+        times = samplers.times(sampler, self.schedule, steps)
+        start = 0
+        if init_image is not None:
+            start = steps - samplers.taken(steps, strength)
+            height, width = init_image.shape[1:]
         shape = self.latent_shape(height, width)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def noise() -> Tensor:
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
 
+        if init_image is not None:  # each generator's first draw
+            image = init_image[None].to(self.device, next(self.vae.parameters()).dtype)
+            picture = torch.cat([self.encode_images(image, g) for g in generators]).float()
         x = noise() if latents is None else latents.to(self.device, torch.float32)
-        denoise = self.denoiser(prompts, negative_prompt, guidance, progress)
-        z = run(denoise, x, self.schedule, steps, eta=eta, noise=noise)
+        if init_image is not None:
+            x = self.schedule.add_noise(picture, x, times[start]) if start < steps else picture
+        denoise = self.denoiser(prompts, negative_prompt, guidance, guidance_rescale, progress)
+        z = run(denoise, x, self.schedule, steps, eta=eta, noise=noise, start=start)
         if output == "latent":
             return z
         images = self.decode_latents(z.to(next(self.vae.parameters()).dtype)).float()
@@ -189,26 +204,26 @@ class StableDiffusion:
         prompts: Sequence[str],
         negative_prompt: str,
         guidance: float,
+        guidance_rescale: float = 0.0,
         progress: Callable[[], object] | None = None,
     ) -> samplers.Denoise:
-        """denoise(x, t) -> eps with classifier-free guidance (Ho & Salimans 2022, eq. 6), both halves in one batch.
+        """denoise(x, t) -> eps with classifier-free guidance, see `guided`; both halves go in one batch.
 
         guidance 1 is the prompt alone, and costs half.
         """
-        guided = guidance != 1.0
-        context = self.encode_prompt([negative_prompt] * len(prompts) + list(prompts) if guided else prompts)
+        twice = guidance != 1.0
+        context = self.encode_prompt([negative_prompt] * len(prompts) + list(prompts) if twice else prompts)
         dtype = next(self.unet.parameters()).dtype
 
-        def denoise(x: Tensor, t: int) -> Tensor:
-            inputs = torch.cat([x, x]) if guided else x
-            steps = torch.full((len(inputs),), t, device=x.device)
+        def denoise(x: Tensor, t: float) -> Tensor:
+            inputs = torch.cat([x, x]) if twice else x
+            steps = torch.full((len(inputs),), round(t), device=x.device)  # it has seen whole steps only
             prediction = self.unet(inputs.to(dtype), steps, context).to(x.dtype)
-            if guided:
-                without, with_prompt = prediction.chunk(2)
-                prediction = without + guidance * (with_prompt - without)
+            if twice:
+                prediction = guided(*prediction.chunk(2), guidance, guidance_rescale)
             if progress is not None:
                 progress()
-            return self.schedule.eps(prediction, x, steps[: len(x)])
+            return self.schedule.eps(prediction, x, t)
 
         return denoise
 
@@ -221,6 +236,19 @@ class StableDiffusion:
                 near = max(factor, round(side / factor) * factor)
                 raise InputError(f"{name} {side} is not a positive multiple of {factor} pixels; take {near}")
         return self.config.unet.in_channels, sides["height"] // factor, sides["width"] // factor
+
+
+def guided(without: Tensor, with_prompt: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): away from one prediction, beyond the other (B, C, h, w).
+
+    rescale: how far each picture's spread, which that widens, is led back to the prompt's: 0 not, 1 all the way.
+    """
+    prediction = without + scale * (with_prompt - without)
+    if rescale == 0.0:
+        return prediction
+    # Lin et al. 2023, eq. 14 to 16
+    ratio = with_prompt.flatten(1).std(1) / prediction.flatten(1).std(1)  # (B,)
+    return prediction * (rescale * ratio + 1.0 - rescale).view(-1, 1, 1, 1)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
