@@ -90,6 +90,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, Tokenizer]:
             beta_start=scheduler["beta_start"],
             beta_end=scheduler["beta_end"],
             prediction=PREDICTIONS[prediction],
+            zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+            # "linspace", the default of some schedulers there, is nothing that a model is trained for
+            spacing="trailing" if scheduler.get("timestep_spacing") == "trailing" else "leading",
         ),
         sample_size=unet["sample_size"],
     )
@@ -167,10 +170,11 @@ def config_files(config: ModelConfig, eos_id: int, bos_id: int) -> dict[str, dic
             "clip_sample": False,
             "num_train_timesteps": schedule.timesteps,
             "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[schedule.prediction],
+            "rescale_betas_zero_snr": schedule.zero_terminal_snr,
             "set_alpha_to_one": False,
             "skip_prk_steps": True,
             "steps_offset": 1,
-            "timestep_spacing": "leading",
+            "timestep_spacing": schedule.spacing,
         }
         | SCHEDULER_FACTS,
     }
