@@ -14,9 +14,10 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm import tqdm
 
-from ldm import cli, files, samplers, sheet
+from ldm import cli, data, files, samplers, sheet
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
 
@@ -25,6 +26,9 @@ TINY = Path(__file__).parent / "weights" / "tiny" / "base"
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if args.sampler == "help":
+        print(samplers.listing())
+        return
     prompts = read_prompts(args)
     check(args)
     folder = Path(args.output_dir)
@@ -39,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         variant=args.variant,
     )
     print(sd.about)
-    sd.latent_shape(args.height, args.width)
+    _, *size = sd.latent_shape(args.height, args.width)
     sd.schedule.spaced(args.steps)
+    init_image, steps = None, args.steps
+    if args.init_image is not None:
+        init_image = starting_picture(args.init_image, *(side * sd.config.vae.factor for side in size))
+        steps = samplers.taken(args.steps, args.strength)
     fingerprint = sd.fingerprint()
 
     try:
@@ -51,18 +59,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     index = first_free_index(folder)
     pictures: list[Image.Image] = []
-    with tqdm(total=len(batches) * args.steps, desc="sampling", unit="step") as bar:
+    evaluations = samplers.evaluations(args.sampler, steps)
+    with tqdm(total=len(batches) * evaluations, desc="sampling", unit="step") as bar:
         for batch in batches:
             made = sd.generate(
                 [prompt for prompt, _ in batch],
                 negative_prompt=args.negative_prompt,
                 steps=args.steps,
                 guidance=args.guidance_scale,
+                guidance_rescale=args.guidance_rescale,
                 sampler=args.sampler,
                 eta=args.eta,
                 seeds=[seed for _, seed in batch],
                 height=args.height,
                 width=args.width,
+                init_image=init_image,
+                strength=args.strength,
                 progress=bar.update,
             )
             for (prompt, seed), picture in zip(batch, made, strict=True):
@@ -74,9 +86,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "eta": args.eta,
                     "steps": args.steps,
                     "guidance_scale": args.guidance_scale,
+                    "guidance_rescale": args.guidance_rescale,
                     "size": f"{picture.width}x{picture.height}",
                     "model": fingerprint,
                 }
+                if init_image is not None:
+                    text |= {"init_image": Path(args.init_image).name, "strength": args.strength}
                 write_png(folder / f"{index:05d}-{seed}.png", picture, text)
                 index += 1
             pictures += made
@@ -98,11 +113,14 @@ def parser() -> cli.Parser:
     p.add_argument("--num-images", type=cli.positive, default=1, help="pictures for each prompt")
     p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 999")
     p.add_argument("--guidance-scale", type=float, default=7.5, help="how strongly to follow the prompt; 1 is off")
-    p.add_argument("--sampler", default="ddim", help=f"one of {', '.join(samplers.SAMPLERS)}")
+    p.add_argument("--guidance-rescale", type=float, default=0.0, help="undoes its excess of contrast, 0 to 1")
+    p.add_argument("--sampler", default="ddim", help=f"{', '.join(samplers.SAMPLERS)}; or help, for a line on each")
     p.add_argument("--eta", type=float, default=0.0, help="noise in DDIM, from 0 to 1")
     p.add_argument("--seed", type=int, default=0, help="of each prompt's first picture; the i-th has seed + i")
     p.add_argument("--height", type=int, help="pixels; the size that the model was trained at if not given")
     p.add_argument("--width", type=int, help="pixels; the size that the model was trained at if not given")
+    p.add_argument("--init-image", help="a picture to start from instead of noise")
+    p.add_argument("--strength", type=float, default=0.8, help="how much of that picture is redone, 0 to 1")
     p.add_argument("--batch-size", type=cli.positive, default=4, help="pictures computed at once")
     p.add_argument("--device", help="cuda, cpu, ...; the best one here if not given")
     p.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="what the networks compute in")
@@ -116,10 +134,20 @@ def check(args) -> None:
     samplers.find(args.sampler)
     if not math.isfinite(args.guidance_scale):
         raise InputError(f"--guidance-scale {args.guidance_scale} is not a number; 7.5 is usual")
+    if not 0.0 <= args.guidance_rescale <= 1.0:
+        raise InputError(f"--guidance-rescale {args.guidance_rescale} is not between 0 and 1")
+    samplers.taken(args.steps, args.strength)
     if not 0.0 <= args.eta <= 1.0:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
+
+
+def starting_picture(path: str, height: int, width: int) -> Tensor:
+    """A picture as (3, H, W) in [-1, 1]: the middle of its middle square."""
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    return data.load_picture(path, side)[:, top : top + height, left : left + width]
 
 
 def read_prompts(args) -> list[str]:

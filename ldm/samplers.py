@@ -9,9 +9,9 @@ skipped. noise() returns fresh standard normal noise shaped like x; eta is DDIM'
 coefficients are Python floats of the float64 table.
 
 They are what diffusers makes `from_config` of Stable Diffusion's scheduler_config.json: steps_offset 1,
-set_alpha_to_one false, clip_sample false, skip_prk_steps true, and timestep_spacing "leading" (to be said, since some of
-its classes assume another). The schedule's `spacing` and `zero_terminal_snr` are timestep_spacing and
-rescale_betas_zero_snr there.
+set_alpha_to_one false, clip_sample false, skip_prk_steps true, and timestep_spacing "leading", which has to be said
+where a file does not, since half of its classes assume another. The schedule's `spacing` and `zero_terminal_snr` are
+timestep_spacing and rescale_betas_zero_snr there.
 
     ddpm      DDPMScheduler                      heun             HeunDiscreteScheduler
     ddim      DDIMScheduler                      dpmpp_2m         DPMSolverMultistepScheduler
