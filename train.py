@@ -3,90 +3,165 @@
     python train.py                                         the embedded model, four pictures, a few minutes on a CPU
     python train.py --model v1-5-pruned-emaonly.safetensors --instance-data-dir dog \\
         --instance-prompt "a photo of sks dog" --class-prompt "a photo of a dog"
+    torchrun --nproc-per-node 8 train.py ...                the same on eight GPUs
 
-Read it from top to bottom: it is the algorithm.
+Read it from top to bottom: `main` is the story, `train` the loop, `gradients` the algorithm.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm import cli, data, dreambooth, sheet
+from ldm import cli, data, distributed, dreambooth, optim, sheet
+from ldm.distributed import World
+from ldm.errors import RunError
 from ldm.model import StableDiffusion
+from ldm.precision import Precision
 from ldm.run import Run
+from ldm.samplers import evaluations
 from ldm.settings import Settings, parse
+from ldm.state import TrainingState
+from ldm.stop import Stop
 
 TINY = Path(__file__).parent / "weights" / "tiny" / "train.toml"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(argv, TINY)
-    run = Run(settings.output_dir)
+    world = distributed.start(settings.device)
+    precision = Precision(settings.mixed_precision, world.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+    torch.use_deterministic_algorithms(settings.deterministic)
+
+    # All that could be wrong with the input is found out here, before anything is written.
+    run = Run(settings, world)
     photographs = data.find_pictures(settings.instance_data_dir, "--instance-data-dir")
-    sd = StableDiffusion.load(
-        settings.model,
-        cli.device(settings.device),
-        ema=settings.ema,
-        prediction=settings.prediction_type,
-        variant=settings.variant,
-    )
-    print(sd.about)
+    sd = load(settings, world)
     class_pictures = plan(sd, settings, run, photographs)
-    run.start(settings)
+    trainee = dreambooth.Trainee(sd, settings.train_text_encoder, settings.gradient_checkpointing)
+    state = TrainingState(sd, trainee, settings, precision)
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
+    checkpoint = run.start({"base": sd.fingerprint(), "global_batch": batch}, state.size())
+    tell(world, sd.about)
 
-    # The base model before it has seen the subject: what it makes of the prompts, and what it knows of the class.
-    before = sample(sd, settings, "before")
-    sheet.grid(before).save(run.folder / "sheets" / "before.png")
-    prompts, kinds = [settings.instance_prompt], [("instance", photographs)]
-    if class_pictures is not None:
-        class_pictures.generate(sd, settings.sample_batch_size)
-        prompts, kinds = [*prompts, settings.class_prompt], [*kinds, ("class", class_pictures.paths)]
+    # The base model before it sees the subject: what it makes of the prompts, and what it knows of the class.
+    with precision.autocast():
+        if world.main and not run.sheet("before").exists():
+            sheet.grid(samples(sd, settings, "before")).save(run.sheet("before"))
+        if class_pictures is not None:
+            class_pictures.generate(sd, settings.sample_batch_size, world)
 
-    # Pictures become latents once; the autoencoder stays frozen.
-    rows = []
-    for kind, paths in kinds:
-        mean, std = dreambooth.encode_pictures(sd, paths, settings.resolution, f"{kind} pictures")
-        rows.append(data.LatentRows(kind, mean, std, sd.schedule.timesteps))
+    rows, conditioning = prepare(sd, settings, world, precision, photographs, class_pictures)
+    if checkpoint is not None:
+        state.restore(*run.load(checkpoint))
+    if not train(settings, world, run, precision, state, trainee, rows, conditioning):
+        tell(world, f"stopped after step {state.step}; --resume-from-checkpoint latest goes on from there")
+    else:
+        if world.main:
+            with state.averaged():
+                finish(sd, settings, run, precision, photographs)
+        tell(world, f"model: {run.model_path}\nsheet: {run.sheet('before_after')}")
+    world.close()
 
-    parameters = dreambooth.trainable(sd, settings.train_text_encoder)
-    optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=1e-2)
-    batch = settings.train_batch_size
-    is_class = torch.arange(len(rows) * batch, device=sd.device) >= batch  # instance rows first, class rows after
 
-    bar = tqdm(range(1, settings.max_train_steps + 1), desc="training", unit="step")
-    for step in bar:
-        began = time.perf_counter()
-        drawn = [kind.draw(settings.seed, (step - 1) * batch, batch) for kind in rows]
+def train(
+    settings: Settings,
+    world: World,
+    run: Run,
+    precision: Precision,
+    state: TrainingState,
+    trainee: dreambooth.Trainee,
+    rows: list[data.Rows],
+    conditioning: Tensor,
+) -> bool:
+    """From the state's step to the last. Returns False if a signal ended it early, with all saved."""
+    stop, model, overflows = Stop(), world.wrap(trainee), 0
+    bar = tqdm(initial=state.step, total=settings.max_train_steps, desc="training", unit="step", disable=not world.main)
+    while state.step < settings.max_train_steps:
+        began, step = time.perf_counter(), state.step + 1
+        if trainee.text_encoder_trains and step > (settings.text_encoder_stop_step or math.inf):
+            optim.freeze(trainee.text_encoder.parameters())
+            model = world.wrap(trainee)
+        factor = optim.lr_factor(settings.lr_scheduler, step, settings.lr_warmup_steps, settings.max_train_steps)
+        optim.set_lr(state.optimizer, factor)
+
+        state.optimizer.zero_grad(set_to_none=True)
+        sums = gradients(settings, world, precision, state, model, rows, conditioning)
+        *sums, signals = world.sum([*sums, float(stop.asked is not None)])
+        loss, subject, prior = (total / (settings.gradient_accumulation_steps * world.size) for total in sums)
+        insist_finite("loss", loss, step)
+        norm = precision.step(state.optimizer, list(state.parameters.values()), settings.max_grad_norm)
+        state.draws += 1
+
+        metrics = {"step": step, "loss": loss, "subject_loss": subject, "prior_loss": prior, "grad_norm": norm}
+        metrics |= {"lr": settings.learning_rate * factor, "seconds": round(time.perf_counter() - began, 4)}
+        if norm is None:  # fp16 overflowed: nothing was updated; the same step again, with other rows and a lower scale
+            overflows += 1
+            run.log(**metrics, skipped=True, scale=precision.scaler.get_scale())
+            if overflows == 50:
+                raise RunError(f"fp16 overflowed {overflows} times in a row at step {step}; take bf16")
+        else:
+            insist_finite("norm of the gradients", norm, step)
+            overflows = 0
+            state.advance()
+            run.log(**metrics)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", subject=f"{subject:.4f}", prior=f"{prior:.4f}", refresh=False)
+        last = state.step == settings.max_train_steps
+        if signals or (norm is not None and step % settings.checkpointing_steps == 0 and not last):
+            run.save(state)
+        if signals:
+            break
+    bar.close()
+    return state.step == settings.max_train_steps
+
+
+def gradients(
+    settings: Settings,
+    world: World,
+    precision: Precision,
+    state: TrainingState,
+    model: nn.Module,
+    rows: list[data.Rows],
+    conditioning: Tensor,
+) -> list[float]:
+    """Leaves the gradient of one global batch in the parameters. Returns the sums of this process's losses."""
+    batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
+    schedule = state.sd.schedule
+    is_class = torch.arange(len(rows) * batch, device=world.device) >= batch  # instance rows first, class rows after
+    sums = torch.zeros(3, dtype=torch.float64)
+    for part in range(accumulation):
+        # Which rows these are depends on the draw alone, not on how many processes share it or in how many parts.
+        first = ((state.draws * accumulation + part) * world.size + world.rank) * batch
+        drawn = [kind.draw(settings.seed, first, batch) for kind in rows]
         z, noise, t = (torch.cat(column) for column in zip(*drawn, strict=True))
-        context = sd.encode_prompt(prompts).repeat_interleave(batch, dim=0)  # (B, L, D)
-        prediction = sd.unet(sd.schedule.add_noise(z, noise, t), t, context)
-        target = sd.schedule.target(z, noise, t)
-        loss, subject, prior = dreambooth.dreambooth_loss(prediction, target, is_class, settings.prior_loss_weight)
+        weight = None
+        if settings.snr_gamma is not None:
+            weight = dreambooth.min_snr_weight(schedule.snr(t), settings.snr_gamma, schedule.config.prediction)
 
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
+        with world.averaging(model, now=part == accumulation - 1):
+            with precision.autocast():
+                prediction = model(schedule.add_noise(z, noise, t), t, conditioning)
+            target = schedule.target(z, noise, t)
+            losses = dreambooth.dreambooth_loss(prediction, target, is_class, settings.prior_loss_weight, weight)
+            precision.backward(losses[0] / accumulation)
+        sums += torch.stack(losses).detach().double().cpu()
+    return sums.tolist()
 
-        metrics = {"loss": loss.item(), "subject_loss": subject.item(), "prior_loss": prior.item()}
-        run.log(step=step, **metrics, grad_norm=norm.item(), seconds=round(time.perf_counter() - began, 4))
-        bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items()}, refresh=False)
 
-    after = sample(sd, settings, "after")
-    sheet.grid(after).save(run.folder / "sheets" / "after.png")
-    pairs = [row for pair in zip(before, after, strict=True) for row in pair]
-    shown = [("photographs of the subject", [data.square(path, settings.resolution) for path in photographs])]
-    sheet.grid(shown + pairs).save(run.folder / "sheets" / "before_after.png")
-    model = run.model_path(settings.layout)
-    sd.save(model, settings.layout)
-    print(f"model: {model}\nsheet: {run.folder / 'sheets' / 'before_after.png'}")
+def load(settings: Settings, world: World) -> StableDiffusion:
+    source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
+    return StableDiffusion.load(settings.model, world.device, **source)
 
 
 def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Path]) -> dreambooth.ClassPictures | None:
-    """Finds out all that could be wrong with the input while nothing is written yet. Returns the class pictures."""
+    """The class pictures to have. Raises InputError for settings and pictures that the model can't be trained with."""
     sd.latent_shape(settings.resolution, settings.resolution)
     sd.schedule.spaced(settings.sample_steps)
     pictures, class_pictures = photographs, None
@@ -107,29 +182,80 @@ def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Pa
     return class_pictures
 
 
-def sample(sd: StableDiffusion, settings: Settings, when: str) -> list[sheet.Row]:
+def prepare(
+    sd: StableDiffusion,
+    settings: Settings,
+    world: World,
+    precision: Precision,
+    photographs: list[Path],
+    class_pictures: dreambooth.ClassPictures | None,
+) -> tuple[list[data.Rows], Tensor]:
+    """Pictures become latents and prompts context, once for all steps where they can; what does not train freezes.
+
+    Returns the rows of each kind, and the ids (P, L) of their prompts if the text encoder trains, else the context.
+    """
+    kinds, prompts = [("instance", photographs)], [settings.instance_prompt]
+    if class_pictures is not None:
+        kinds, prompts = [*kinds, ("class", class_pictures.paths)], [*prompts, settings.class_prompt]
+    views = {"crop": settings.random_crop, "flip": settings.random_flip, "bar": world.main}
+    rows = [dreambooth.training_rows(sd, kind, paths, settings.resolution, **views) for kind, paths in kinds]
+    if settings.random_crop:
+        sd.freeze(sd.vae, torch.float32)
+    else:
+        sd.forget_encoder()
+        sd.freeze(sd.vae, precision.dtype)
+    ids = sd.tokenizer(prompts).to(world.device)
+    if settings.train_text_encoder:
+        return rows, ids
+    with torch.no_grad():
+        context = sd.text_encoder(ids)
+    sd.freeze(sd.text_encoder, precision.dtype)
+    return rows, context
+
+
+def finish(sd: StableDiffusion, settings: Settings, run: Run, precision: Precision, photographs: list[Path]) -> None:
+    """Writes the model, and the sheets that show what it has learned."""
+    sd.save(run.model_path, settings.layout)
+    with precision.autocast():
+        after = sheet.grid(samples(sd, settings, "after"))
+    after.save(run.sheet("after"))
+    squares = [data.square(path, settings.resolution) for path in photographs]
+    shown = sheet.grid([("photographs of the subject", squares[: 2 * settings.num_validation_images])])
+    sheet.beside(shown, Image.open(run.sheet("before")), after).save(run.sheet("before_after"))
+
+
+def samples(sd: StableDiffusion, settings: Settings, when: str) -> list[sheet.Row]:
     """A row of pictures for each validation prompt, the same seeds in every row and every time."""
     prompts = settings.validation_prompt or tuple(filter(None, (settings.instance_prompt, settings.class_prompt)))
-    count, size = settings.num_validation_images, settings.resolution
-    seeds = range(settings.seed, settings.seed + count)
-    batches = [seeds[i : i + settings.sample_batch_size] for i in range(0, count, settings.sample_batch_size)]
-    rows = []
-    with tqdm(total=len(prompts) * len(batches) * settings.sample_steps, desc=f"sheet {when}", unit="step") as bar:
-        for prompt in prompts:
-            pictures = []
-            for batch in batches:
-                pictures += sd.generate(
-                    prompt,
-                    steps=settings.sample_steps,
-                    guidance=settings.guidance_scale,
-                    sampler=settings.sampler,
-                    seeds=batch,
-                    height=size,
-                    width=size,
-                    progress=bar.update,
-                )
-            rows.append((f"{prompt} ({when})", pictures))
-    return rows
+    seeds = range(settings.seed, settings.seed + settings.num_validation_images)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    batches = [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]
+    total = len(batches) * evaluations(settings.sampler, settings.sample_steps)
+    pictures = []
+    with tqdm(total=total, desc=f"sheet {when}", unit="step") as bar:
+        for batch in batches:
+            pictures += sd.generate(
+                [prompt for prompt, _ in batch],
+                steps=settings.sample_steps,
+                guidance=settings.guidance_scale,
+                sampler=settings.sampler,
+                seeds=[seed for _, seed in batch],
+                height=settings.resolution,
+                width=settings.resolution,
+                progress=bar.update,
+            )
+    n = len(seeds)
+    return [(f"{prompt} ({when})", pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
+
+
+def insist_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise RunError(f"the {what} is {value} at step {step}, and nothing was saved of it; lower --learning-rate")
+
+
+def tell(world: World, text: str) -> None:
+    if world.main:
+        print(text)
 
 
 if __name__ == "__main__":

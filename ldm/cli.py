@@ -1,13 +1,14 @@
 """What the two programs share at the command line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from ldm.errors import InputError
+from ldm.errors import InputError, RunError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -41,12 +42,16 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def reported(program: str) -> Iterator[None]:
-    """Ends the program with status 2 and one line on standard error if an `InputError` comes up inside."""
+    """Turns an error that is not the program's own into one line on standard error.
+
+    InputError ends the program with status 2, RunError with 1. Of several processes the first speaks for all.
+    """
     try:
         yield
-    except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (InputError, RunError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
 
 
 def device(name: str | None) -> torch.device:

@@ -7,6 +7,7 @@ OpenCLIP's names in SD2 checkpoints are a table in names.py.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.config import TextConfig
 
@@ -26,6 +27,7 @@ class TextEncoder(nn.Module):
 class TextTransformer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
+        self.checkpointing = False  # as in the UNet
         self.embeddings = Embeddings(config)
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -34,7 +36,10 @@ class TextTransformer(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         h = self.embeddings(ids)  # (B, L, D)
         for layer in self.encoder.layers:
-            h = layer(h)
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(layer, h, use_reentrant=False)
+            else:
+                h = layer(h)
         return self.final_layer_norm(h)
 
 

@@ -1,8 +1,9 @@
 """Photographs as people have them -> square pictures in [-1, 1] -> training rows."""
 
 import sys
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ldm import draws
 from ldm.errors import InputError
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def find_pictures(folder: str | Path, flag: str) -> list[Path]:
@@ -43,21 +46,23 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
     return pictures
 
 
-def load_picture(path: str | Path, resolution: int) -> Tensor:
+def load_picture(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """One picture as (3, R, R) float32 in [-1, 1]; see `square`."""
-    pixels = torch.from_numpy(np.array(square(path, resolution)))  # (R, R, 3), 0 to 255
+    pixels = torch.from_numpy(np.array(square(path, resolution, centre)))  # (R, R, 3), 0 to 255
     return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def square(path: str | Path, resolution: int) -> Image.Image:
-    """One picture as 8-bit RGB: upright, short side resized to `resolution`, cut to the middle square.
+def square(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """One picture as 8-bit RGB: upright, short side resized to `resolution`, cut to a square.
+
+    centre: where the square is cut, from (0, 0), left and top, to (1, 1).
 
     Raises InputError, which names the file, if it can't be read.
     """
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            return ImageOps.fit(to_rgb(upright), (resolution, resolution), Image.Resampling.LANCZOS)
+            return ImageOps.fit(to_rgb(upright), (resolution, resolution), Image.Resampling.LANCZOS, centering=centre)
     except Exception as error:  # a damaged picture can make Pillow's plugins raise anything
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
@@ -78,23 +83,53 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class LatentRows:
-    """Training rows of one kind, drawn from pictures that were encoded once: mean and std are (N, C, h, w) latents.
+class Rows:
+    """Training rows of one kind. Row `index` of a run is a function of (seed, kind, index) alone (rule 4)."""
 
-    Row `index` of a run is a function of (seed, kind, index) alone (rule 4).
-    """
+    def __init__(self, kind: str, count: int, shape: tuple[int, int, int], timesteps: int, device: torch.device):
+        """count: pictures; shape: (C, h, w) of their latents."""
+        self.kind, self.count, self.shape, self.timesteps, self.device = kind, count, shape, timesteps, device
 
-    def __init__(self, kind: str, mean: Tensor, std: Tensor, timesteps: int):
-        self.kind, self.mean, self.std, self.timesteps = kind, mean, std, timesteps
+    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of picture k's latents, (C, h, w) each, of one view drawn from the generator."""
+        raise NotImplementedError
 
     def draw(self, seed: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows first ... first + count - 1: latents sampled anew and noise, (count, C, h, w), and steps t, (count,)."""
         latents, noises, steps = [], [], []
         for index in range(first, first + count):
-            k = draws.pick(seed, self.kind, index, len(self.mean))
             generator = draws.generator(seed, self.kind, "noise", index)
-            spread, noise = torch.randn((2, *self.mean.shape[1:]), generator=generator).to(self.mean.device)
-            latents.append(self.mean[k] + self.std[k] * spread)
-            noises.append(noise)
+            spread, noise = torch.randn((2, *self.shape), generator=generator).to(self.device)
             steps.append(torch.randint(self.timesteps, (), generator=generator))
-        return torch.stack(latents), torch.stack(noises), torch.stack(steps).to(self.mean.device)
+            mean, std = self.moments(draws.pick(seed, self.kind, index, self.count), generator)
+            latents.append(mean + std * spread)
+            noises.append(noise)
+        return torch.stack(latents), torch.stack(noises), torch.stack(steps).to(self.device)
+
+
+class LatentRows(Rows):
+    """Rows of pictures that were encoded once: mean and std are (N, views, C, h, w), views 2 where one is mirrored."""
+
+    def __init__(self, kind: str, mean: Tensor, std: Tensor, timesteps: int):
+        super().__init__(kind, len(mean), tuple(mean.shape[2:]), timesteps, mean.device)
+        self.mean, self.std = mean, std
+
+    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        views = self.mean.shape[1]
+        view = int(torch.randint(views, (), generator=generator)) if views > 1 else 0
+        return self.mean[k, view], self.std[k, view]
+
+
+class CroppedRows(Rows):
+    """Rows of pictures that are cut anew, and mirrored half of the time if `flip`, and so encoded each time."""
+
+    def __init__(self, kind: str, paths: list[Path], resolution: int, flip: bool, encode: Encode, rows: dict[str, Any]):
+        """encode: (B, 3, R, R) in [-1, 1] -> mean and std of the latents; rows: shape, timesteps and device."""
+        super().__init__(kind, len(paths), **rows)
+        self.paths, self.resolution, self.flip, self.encode = paths, resolution, flip, encode
+
+    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x, y, mirrored = torch.rand(3, generator=generator).tolist()
+        image = load_picture(self.paths[k], self.resolution, (x, y))[None].to(self.device)
+        mean, std = self.encode(image.flip(3) if self.flip and mirrored < 0.5 else image)
+        return mean[0], std[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import data, draws, files
+from ldm.distributed import World
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
+from ldm.samplers import evaluations
 
 MANIFEST = "manifest.json"
 
@@ -37,12 +40,37 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(len(values), 1)
 
 
-def trainable(sd: StableDiffusion, text_encoder: bool) -> list[nn.Parameter]:
-    """The UNet's parameters, and the text encoder's if asked for; all others, the autoencoder's first, are frozen."""
-    for network in sd.networks().values():
-        network.requires_grad_(False)
-    chosen = [sd.unet, sd.text_encoder] if text_encoder else [sd.unet]
-    return [parameter for network in chosen for parameter in network.requires_grad_(True).parameters()]
+def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
+    """Row weights (B,) that tame the easy, little-noised steps. Min-SNR, Hang et al. 2023, section 3.4.
+
+    snr: (B,) of the rows' steps; prediction: "eps" or "v", whose errors are x_0's times snr, or snr + 1.
+    """
+    return snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1.0)
+
+
+class Trainee(nn.Module):
+    """What trains, as one module with one forward pass: the UNet, and the text encoder before it if that trains."""
+
+    def __init__(self, sd: StableDiffusion, text_encoder: bool, checkpointing: bool = False):
+        """checkpointing: compute activations again in the backward pass instead of keeping them."""
+        super().__init__()
+        for network in sd.networks().values():
+            network.requires_grad_(False)
+        self.unet = sd.unet.requires_grad_(True)
+        self.text_encoder = sd.text_encoder.requires_grad_(True) if text_encoder else None
+        self.unet.checkpointing = sd.text_encoder.text_model.checkpointing = checkpointing
+
+    @property
+    def text_encoder_trains(self) -> bool:
+        return self.text_encoder is not None and next(self.text_encoder.parameters()).requires_grad
+
+    def forward(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        """x: (B, 4, h, w); t: (B,); prompts: ids (P, L) if the text encoder trains, else context (P, L, D).
+
+        Each of the P prompts serves B / P rows, in order. Returns the prediction, (B, 4, h, w).
+        """
+        context = self.text_encoder(prompts) if self.text_encoder is not None else prompts
+        return self.unet(x, t, context.repeat_interleave(len(x) // len(prompts), dim=0))
 
 
 class ClassPictures:
@@ -95,19 +123,26 @@ class ClassPictures:
         """Names of the pictures that are still to be generated."""
         return [name for name in self.planned if not (self.folder / name).exists()]
 
-    def generate(self, sd: StableDiffusion, batch_size: int) -> None:
-        """Makes what is missing, and first the manifest that says how."""
-        missing = set(self.missing())
+    def generate(self, sd: StableDiffusion, batch_size: int, world: World) -> None:
+        """Makes what is missing, every process its share of the batches, and first the manifest that says how."""
+        missing = set(world.share(self.missing()))
         if not missing:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / MANIFEST, json.dumps(self._record, indent=1).encode() + b"\n")
+        if world.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / MANIFEST, json.dumps(self._record, indent=1).encode() + b"\n")
+        world.wait()
         names, recipe = list(self.planned), self.recipe
         # Whole batches, also where only some of their pictures are missing: which others a picture is computed
         # beside can change its last bit, so the batch that picture i falls into is always the same one.
         batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
-        batches = [batch for batch in batches if missing & set(batch)]
-        with tqdm(total=len(batches) * recipe["steps"], desc="class pictures", unit="step") as bar:
+        batches = [batch for batch in batches if missing & set(batch)][world.rank :: world.size]
+        with tqdm(
+            total=len(batches) * evaluations(recipe["sampler"], recipe["steps"]),
+            desc="class pictures",
+            unit="step",
+            disable=not world.main,
+        ) as bar:
             for batch in batches:
                 pictures = sd.generate(
                     recipe["prompt"],
@@ -122,6 +157,7 @@ class ClassPictures:
                 for name, picture in zip(batch, pictures, strict=True):
                     if name in missing:
                         _save_png(self.folder / name, picture)
+        world.wait()
 
 
 FLAGS = {
@@ -135,15 +171,29 @@ FLAGS = {
 }
 
 
-def encode_pictures(sd: StableDiffusion, paths: list[Path], resolution: int, what: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the pictures' scaled latents, (N, 4, h, w) each: encoded once for all steps."""
+def encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (B, 4, h, w) each."""
+    with torch.no_grad():
+        posterior = sd.vae.encode(images)
+    return posterior.mean * sd.config.vae.scale_factor, posterior.std * sd.config.vae.scale_factor
+
+
+def training_rows(
+    sd: StableDiffusion, kind: str, paths: list[Path], resolution: int, crop: bool, flip: bool, bar: bool
+) -> data.Rows:
+    """The rows of one kind: pictures encoded once, or at every step if they are cut anew each time."""
+    if crop:
+        rows = {"shape": sd.latent_shape(resolution, resolution), "timesteps": sd.schedule.timesteps}
+        return data.CroppedRows(kind, paths, resolution, flip, partial(encode, sd), rows | {"device": sd.device})
     moments = []
-    for path in tqdm(paths, desc=f"encoding {what}", unit="picture"):
-        with torch.no_grad():
-            posterior = sd.vae.encode(data.load_picture(path, resolution)[None].to(sd.device))
-        moments.append(torch.cat([posterior.mean, posterior.std]) * sd.config.vae.scale_factor)
-    mean, std = torch.stack(moments, dim=1)
-    return mean, std
+    for path in tqdm(paths, desc=f"encoding {kind} pictures", unit="picture", disable=not bar):
+        image = data.load_picture(path, resolution).to(sd.device)
+        views = [image, image.flip(2)] if flip else [image]
+        moments.append(
+            torch.stack([torch.cat(part) for part in zip(*(encode(sd, v[None]) for v in views), strict=True)])
+        )
+    mean, std = torch.stack(moments, dim=1)  # (N, views, 4, h, w) each
+    return data.LatentRows(kind, mean, std, sd.schedule.timesteps)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -31,6 +31,7 @@ class StableDiffusion:
         self.about = "random weights"  # what was loaded, in words
         self._extra: weights.Tensors = {}  # of the official file, not computed with
         self._read: Callable[[], weights.Source] | None = None  # reads again what was loaded
+        self._frozen: weights.Tensors = {}  # what `freeze` has set aside, as it was
 
     # Files
 
@@ -93,7 +94,8 @@ class StableDiffusion:
 
     def _now(self, dtype: torch.dtype | None) -> weights.Source:
         """The weights as they are at present, ready to be written."""
-        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state().items()}
+        state = self.state() | self._frozen
+        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
         return weights.Source(self.config, tensors, self.tokenizer, self._extra)
 
     def differences(self, tensors: weights.Tensors) -> list[str]:
@@ -117,6 +119,25 @@ class StableDiffusion:
         """All parameters under their official names."""
         return {prefix + name: t for prefix, net in self.networks().items() for name, t in net.state_dict().items()}
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The networks' parameters themselves, under their official names."""
+        return {prefix + name: p for prefix, net in self.networks().items() for name, p in net.named_parameters()}
+
+    def freeze(self, network: nn.Module, dtype: torch.dtype) -> None:
+        """Ends a network's training: no gradients, and its weights in the type to compute in.
+
+        What `save` writes of it stays as it is now.
+        """
+        prefix = next(prefix for prefix, other in self.networks().items() if other is network)
+        now = {prefix + name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+        self._frozen = now | self._frozen
+        network.requires_grad_(False).to(dtype)
+
+    def forget_encoder(self) -> None:
+        """Frees the autoencoder's encoder, which nothing needs once all pictures are latents; `save` still has it."""
+        self.freeze(self.vae, next(self.vae.parameters()).dtype)
+        self.vae.encoder = nn.Identity()
+
     # Between people's things and tensors
 
     @property
@@ -134,8 +155,17 @@ class StableDiffusion:
         return z * self.config.vae.scale_factor
 
     def decode_latents(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1]."""
-        return self.vae.decode(z / self.config.vae.scale_factor)
+        """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1].
+
+        In fp16 the autoencoder of SD can overflow to NaN; it is fp32 from then on.
+        """
+        z = z / self.config.vae.scale_factor
+        dtype = next(self.vae.parameters()).dtype
+        images = self.vae.decode(z.to(dtype))
+        if dtype == torch.float16 and z.isfinite().all() and not images.isfinite().all():
+            with torch.autocast(self.device.type, enabled=False):
+                images = self.vae.float().decode(z.float())
+        return images
 
     # Sampling
 
@@ -180,7 +210,7 @@ class StableDiffusion:
         if init_image is not None:
             start = steps - samplers.taken(steps, strength)
             height, width = init_image.shape[1:]
-        shape = self.latent_shape(height, width)
+        shape = self.latent_shape(height, width) if latents is None else tuple(latents.shape[1:])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def noise() -> Tensor:
@@ -196,7 +226,7 @@ class StableDiffusion:
         z = run(denoise, x, self.schedule, steps, eta=eta, noise=noise, start=start)
         if output == "latent":
             return z
-        images = self.decode_latents(z.to(next(self.vae.parameters()).dtype)).float()
+        images = self.decode_latents(z).float()
         return images if output == "tensor" else to_pil(images)
 
     def denoiser(

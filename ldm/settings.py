@@ -17,6 +17,9 @@ def setting(default: Any, text: str, *, flags: tuple[str, ...] = (), path: bool 
     return field(default=default, metadata={"help": text, "flags": flags, "path": path, "options": options})
 
 
+SCHEDULES = ("constant", "linear", "cosine")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Names as the diffusers DreamBooth script has them. The defaults are for Stable Diffusion 1.x at 512 pixels."""
@@ -41,10 +44,28 @@ class Settings:
     num_class_images: int = setting(200, "class pictures to have; the missing ones are generated", type=positive)
     resolution: int = setting(512, "side of the square that pictures are resized and cut to, in pixels", type=positive)
     train_batch_size: int = setting(1, "photographs a step; as many class pictures join them", type=positive)
+    gradient_accumulation_steps: int = setting(1, "batches whose gradients are averaged into one step", type=positive)
+    random_crop: bool = setting(False, "cut another square of a picture each time; latents are not cached then")
+    random_flip: bool = setting(False, "mirror pictures half of the time")
     max_train_steps: int = setting(800, "optimiser steps", type=positive)
-    learning_rate: float = setting(2e-6, "of AdamW, constant")
+    learning_rate: float = setting(2e-6, "of AdamW")
+    lr_scheduler: str = setting("constant", "how the learning rate moves", choices=SCHEDULES)
+    lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     train_text_encoder: bool = setting(True, "train the text encoder beside the UNet")
+    text_encoder_learning_rate: float | None = setting(None, "the UNet's if not given", type=float)
+    text_encoder_stop_step: int | None = setting(None, "freeze the text encoder after this step", type=positive)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    snr_gamma: float | None = setting(None, "min-SNR weighting of the loss; 5 is usual", type=float)
+    use_ema: bool = setting(False, "save the average of the weights instead of the last ones")
+    ema_decay: float = setting(0.9999, "of that average, once it has warmed up")
+    mixed_precision: str = setting("no", "what autocast computes in", choices=("no", "fp16", "bf16"))
+    gradient_checkpointing: bool = setting(False, "less memory, a third more time: activations are computed twice")
+    use_8bit_adam: bool = setting(False, "AdamW with 8-bit moments; needs the bitsandbytes extra")
+    allow_tf32: bool = setting(False, "faster, coarser fp32 matrix products on NVIDIA GPUs")
+    deterministic: bool = setting(False, "the same bits each time on a GPU too; slower")
+    checkpointing_steps: int = setting(500, "save the whole state every so many steps", type=positive)
+    checkpoints_total_limit: int | None = setting(None, "how many of them to keep; all if not given", type=positive)
+    resume_from_checkpoint: str | None = setting(None, "latest, or a checkpoint folder: go on from there")
     seed: int = setting(0, "of everything random: order, noise, class pictures")
     output_dir: str | None = setting(None, "a new folder for the run; runs/dreambooth, numbered if taken")
     layout: str = setting("official", "of the saved model", choices=("official", "diffusers"))
@@ -66,11 +87,15 @@ class Settings:
             return '--instance-prompt is missing: it names the subject by a rare word, "a photo of sks dog"'
         if self.with_prior_preservation and not self.class_prompt:
             return '--class-prompt is missing ("a photo of a dog"); or give --no-with-prior-preservation'
-        if self.layout not in ("official", "diffusers"):
-            return f"unknown layout {self.layout!r}; there are official and diffusers"
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                return f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number"
+        for name in ("learning_rate", "text_encoder_learning_rate", "max_grad_norm", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                return f"--{name.replace('_', '-')} {value} is not a positive number"
+        for name in ("lr_warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                return f"--{name.replace('_', '-')} {getattr(self, name)} is below 0"
+        if not 0 <= self.ema_decay < 1:
+            return f"--ema-decay {self.ema_decay} is not from 0 to below 1"
         if not 0 <= self.prior_loss_weight < float("inf"):
             return f"--prior-loss-weight {self.prior_loss_weight} is not a number from 0"
         samplers.find(self.sampler)
@@ -114,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+KINDS = {positive: int, float: float}
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +161,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
     """The value of one key, of the kind that its default has."""
-    kind = str if f.default is None else type(f.default)
+    kind = KINDS.get(f.metadata["options"].get("type"), str) if f.default is None else type(f.default)
     if kind is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise InputError(f"{where} is not a list of strings")
@@ -142,6 +170,9 @@ def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise InputError(f"{where} is {value!r}, and should be a {kind.__name__}")
-    if f.metadata["options"].get("type") is positive and value < 1:
+    options = f.metadata["options"]
+    if options.get("type") is positive and value < 1:
         raise InputError(f"{where} is {value}, and should be 1 or more")
+    if "choices" in options and value not in options["choices"]:
+        raise InputError(f"{where} is {value!r}; there are {', '.join(options['choices'])}")
     return str(folder / value) if f.metadata["path"] else value

@@ -27,3 +27,12 @@ def grid(rows: list[Row], smallest: int = 128) -> Image.Image:
             cell = picture.resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(cell, (MARGIN + c * (width + MARGIN), top + label))
     return sheet
+
+
+def beside(top: Image.Image, left: Image.Image, right: Image.Image) -> Image.Image:
+    """One sheet above two that stand side by side."""
+    width = max(top.width, left.width + right.width)
+    sheet = Image.new("RGB", (width, top.height + max(left.height, right.height)), PAPER)
+    for picture, corner in ((top, (0, 0)), (left, (0, top.height)), (right, (left.width, top.height))):
+        sheet.paste(picture, corner)
+    return sheet

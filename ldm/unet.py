@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.config import UNetConfig
 
@@ -17,6 +18,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # compute a stage's activations again in the backward pass instead of keeping them
         width = config.channels[0]
         emb = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -68,14 +70,19 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B, 4C)
         h, skips = x, []
         for block in self.input_blocks:
-            h = block(h, emb, context)
+            h = self._run(block, h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = self._run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             size = skips[-1].shape[-2:] if skips else None  # 65 latents halve to 33 and must come back to 65
-            h = block(h, emb, context, size)
+            h = self._run(block, h, emb, context, size)
         return self.out(h)
+
+    def _run(self, stage: "Stage", *inputs: Tensor | torch.Size | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)
 
 
 class Stage(nn.Sequential):

@@ -29,6 +29,7 @@ CARRIED = re.compile(
 EMA = "model_ema."  # belongs to a training run, not to the tuned model: may be read from, is never written
 
 PREDICTIONS = ("eps", "v")
+CHECKPOINT_MODEL = "model.safetensors"  # in a checkpoint folder of train.py
 
 
 @dataclass
@@ -60,6 +61,8 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
                 "program, so fetch the model first (weights/README.md says what and where) and give its path"
             )
         raise InputError(f"{path}: no such model; give a .safetensors or .ckpt file, or a diffusers folder")
+    if path.is_dir() and not (path / "model_index.json").exists() and (path / CHECKPOINT_MODEL).exists():
+        path = path / CHECKPOINT_MODEL
     if path.is_dir():
         if ema:
             raise InputError(f"{path} is a diffusers folder, which has no EMA weights; leave --ema out")

@@ -1,0 +1,144 @@
+"""The full state of a training run on disk: whole or not there, checked before it is trusted.
+
+    checkpoint-000400/
+        model.safetensors      the model at that step, an official single file: sample.py takes the folder as --model
+        training.safetensors   the optimizer's moments, and the EMA's averages if there are any
+        state.json             step, scaler and all else that is no tensor
+        SHA256SUMS             of the three, as `sha256sum -c` reads them
+
+A checkpoint is written under a temporary name, flushed to disk, and renamed when all of it is there.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import InputError, RunError
+from ldm.files import Tensors, open_tensors, save_tensors
+from ldm.weights import CHECKPOINT_MODEL
+
+MODEL, TRAINING, STATE, SUMS = CHECKPOINT_MODEL, "training.safetensors", "state.json", "SHA256SUMS"
+NAME = re.compile(r"checkpoint-(\d{6,})")
+TEMPORARY = ".tmp-"
+
+
+def save(folder: Path, step: int, save_model: Callable[[Path], Any], training: Tensors, state: dict[str, Any]) -> Path:
+    """Writes checkpoint-STEP into the folder. Raises RunError, and leaves nothing, if the disk won't take it."""
+    final = folder / f"checkpoint-{step:06d}"
+    temporary = folder / f"{TEMPORARY}{final.name}"
+    try:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        save_model(temporary / MODEL)
+        save_tensors(temporary / TRAINING, training, {"format": "pt"})
+        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
+        lines = [f"{sha256(temporary / name)}  {name}\n" for name in (MODEL, TRAINING, STATE)]
+        (temporary / SUMS).write_text("".join(lines), encoding="utf-8")
+        for name in (MODEL, TRAINING, STATE, SUMS, "."):
+            flush(temporary / name)
+        if final.exists():  # a damaged one, or one that a stopped run left behind
+            final.rename(folder / f"{TEMPORARY}old-{final.name}")
+        temporary.rename(final)
+        flush(folder)
+    except Exception as error:
+        remove(temporary)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise RunError(f"{final} can't be saved ({error}); older checkpoints are as they were") from None
+        raise
+    clean(folder)
+    return final
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first, by their names."""
+    found = {int(m[1]): path for path in folder.glob("checkpoint-*") if (m := NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged newer ones are named on standard error. None if there is none."""
+    for path in reversed(listed(folder)):
+        if (damage := damaged(path)) is None:
+            return path
+        print(f"checkpoint {path} is damaged: {damage}; taking the one before it", file=sys.stderr)
+    return None
+
+
+def damaged(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every byte is as it was written."""
+    try:
+        lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        for name in (MODEL, TRAINING, STATE):
+            if sha256(path / name) != sums[name]:
+                return f"{name} is not what was saved"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{SUMS} can't be read: {error!r}"
+    return None
+
+
+def checked(path: Path) -> Path:
+    """The path, if a whole checkpoint is there. Raises InputError if none is, or a damaged one."""
+    if not path.is_dir():
+        raise InputError(f"--resume-from-checkpoint {path} is no checkpoint folder")
+    if (damage := damaged(path)) is not None:
+        raise InputError(f"--resume-from-checkpoint {path} is damaged: {damage}; take an older one, or latest")
+    return path
+
+
+def load(path: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
+    """The model's tensors under their official names, the training tensors and the state of a whole checkpoint."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return open_tensors(path / MODEL)[0], open_tensors(path / TRAINING)[0], state
+
+
+def step_of(path: Path) -> int:
+    return int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])
+
+
+def prune(folder: Path, limit: int | None) -> None:
+    """Deletes the oldest checkpoints until `limit` are left. Called when a new one is safe."""
+    if limit is None:
+        return
+    for path in listed(folder)[:-limit]:
+        path.rename(folder / f"{TEMPORARY}old-{path.name}")  # a half-deleted one never has a checkpoint's name
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Removes what a killed run may have left half-written or half-deleted."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        remove(path)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises RunError unless the disk has `needed` bytes left for the folder."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(f"{folder} needs {needed / 1e9:.2f} GB for a save, and its disk has {free / 1e9:.2f} GB left")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Has the system write a file or folder through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)

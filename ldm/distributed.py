@@ -1,0 +1,82 @@
+"""Several processes as one: a few plain words over torch.distributed.
+
+One process is a world of size 1, and the program reads the same. torchrun says who we are in the environment.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ldm import cli
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with its gradients averaged over all processes at every backward pass."""
+        if self.size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+    def averaging(self, module: nn.Module, now: bool) -> AbstractContextManager:
+        """Around a backward pass: average the gradients now, or keep adding them up here until later."""
+        return nullcontext() if now or self.size == 1 else module.no_sync()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value added up over all processes, in float64, the same sums everywhere."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, thing: Any) -> Any:
+        """The main process's thing, on all processes."""
+        if self.size == 1:
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def start(device: str | None) -> World:
+    """Finds out which of how many processes this is. device: as in `cli.device`; with CUDA each has one of its own."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = cli.device(device)
+    if size == 1:
+        return World(0, 1, chosen)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, chosen)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again after a worker was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -1,0 +1,45 @@
+"""AdamW over named parameters, and how its learning rate moves."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.errors import InputError
+
+
+def adamw(groups: Iterable[dict[str, Any]], eight_bit: bool) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with the betas and the decay that the official release was trained with.
+
+    groups: dictionaries of `params` and `lr`. eight_bit: moments in 8 bits (Dettmers et al. 2022), by bitsandbytes.
+    """
+    groups = [{**group, "initial_lr": group["lr"]} for group in groups]
+    options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    if not eight_bit:
+        return torch.optim.AdamW(groups, **options, fused=True)  # fused: no temporaries as large as the model
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise InputError('--use-8bit-adam needs bitsandbytes: pip install -e ".[bitsandbytes]"') from None
+    return AdamW8bit(groups, **options)
+
+
+def lr_factor(kind: str, step: int, warmup: int, total: int) -> float:
+    """What the learning rate is multiplied by at a step, counted from 1: rises to 1 at `warmup`, then by `kind`."""
+    if step <= warmup:
+        return step / warmup
+    progress = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after the warm-up
+    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}[kind]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
+    """Takes parameters out of training for good: no gradient, so no update and no decay."""
+    for parameter in parameters:
+        parameter.requires_grad_(False).grad = None
