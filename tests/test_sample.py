@@ -1,0 +1,159 @@
+"""sample.py, and what a picture depends on: its prompt and its seed, and nothing beside it."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from ldm import StableDiffusion, samplers
+
+
+@pytest.fixture(scope="module")
+def sd(random_model) -> StableDiffusion:
+    return random_model()
+
+
+@pytest.fixture
+def run(saved, tmp_path, monkeypatch):
+    """run(flags...) runs sample.py with the tiny model in an empty folder, and gives the names of samples/."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(*flags: str) -> list[str]:
+        sample.main(["--model", str(saved["official"]), "--steps", "2", *flags])
+        return sorted(path.name for path in (tmp_path / "samples").iterdir())
+
+    return main
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_pictures_say_how_they_were_made(run, saved, tmp_path):
+    prompt = 'a "photo" of a café\nat night, 夜'
+    names = run("--prompt", prompt, "--seed", "41", "--num-images", "2", "--negative-prompt", "fog", "--height", "16")
+    assert names == ["00000-41.png", "00001-42.png"]
+    picture = Image.open(tmp_path / "samples" / "00001-42.png")
+    assert (picture.size, picture.mode) == ((32, 16), "RGB")
+    expected = {
+        "prompt": prompt,
+        "negative_prompt": "fog",
+        "seed": "42",
+        "sampler": "ddim",
+        "eta": "0.0",
+        "steps": "2",
+        "guidance_scale": "7.5",
+        "size": "32x16",
+        "model": StableDiffusion.load(saved["diffusers"]).fingerprint(),
+    }
+    assert expected.items() <= picture.text.items()
+
+
+def test_nothing_is_overwritten(run, tmp_path):
+    first = run("--prompt", "a", "--grid")
+    before = {name: (tmp_path / "samples" / name).read_bytes() for name in first}
+    (tmp_path / "samples" / "notes.txt").write_text("mine")
+    (tmp_path / "samples" / "2024-holiday.png").write_bytes(b"mine")
+    second = run("--prompt", "b", "--grid")
+    assert first == ["00000-0.png", "grid-00000.png"]
+    assert set(second) - set(first) == {"02025-0.png", "grid-00001.png", "notes.txt", "2024-holiday.png"}
+    assert all((tmp_path / "samples" / name).read_bytes() == content for name, content in before.items())
+    (tmp_path / "samples" / "grid-00000.png").unlink()
+    assert "grid-00002.png" in run("--prompt", "c", "--grid")
+
+
+def test_prompts_come_from_flags_and_from_a_file(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\n  snow  \r\n", encoding="utf-8")
+    names = run("--prompt", "a dog", "--prompts_file=prompts.txt", "--num-images", "2", "--batch_size", "3")
+    texts = [Image.open(tmp_path / "samples" / name).text for name in names]
+    shown = [(text["prompt"], text["seed"]) for text in texts]
+    assert shown == [(prompt, seed) for prompt in ("a dog", "a cat", "snow") for seed in ("0", "1")]
+
+
+def test_the_pictures_are_those_of_generate_in_batches_of_any_size(run, sd, tmp_path):
+    flags = ("--prompt", "a cat", "--prompt", "snow", "--num-images", "3", "--sampler", "ddpm", "--seed", "5")
+    run(*flags, "--batch-size", "1", "--output-dir", "samples")
+    run(*flags, "--batch-size", "4", "--output-dir", "samples")
+    prompts, seeds = ["a cat"] * 3 + ["snow"] * 3, [5, 6, 7] * 2
+    direct = sd.generate(prompts, seeds=seeds, sampler="ddpm", steps=2)
+    for i, picture in enumerate(direct):
+        one, four = (pixels(tmp_path / "samples" / f"{i + k:05d}-{seeds[i]}.png") for k in (0, 6))
+        assert np.abs(one - four).max() <= 1 and np.abs(one - np.asarray(picture).astype(int)).max() <= 1
+
+
+def test_a_grid_has_a_row_for_each_prompt_and_a_column_for_each_seed(run, tmp_path):
+    names = run("--prompt", "a cat", "--prompt", "snow", "--num-images", "3", "--grid")
+    assert names == [f"{i:05d}-{i % 3}.png" for i in range(6)] + ["grid-00000.png"]
+    sheet = Image.open(tmp_path / "samples" / "grid-00000.png").convert("RGB")
+    assert sheet.width > 3 * 128 > sheet.width - 30 and sheet.height > 2 * 128  # cells enlarged to 128 pixels
+    cells = [pixels(tmp_path / "samples" / name).reshape(-1, 3).mean(0) for name in names[:6]]
+    width, height = (sheet.width - 4) // 3, sheet.height // 2
+    for i, mean in enumerate(cells):
+        left, top = 4 + (i % 3) * width, (i // 3) * height + (height - 128) - 2
+        found = np.asarray(sheet.crop((left + 8, top + 8, left + 120, top + 116))).reshape(-1, 3).mean(0)
+        assert np.abs(found - mean).max() < 20
+
+
+def test_latents_begin_as_torch_randn_of_the_seed_and_noise_goes_on_from_there(sd, monkeypatch):
+    seen = {}
+
+    def spy(denoise, x, schedule, steps, *, noise, **others):
+        seen["x"], seen["noise"] = x, noise()
+        return x
+
+    monkeypatch.setitem(samplers.SAMPLERS, "spy", spy)
+    sd.generate("a cat", seeds=[7, 1234567890123], sampler="spy", output="latent", height=24, width=40)
+    for row, seed in enumerate((7, 1234567890123)):
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(seen["x"][row], torch.randn(4, 6, 10, generator=generator))
+        assert torch.equal(seen["noise"][row], torch.randn(4, 6, 10, generator=generator))
+    given = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sd.generate("a", sampler="spy", output="latent", latents=given), given)
+    assert seen["noise"].shape == given.shape
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_a_picture_does_not_depend_on_its_batch(sampler, sd):
+    kwargs = dict(sampler=sampler, eta=0.5, steps=4, output="latent")
+    batch = sd.generate(["a cat", "snow", "a dog"], seeds=[3, 4, 5], **kwargs)
+    alone = sd.generate("snow", seeds=[4], **kwargs)
+    torch.testing.assert_close(batch[1:2], alone, rtol=0, atol=1e-5 * batch.abs().max().item())
+    assert (batch[0] - batch[1]).abs().max() > 1
+
+
+def test_guidance_is_one_batched_pass_and_at_1_half_of_it(sd, monkeypatch):
+    """eps = eps("") + w (eps(prompt) - eps("")), Ho & Salimans 2022."""
+    sizes, forward = [], sd.unet.forward
+    monkeypatch.setattr(sd.unet, "forward", lambda x, t, c: (sizes.append(len(x)), forward(x, t, c))[1])
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        eps = [sd.denoiser(["a cat", "snow", ""], "fog", w)(x, 300) for w in (0.0, 1.0, 5.0)]
+        assert sizes == [6, 3, 6]
+        alone = forward(x, torch.full((3,), 300), sd.encode_prompt(["fog"] * 3))
+    torch.testing.assert_close(eps[0], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+    scale = 1e-4 * eps[2].abs().max().item()
+    torch.testing.assert_close(eps[2], eps[0] + 5.0 * (eps[1] - eps[0]), rtol=0, atol=scale)
+    assert (eps[0] - eps[1]).abs().max() > 0.01
+
+
+def test_lists_of_length_one_serve_all(sd):
+    kwargs = dict(steps=1, output="latent")
+    assert sd.generate(["a", "b", "c"], **kwargs).shape == (3, 4, 8, 8)
+    assert sd.generate("a", seeds=[1, 2], **kwargs).shape == (2, 4, 8, 8)
+    tensor = sd.generate("a", steps=1, output="tensor", height=20, width=44)
+    assert tensor.shape == (1, 3, 20, 44) and tensor.dtype == torch.float32
+    picture = sd.generate("a", steps=1, height=20, width=44)[0]
+    expected = ((tensor[0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0)
+    assert np.array_equal(np.asarray(picture), expected.numpy().astype(np.uint8))
+    with pytest.raises(ValueError, match=re.escape("2 prompts and 3 seeds do not pair up")):
+        sd.generate(["a", "b"], seeds=[1, 2, 3])
+
+
+def test_half_precision_makes_much_the_same_pictures(run, tmp_path):
+    run("--prompt", "a cat", "--guidance-scale", "2")
+    run("--prompt", "a cat", "--guidance-scale", "2", "--dtype", "bf16")
+    a, b = (pixels(tmp_path / "samples" / name) for name in ("00000-0.png", "00001-0.png"))
+    assert np.abs(a - b).mean() < 4 < np.abs(a - a.mean()).mean()
