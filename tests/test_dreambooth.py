@@ -11,7 +11,8 @@ from PIL import Image
 
 from ldm import InputError, draws
 from ldm.data import LatentRows, load_picture
-from ldm.dreambooth import FLAGS, ClassPictures, dreambooth_loss, encode_pictures, trainable
+from ldm.distributed import World
+from ldm.dreambooth import FLAGS, ClassPictures, Trainee, dreambooth_loss, training_rows
 
 RECIPE = {
     "prompt": "a photo of a dog",
@@ -21,6 +22,7 @@ RECIPE = {
     "resolution": 32,
     "model": "f" * 64,
 }
+ALONE = World(0, 1, torch.device("cpu"))
 
 # The loss
 
@@ -58,21 +60,19 @@ def test_the_loss_is_computed_in_fp32():
 @pytest.mark.parametrize("text_encoder", [True, False])
 def test_the_autoencoder_is_frozen_and_the_rest_trains_as_asked(text_encoder, random_model):
     sd = random_model()
-    parameters = {id(parameter) for parameter in trainable(sd, text_encoder)}
+    parameters = {id(parameter) for parameter in Trainee(sd, text_encoder).parameters()}
     expected = [sd.unet, sd.text_encoder] if text_encoder else [sd.unet]
     assert parameters == {id(parameter) for network in expected for parameter in network.parameters()}
     for network in sd.networks().values():
         assert all(p.requires_grad == (network in expected) for p in network.parameters())
-    trainable(sd, True)  # and back again
-    assert all(p.requires_grad for p in sd.text_encoder.parameters())
 
 
 # Rule 4: what is drawn depends on the row alone
 
 
 def rows(kind: str = "instance", count: int = 3) -> LatentRows:
-    mean = torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1).expand(count, 4, 2, 2) * 100
-    return LatentRows(kind, mean, torch.full((count, 4, 2, 2), 0.5), 1000)
+    mean = torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1, 1).expand(count, 1, 4, 2, 2) * 100
+    return LatentRows(kind, mean, torch.full_like(mean, 0.5), 1000)
 
 
 @pytest.mark.parametrize("cuts", [[4, 4], [1] * 8, [5, 3]])
@@ -111,14 +111,14 @@ def test_numbers_are_the_same_on_every_machine_and_forever():
     assert draws.number(0, "class picture", 0) == int(digest[:16], 16) // 2 == 4141674004654951706
 
 
-def test_encoded_pictures_are_the_scaled_posterior(random_model, photographs):
+def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs):
     sd, paths = random_model(), sorted(photographs.iterdir())
-    mean, std = encode_pictures(sd, paths, 32, "photographs")
-    assert mean.shape == std.shape == (3, 4, 8, 8) and not mean.requires_grad
+    made = training_rows(sd, "instance", paths, 32, crop=False, flip=False, bar=False)
+    assert made.mean.shape == made.std.shape == (3, 1, 4, 8, 8) and not made.mean.requires_grad
     with torch.no_grad():
         posterior = sd.vae.encode(load_picture(paths[1], 32)[None])
-    torch.testing.assert_close(mean[1:2], posterior.mean * 0.25)
-    torch.testing.assert_close(std[1:2], posterior.std * 0.25)
+    torch.testing.assert_close(made.mean[1], posterior.mean * 0.25)
+    torch.testing.assert_close(made.std[1], posterior.std * 0.25)
 
 
 # Class pictures
@@ -126,7 +126,7 @@ def test_encoded_pictures_are_the_scaled_posterior(random_model, photographs):
 
 def make(sd, folder, count, batch_size=2, seed=0, **recipe) -> ClassPictures:
     pictures = ClassPictures(folder, count, seed, RECIPE | recipe)
-    pictures.generate(sd, batch_size)
+    pictures.generate(sd, batch_size, ALONE)
     return pictures
 
 
@@ -173,7 +173,7 @@ def test_an_interrupted_generation_resumes_to_the_same_pictures(random_model, tm
     (tmp_path / "class" / ".class-00002.png.tmp").write_bytes(b"half a picture")  # as a power cut leaves it
     pictures = ClassPictures(tmp_path / "class", 5, 0, RECIPE)
     assert pictures.missing() == ["class-00002.png", "class-00003.png", "class-00004.png"]
-    pictures.generate(sd, 2)
+    pictures.generate(sd, 2, ALONE)
     assert len(calls) == 4  # and makes none of them twice
     assert pictures.missing() == [] and len(pictures.paths) == 5
     for a, b in zip(whole.paths, pictures.paths, strict=True):
