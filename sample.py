@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import cli, data, files, samplers, sheet
+from ldm import cli, data, distributed, files, samplers, sheet
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
 
@@ -33,16 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     folder = Path(args.output_dir)
     files.insist_writable(folder, "--output-dir")
-    device = cli.device(args.device)
+    world = distributed.start(args.device)
     sd = StableDiffusion.load(
         args.model,
-        device,
+        world.device,
         cli.DTYPES[args.dtype],
         ema=args.ema,
         prediction=args.prediction_type,
         variant=args.variant,
     )
-    print(sd.about)
+    if world.main:
+        print(sd.about)
     _, *size = sd.latent_shape(args.height, args.width)
     sd.schedule.spaced(args.steps)
     init_image, steps = None, args.steps
@@ -55,29 +56,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output-dir {folder} can't be made: {error.strerror}") from None
+    index = world.share(first_free_index(folder))
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.num_images)]
+    jobs = [(folder / f"{index + k:05d}-{seed}.png", prompt, seed) for k, (prompt, seed) in enumerate(jobs)]
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
-    index = first_free_index(folder)
-    pictures: list[Image.Image] = []
-    evaluations = samplers.evaluations(args.sampler, steps)
-    with tqdm(total=len(batches) * evaluations, desc="sampling", unit="step") as bar:
+    batches = batches[world.rank :: world.size]  # torchrun's processes share them
+    total = len(batches) * samplers.evaluations(args.sampler, steps)
+    with tqdm(total=total, desc="sampling", unit="step", disable=not world.main) as bar:
         for batch in batches:
             made = sd.generate(
-                [prompt for prompt, _ in batch],
+                [prompt for _, prompt, _ in batch],
                 negative_prompt=args.negative_prompt,
                 steps=args.steps,
                 guidance=args.guidance_scale,
                 guidance_rescale=args.guidance_rescale,
                 sampler=args.sampler,
                 eta=args.eta,
-                seeds=[seed for _, seed in batch],
+                seeds=[seed for _, _, seed in batch],
                 height=args.height,
                 width=args.width,
                 init_image=init_image,
                 strength=args.strength,
                 progress=bar.update,
             )
-            for (prompt, seed), picture in zip(batch, made, strict=True):
+            for (path, prompt, seed), picture in zip(batch, made, strict=True):
                 text = {
                     "prompt": prompt,
                     "negative_prompt": args.negative_prompt,
@@ -92,15 +94,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
                 if init_image is not None:
                     text |= {"init_image": Path(args.init_image).name, "strength": args.strength}
-                write_png(folder / f"{index:05d}-{seed}.png", picture, text)
-                index += 1
-            pictures += made
-    if args.grid:
-        n = args.num_images
+                write_png(path, picture, text)
+    world.wait()
+    if world.main and args.grid:
+        n, pictures = args.num_images, [Image.open(path) for path, _, _ in jobs]
         rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
         number = first_free_index(folder, "grid-")
         write_png(folder / f"grid-{number:05d}.png", sheet.grid(rows), {"model": fingerprint})
-    print(f"{len(pictures)} pictures in {folder}")
+    if world.main:
+        print(f"{len(jobs)} pictures in {folder}")
+    world.close()
 
 
 def parser() -> cli.Parser:

@@ -23,6 +23,11 @@ class UNetConfig:
     context_dim: int = 768
     norm_groups: int = 32
 
+    @property
+    def upcast_attention(self) -> bool:
+        """Whether attention logits outgrow fp16, as SD2's do: they are fp32 then."""
+        return self.head_dim is not None
+
     def heads_at(self, channels: int) -> int:
         """Attention heads of a layer `channels` wide."""
         return self.heads if self.heads is not None else channels // self.head_dim

@@ -131,6 +131,7 @@ def config_files(config: ModelConfig, eos_id: int, bos_id: int) -> dict[str, dic
             "out_channels": unet.out_channels,
             "sample_size": config.sample_size,
             "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(cross)],
+            "upcast_attention": unet.upcast_attention,
             "use_linear_projection": unet.linear_projection,
         }
         | {name: value for name, value in UNET_FACTS.items() if value is not None},

@@ -126,11 +126,10 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, width: int, config: UNetConfig):
         super().__init__()
-        heads = config.heads_at(width)
         self.linear = config.linear_projection
         self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)  # 1e-5 elsewhere in the UNet
         self.proj_in = nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, config.context_dim)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config)])
         self.proj_out = zero(nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -149,11 +148,12 @@ class SpatialTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, width: int, heads: int, context_dim: int):
+    def __init__(self, width: int, config: UNetConfig):
         super().__init__()
-        self.attn1 = CrossAttention(width, width, heads)
+        heads, upcast = config.heads_at(width), config.upcast_attention
+        self.attn1 = CrossAttention(width, width, heads, upcast)
         self.ff = FeedForward(width)
-        self.attn2 = CrossAttention(width, context_dim, heads)
+        self.attn2 = CrossAttention(width, config.context_dim, heads, upcast)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
@@ -168,9 +168,10 @@ class TransformerBlock(nn.Module):
 class CrossAttention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V, LDM eq. 3; queries from the picture, keys and values from the context."""
 
-    def __init__(self, width: int, context_dim: int, heads: int):
+    def __init__(self, width: int, context_dim: int, heads: int, upcast: bool):
+        """upcast: do what needs range, Q K^T, in fp32 where it would be fp16."""
         super().__init__()
-        self.heads = heads
+        self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_dim, width, bias=False)
         self.to_v = nn.Linear(context_dim, width, bias=False)
@@ -179,7 +180,11 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: (B, N, C); context: (B, M, D) -> (B, N, C)."""
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C/heads)
+        if self.upcast and q.dtype == torch.float16:
+            with torch.autocast(q.device.type, enabled=False):
+                h = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C/heads)
         return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, C)
 
     def split(self, x: Tensor) -> Tensor:
