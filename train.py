@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sd = load(settings, world)
     class_pictures = plan(sd, settings, run, photographs)
     trainee = dreambooth.Trainee(sd, settings.train_text_encoder, settings.gradient_checkpointing)
-    state = TrainingState(sd, trainee, settings, precision)
+    base = sd.fingerprint()
+    state = TrainingState(sd, trainee, settings, precision, base)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
-    checkpoint = run.start({"base": sd.fingerprint(), "global_batch": batch}, state.size())
+    checkpoint = run.start({"base": base, "global_batch": batch}, state.size())
     tell(world, sd.about)
 
     # The base model before it sees the subject: what it makes of the prompts, and what it knows of the class.
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         if world.main:
             with state.averaged():
-                finish(sd, settings, run, precision, photographs)
+                finish(sd, settings, run, precision, photographs, state.metadata())
         tell(world, f"model: {run.model_path}\nsheet: {run.sheet('before_after')}")
     world.close()
 
@@ -213,9 +214,16 @@ def prepare(
     return rows, context
 
 
-def finish(sd: StableDiffusion, settings: Settings, run: Run, precision: Precision, photographs: list[Path]) -> None:
+def finish(
+    sd: StableDiffusion,
+    settings: Settings,
+    run: Run,
+    precision: Precision,
+    photographs: list[Path],
+    metadata: dict[str, str],
+) -> None:
     """Writes the model, and the sheets that show what it has learned."""
-    sd.save(run.model_path, settings.layout)
+    sd.save(run.model_path, settings.layout, metadata=metadata)
     with precision.autocast():
         after = sheet.grid(samples(sd, settings, "after"))
     after.save(run.sheet("after"))

@@ -17,10 +17,13 @@ from ldm.settings import Settings
 
 
 class TrainingState:
-    """step: updates done; draws: batches drawn, more than steps where fp16 overflowed and an update was skipped."""
+    """step: updates done; draws: batches drawn, more than steps where fp16 overflowed and an update was skipped.
 
-    def __init__(self, sd: StableDiffusion, trainee: Trainee, settings: Settings, precision: Precision):
-        self.sd, self.precision = sd, precision
+    base: the fingerprint of the model that training began with.
+    """
+
+    def __init__(self, sd: StableDiffusion, trainee: Trainee, settings: Settings, precision: Precision, base: str):
+        self.sd, self.settings, self.precision, self.base = sd, settings, precision, base
         trained = {id(p) for p in trainee.parameters()}
         self.parameters = {name: p for name, p in sd.parameters().items() if id(p) in trained}
         rates = {"unet": settings.learning_rate, "text_encoder": settings.text_encoder_learning_rate}
@@ -44,7 +47,13 @@ class TrainingState:
 
     def save_model(self, path: Path) -> None:
         """The model of this step as an official single file."""
-        self.sd.save(path, "official", metadata={"ldm.step": str(self.step)})
+        self.sd.save(path, "official", metadata=self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """Where the model comes from, for the headers of its files."""
+        prompts = {"instance_prompt": self.settings.instance_prompt, "class_prompt": self.settings.class_prompt}
+        about = {"step": str(self.step), "base": self.base} | {name: text for name, text in prompts.items() if text}
+        return {f"ldm.{name}": text for name, text in about.items()}
 
     def tensors(self) -> Tensors:
         tensors: Tensors = {}
