@@ -21,7 +21,7 @@ from typing import Any
 
 from ldm.errors import InputError, RunError
 from ldm.files import Tensors, open_tensors, save_tensors
-from ldm.weights import CHECKPOINT_MODEL
+from ldm.weights import CHECKPOINT_MODEL, read
 
 MODEL, TRAINING, STATE, SUMS = CHECKPOINT_MODEL, "training.safetensors", "state.json", "SHA256SUMS"
 NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -97,7 +97,7 @@ def checked(path: Path) -> Path:
 def load(path: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """The model's tensors under their official names, the training tensors and the state of a whole checkpoint."""
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return open_tensors(path / MODEL)[0], open_tensors(path / TRAINING)[0], state
+    return read(path / MODEL).tensors, open_tensors(path / TRAINING)[0], state
 
 
 def step_of(path: Path) -> int:
