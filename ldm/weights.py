@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ldm import folder, names
-from ldm.config import SD1, SD2, ModelConfig
+from ldm.config import SD1, SD2, SD2_V, ModelConfig
 from ldm.errors import InputError
 from ldm.files import PICKLED, Tensors, open_part, open_tensors, replacing, save_tensors
 from ldm.schedule import Schedule
@@ -70,7 +70,7 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
     elif path.suffix in (".safetensors", *PICKLED):
         if variant:
             raise InputError(f"{path} is one file; --variant {variant} is for diffusers folders")
-        source = _read_single(path, ema)
+        source = _read_single(path, ema, prediction)
     else:
         raise InputError(f"{path} is neither a .safetensors or .ckpt file nor a diffusers folder")
     if prediction is not None:
@@ -83,9 +83,9 @@ def predicting(config: ModelConfig, prediction: str) -> ModelConfig:
     return replace(config, schedule=replace(config.schedule, prediction=prediction))
 
 
-def _read_single(path: Path, ema: bool) -> Source:
+def _read_single(path: Path, ema: bool, prediction: str | None) -> Source:
     tensors, metadata = open_tensors(path)
-    config, tokenizer, prediction_from = _family(path, tensors, metadata)
+    config, tokenizer, prediction_from = _family(path, tensors, metadata, prediction)
     averaged = _take(tensors, EMA)
     unet = [key for key in tensors if key.startswith(names.UNET)]
     flat = {key: key.removeprefix("model.").replace(".", "") for key in unet}  # LitEma drops the dots
@@ -107,7 +107,9 @@ def _read_single(path: Path, ema: bool) -> Source:
     return Source(config, tensors, tokenizer, extra, "official", has_ema, prediction_from)
 
 
-def _family(path: Path, tensors: Tensors, metadata: dict[str, str]) -> tuple[ModelConfig, Tokenizer, str]:
+def _family(
+    path: Path, tensors: Tensors, metadata: dict[str, str], prediction: str | None
+) -> tuple[ModelConfig, Tokenizer, str]:
     """Whose file this is: our own metadata says it, or the text encoder's names do."""
     if "ldm.config" in metadata:
         try:
@@ -115,15 +117,16 @@ def _family(path: Path, tensors: Tensors, metadata: dict[str, str]) -> tuple[Mod
             return config, Tokenizer.from_metadata(metadata["ldm.tokenizer"]), "the file's metadata"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
+    named = folder.PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
     if names.TEXT + "text_model.embeddings.token_embedding.weight" in tensors:
-        config, said = SD1, "SD 1.x always does"
+        config, said = predicting(SD1, named or "eps"), "SD 1.x always does"
     elif names.OPENCLIP + "token_embedding.weight" in tensors:
-        config, said = predicting(SD2, "v"), "assumed of SD 2.x; for a 512-base model give --prediction-type eps"
+        config = {"eps": SD2, "v": SD2_V}[prediction or named or "v"]
+        said = "assumed of SD 2.x; for a 512-base model give --prediction-type eps"
     else:
         raise InputError(f"{path} does not look like Stable Diffusion 1 or 2: no text encoder that we know is in it")
-    if (named := metadata.get("modelspec.prediction_type")) in folder.PREDICTIONS:
-        config, said = predicting(config, folder.PREDICTIONS[named]), "the file's metadata"
-    return config, Tokenizer.clip(config.text.context_length, config.text.pad_id), said
+    tokenizer = Tokenizer.clip(config.text.context_length, config.text.pad_id)
+    return config, tokenizer, "the file's metadata" if named else said
 
 
 def _read_folder(path: Path, variant: str | None) -> Source:
