@@ -11,7 +11,7 @@ coefficients are Python floats of the float64 table.
 They are what diffusers makes `from_config` of Stable Diffusion's scheduler_config.json: steps_offset 1,
 set_alpha_to_one false, clip_sample false, skip_prk_steps true, and timestep_spacing "leading", which has to be said
 where a file does not, since half of its classes assume another. The schedule's `spacing` and `zero_terminal_snr` are
-timestep_spacing and rescale_betas_zero_snr there.
+timestep_spacing and rescale_betas_zero_snr there (which PNDM and Heun lack).
 
     ddpm      DDPMScheduler                      heun             HeunDiscreteScheduler
     ddim      DDIMScheduler                      dpmpp_2m         DPMSolverMultistepScheduler
@@ -19,8 +19,8 @@ timestep_spacing and rescale_betas_zero_snr there.
     euler     EulerDiscreteScheduler
     euler_a   EulerAncestralDiscreteScheduler
 
-with three differences: plms converts v to eps before it combines steps, as the official code; trailing steps that do
-not divide T lead from each to the next; with trailing steps the Euler family begins at variance 1, not at 1 - abar.
+with three differences: plms combines predictions of eps, also where the model's are of v; trailing steps that do not
+divide T lead from each to the next; with trailing steps the Euler family begins at variance 1, not at 1 - abar.
 """
 
 import math
@@ -122,7 +122,8 @@ def euler(denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, *, eta=0.
 def euler_a(denoise: Denoise, x: Tensor, schedule: Schedule, steps: int, *, eta=0.0, noise=None, start=0) -> Tensor:
     """Euler ancestral: each step goes further down than asked and comes back with fresh noise.
 
-    It is DDPM's idea in sigma: the ancestral sampling of SMLD in Song et al. 2021 (score SDE), appendix F.
+    The ancestral sampling of SMLD in Song et al. 2021 (score SDE), appendix F. It is ddpm, written in sigma: the two
+    make the same picture of the same noise.
     """
     t = schedule.spaced(steps)[start:]
     sigmas = _sigmas(schedule, t)
