@@ -14,7 +14,6 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm import cli, data, distributed, files, samplers, sheet
@@ -44,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if world.main:
         print(sd.about)
-    _, *size = sd.latent_shape(args.height, args.width)
+    _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
     sd.schedule.spaced(args.steps)
     init_image, steps = None, args.steps
     if args.init_image is not None:
-        init_image = starting_picture(args.init_image, *(side * sd.config.vae.factor for side in size))
+        init_image = data.to_tensor(data.fit(args.init_image, width, height))
         steps = samplers.taken(args.steps, args.strength)
     fingerprint = sd.fingerprint()
 
@@ -144,13 +143,6 @@ def check(args) -> None:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
-
-
-def starting_picture(path: str, height: int, width: int) -> Tensor:
-    """A picture as (3, H, W) in [-1, 1]: the middle of its middle square."""
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    return data.load_picture(path, side)[:, top : top + height, left : left + width]
 
 
 def read_prompts(args) -> list[str]:

@@ -48,21 +48,30 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
 
 def load_picture(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """One picture as (3, R, R) float32 in [-1, 1]; see `square`."""
-    pixels = torch.from_numpy(np.array(square(path, resolution, centre)))  # (R, R, 3), 0 to 255
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+    return to_tensor(square(path, resolution, centre))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """8-bit RGB -> (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def square(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """One picture as 8-bit RGB: upright, short side resized to `resolution`, cut to a square.
+    """One picture as 8-bit RGB: upright, short side resized to `resolution`, cut to a square; see `fit`."""
+    return fit(path, resolution, resolution, centre)
 
-    centre: where the square is cut, from (0, 0), left and top, to (1, 1).
+
+def fit(path: str | Path, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """One picture as 8-bit RGB: upright, resized until it covers `width` x `height`, and cut to that.
+
+    centre: where it is cut, from (0, 0), left and top, to (1, 1).
 
     Raises InputError, which names the file, if it can't be read.
     """
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            return ImageOps.fit(to_rgb(upright), (resolution, resolution), Image.Resampling.LANCZOS, centering=centre)
+            return ImageOps.fit(to_rgb(upright), (width, height), Image.Resampling.LANCZOS, centering=centre)
     except Exception as error:  # a damaged picture can make Pillow's plugins raise anything
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 

@@ -1,0 +1,187 @@
+"""Pictures from pictures, with every sampler and setting of guidance: equal to those of diffusers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from ldm import InputError, data, samplers
+from ldm.model import guided
+from ldm.samplers import SAMPLERS
+from ldm.schedule import Schedule
+
+PROMPTS, SEEDS = ["a photo of a red cat", "snow"], [3, 14]
+THEIRS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "plms": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_karras": "DPMSolverMultistepScheduler",
+}
+
+
+@pytest.fixture(scope="module")
+def sd(random_model):
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def zero_snr(random_model):
+    """The same weights, taken to predict v under a schedule with zero terminal SNR."""
+    sd = random_model()
+    schedule = replace(sd.config.schedule, prediction="v", zero_terminal_snr=True, spacing="trailing")
+    sd.config = replace(sd.config, schedule=schedule)
+    sd.schedule = Schedule(schedule)
+    return sd
+
+
+@pytest.fixture(scope="module")
+def folders(sd, zero_snr, tmp_path_factory):
+    """Where the two are saved as diffusers folders."""
+    folder = tmp_path_factory.mktemp("folders")
+    for name, model in {"eps": sd, "v": zero_snr}.items():
+        model.save(folder / name, "diffusers")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    """Soft patches of colour, 32x32."""
+    noise = torch.randint(256, (5, 5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(noise.numpy()).resize((32, 32), Image.Resampling.BICUBIC)
+
+
+def with_diffusers(kind: str, folder, sampler: str, **options) -> list[Image.Image]:
+    diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
+    pipe = getattr(diffusers, kind).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    karras = {"use_karras_sigmas": True} if sampler == "dpmpp_2m_karras" else {}
+    pipe.scheduler = getattr(diffusers, THEIRS[sampler]).from_config(pipe.scheduler.config, **karras)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    return pipe(PROMPTS, generator=generators, negative_prompt=["a blur"] * 2, **options).images
+
+
+def assert_same(ours: list[Image.Image], theirs: list[Image.Image]):
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
+        assert np.asarray(a).std() > 10  # there is something to see
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_pictures_equal_those_of_diffusers(sampler, sd, folders):
+    theirs = with_diffusers("StableDiffusionPipeline", folders / "eps", sampler, num_inference_steps=8)
+    assert_same(sd.generate(PROMPTS, negative_prompt="a blur", steps=8, sampler=sampler, seeds=SEEDS), theirs)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler", "dpmpp_2m", "dpmpp_2m_karras"])
+def test_zero_terminal_snr_and_guidance_rescale_equal_those_of_diffusers(sampler, zero_snr, folders):
+    theirs = with_diffusers(
+        "StableDiffusionPipeline", folders / "v", sampler, num_inference_steps=8, guidance_rescale=0.7
+    )
+    ours = zero_snr.generate(
+        PROMPTS, negative_prompt="a blur", steps=8, sampler=sampler, seeds=SEEDS, guidance_rescale=0.7
+    )
+    assert_same(ours, theirs)
+
+
+# All but plms, which diffusers starts at the wrong step: its list of steps has one twice, and is cut by their number.
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd, folders, image):
+    theirs = with_diffusers(
+        "StableDiffusionImg2ImgPipeline",
+        folders / "eps",
+        sampler,
+        image=image,
+        strength=strength,
+        num_inference_steps=10,
+    )
+    ours = sd.generate(
+        PROMPTS,
+        negative_prompt="a blur",
+        steps=10,
+        sampler=sampler,
+        seeds=SEEDS,
+        init_image=data.to_tensor(image),
+        strength=strength,
+    )
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_strength_says_how_much_of_the_picture_is_left(sampler, sd, image):
+    start = data.to_tensor(image)
+    kept = sd.decode_latents(sd.encode_images(start[None], torch.Generator().manual_seed(5))).detach()
+    calls, distances = [], []
+    for strength in (0.0, 0.2, 1.0):
+        calls.clear()
+        made = sd.generate(
+            "snow",
+            seeds=[5],
+            steps=10,
+            sampler=sampler,
+            init_image=start,
+            strength=strength,
+            output="tensor",
+            progress=lambda: calls.append(1),
+        )
+        assert len(calls) == samplers.evaluations(sampler, round(10 * strength))
+        distances.append((made - kept).square().mean().item())
+    assert distances[0] < 1e-8 and distances[1] < 0.8 * distances[2]
+
+
+def test_guidance_rescale_gives_each_picture_the_spread_of_the_prompts_prediction():
+    without, with_prompt = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = without + 9.0 * (with_prompt - without)
+    torch.testing.assert_close(guided(without, with_prompt, 9.0), plain)
+    torch.testing.assert_close(guided(without, with_prompt, 9.0, 1.0).std((1, 2, 3)), with_prompt.std((1, 2, 3)))
+    half = (guided(without, with_prompt, 9.0, 1.0) + plain) / 2
+    torch.testing.assert_close(guided(without, with_prompt, 9.0, 0.5), half)
+
+
+# At the command line
+
+
+@pytest.fixture
+def run(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *flags: sample.main(["--model", str(folders / "eps"), "--prompt", "a cat", "--steps", "5", *flags])
+
+
+def test_sample_starts_from_a_picture_of_any_shape(run, sd, image, tmp_path):
+    image.resize((90, 40)).save(tmp_path / "wide.jpg")
+    run("--init-image", "wide.jpg", "--strength", "0.6", "--height", "16", "--width", "48", "--sampler", "heun")
+    made = Image.open(tmp_path / "samples" / "00000-0.png")
+    assert made.size == (48, 16)
+    assert {"init_image": "wide.jpg", "strength": "0.6", "sampler": "heun"}.items() <= made.text.items()
+    start = data.to_tensor(data.fit("wide.jpg", 48, 16))
+    expected = sd.generate("a cat", steps=5, init_image=start, strength=0.6, sampler="heun")
+    assert np.array_equal(np.asarray(made), np.asarray(expected[0]))
+
+
+def test_sample_lists_the_samplers_without_a_model(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--sampler", "help", "--model", "nowhere"])
+    assert capsys.readouterr().out.split("\n")[:-1] == samplers.listing().split("\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (("--init-image", "nowhere.png"), "nowhere.png"),
+        (("--init-image", "a.png", "--strength", "1.2"), "strength 1.2"),
+        (("--guidance-rescale", "-0.1"), "--guidance-rescale -0.1"),
+        (("--guidance-rescale", "nan"), "--guidance-rescale nan"),
+    ],
+)
+def test_sample_says_what_is_wrong(flags, complaint, run, tmp_path):
+    with pytest.raises(InputError, match=complaint):
+        run(*flags)
+    assert not list(tmp_path.iterdir())
