@@ -86,7 +86,7 @@ def diffusers_scheduler(name: str, schedule: Schedule, steps: int, **settings):
     if name in EXACT:
         scheduler.alphas_cumprod = schedule.alphas_cumprod
         scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
-    if name == "heun":  # which there does not know zero terminal SNR
+    if name == "heun" and schedule.config.zero_terminal_snr:  # which it does not know there
         scheduler.alphas_cumprod = schedule.alphas_cumprod.float()
     scheduler.set_timesteps(steps)
     return scheduler
