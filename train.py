@@ -22,8 +22,8 @@ from ldm import cli, data, distributed, dreambooth, optim, sheet
 from ldm.distributed import World
 from ldm.errors import RunError
 from ldm.model import StableDiffusion
-from ldm.precision import Precision
-from ldm.run import Run
+from ldm.precision import Precision, set_exactness
+from ldm.run import Run, digest
 from ldm.samplers import evaluations
 from ldm.settings import Settings, parse
 from ldm.state import TrainingState
@@ -36,37 +36,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(argv, TINY)
     world = distributed.start(settings.device)
     precision = Precision(settings.mixed_precision, world.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
-    torch.use_deterministic_algorithms(settings.deterministic)
+    set_exactness(settings.allow_tf32, settings.deterministic)
 
     # All that could be wrong with the input is found out here, before anything is written.
     run = Run(settings, world)
-    photographs = data.find_pictures(settings.instance_data_dir, "--instance-data-dir")
-    sd = load(settings, world)
-    class_pictures = plan(sd, settings, run, photographs)
+    with world.agreed():
+        photographs = data.find_pictures(settings.instance_data_dir, "--instance-data-dir")
+        sd = load(settings, world)
+        class_pictures = plan(sd, settings, run, photographs)
     trainee = dreambooth.Trainee(sd, settings.train_text_encoder, settings.gradient_checkpointing)
     base = sd.fingerprint()
     state = TrainingState(sd, trainee, settings, precision, base)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
-    checkpoint = run.start({"base": base, "global_batch": batch}, state.size())
+    given = photographs + (class_pictures.own if class_pictures is not None else [])
+    checkpoint = run.start({"base": base, "pictures": digest(given), "global_batch": batch}, state.size)
     tell(world, sd.about)
 
     # The base model before it sees the subject: what it makes of the prompts, and what it knows of the class.
     with precision.autocast():
         if world.main and not run.sheet("before").exists():
-            sheet.grid(samples(sd, settings, "before")).save(run.sheet("before"))
+            run.save_sheet("before", sheet.grid(samples(sd, settings, "before")))
         if class_pictures is not None:
             class_pictures.generate(sd, settings.sample_batch_size, world)
 
     rows, conditioning = prepare(sd, settings, world, precision, photographs, class_pictures)
     if checkpoint is not None:
         state.restore(*run.load(checkpoint))
-    if not train(settings, world, run, precision, state, trainee, rows, conditioning):
+        tell(world, f"going on from {checkpoint}")
+    with Stop() as stop:
+        finished = train(settings, world, run, precision, state, trainee, rows, conditioning, stop)
+    if not finished:
         tell(world, f"stopped after step {state.step}; --resume-from-checkpoint latest goes on from there")
     else:
         if world.main:
             with state.averaged():
-                finish(sd, settings, run, precision, photographs, state.metadata())
+                finish(sd, settings, run, precision, photographs, state)
         tell(world, f"model: {run.model_path}\nsheet: {run.sheet('before_after')}")
     world.close()
 
@@ -80,9 +84,10 @@ def train(
     trainee: dreambooth.Trainee,
     rows: list[data.Rows],
     conditioning: Tensor,
+    stop: Stop,
 ) -> bool:
     """From the state's step to the last. Returns False if a signal ended it early, with all saved."""
-    stop, model, overflows = Stop(), world.wrap(trainee), 0
+    model, overflows = world.wrap(trainee), 0
     bar = tqdm(initial=state.step, total=settings.max_train_steps, desc="training", unit="step", disable=not world.main)
     while state.step < settings.max_train_steps:
         began, step = time.perf_counter(), state.step + 1
@@ -94,7 +99,7 @@ def train(
 
         state.optimizer.zero_grad(set_to_none=True)
         sums = gradients(settings, world, precision, state, model, rows, conditioning)
-        *sums, signals = world.sum([*sums, float(stop.asked is not None)])
+        *sums, signals = world.sum([*sums, float(stop.asked)])
         loss, subject, prior = (total / (settings.gradient_accumulation_steps * world.size) for total in sums)
         insist_finite("loss", loss, step)
         norm = precision.step(state.optimizer, list(state.parameters.values()), settings.max_grad_norm)
@@ -102,20 +107,21 @@ def train(
 
         metrics = {"step": step, "loss": loss, "subject_loss": subject, "prior_loss": prior, "grad_norm": norm}
         metrics |= {"lr": settings.learning_rate * factor, "seconds": round(time.perf_counter() - began, 4)}
-        if norm is None:  # fp16 overflowed: nothing was updated; the same step again, with other rows and a lower scale
-            overflows += 1
-            run.log(**metrics, skipped=True, scale=precision.scaler.get_scale())
-            if overflows == 50:
-                raise RunError(f"fp16 overflowed {overflows} times in a row at step {step}; take bf16")
-        else:
-            insist_finite("norm of the gradients", norm, step)
+        updated = math.isfinite(norm)
+        if updated:
             overflows = 0
             state.advance()
             run.log(**metrics)
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", subject=f"{subject:.4f}", prior=f"{prior:.4f}", refresh=False)
-        last = state.step == settings.max_train_steps
-        if signals or (norm is not None and step % settings.checkpointing_steps == 0 and not last):
+        else:  # fp16 overflowed: the same step again, with other rows and a lower scale; else it is an error
+            if not precision.scaler.is_enabled():
+                insist_finite("norm of the gradients", norm, step)
+            overflows += 1
+            run.log(**metrics | {"grad_norm": None}, skipped=True, scale=precision.scaler.get_scale())
+            if overflows == 50:
+                raise RunError(f"fp16 overflowed {overflows} times in a row at step {step}; take bf16")
+        if signals or (updated and step % settings.checkpointing_steps == 0):
             run.save(state)
         if signals:
             break
@@ -220,16 +226,16 @@ def finish(
     run: Run,
     precision: Precision,
     photographs: list[Path],
-    metadata: dict[str, str],
+    state: TrainingState,
 ) -> None:
     """Writes the model, and the sheets that show what it has learned."""
-    sd.save(run.model_path, settings.layout, metadata=metadata)
+    run.save_model(state)
     with precision.autocast():
         after = sheet.grid(samples(sd, settings, "after"))
-    after.save(run.sheet("after"))
+    run.save_sheet("after", after)
     squares = [data.square(path, settings.resolution) for path in photographs]
     shown = sheet.grid([("photographs of the subject", squares[: 2 * settings.num_validation_images])])
-    sheet.beside(shown, Image.open(run.sheet("before")), after).save(run.sheet("before_after"))
+    run.save_sheet("before_after", sheet.beside(shown, Image.open(run.sheet("before")), after))
 
 
 def samples(sd: StableDiffusion, settings: Settings, when: str) -> list[sheet.Row]:

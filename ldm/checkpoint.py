@@ -3,8 +3,9 @@
     checkpoint-000400/
         model.safetensors      the model at that step, an official single file: sample.py takes the folder as --model
         training.safetensors   the optimizer's moments, and the EMA's averages if there are any
-        state.json             step, scaler and all else that is no tensor
-        SHA256SUMS             of the three, as `sha256sum -c` reads them
+        state.json             step, scaler, settings and all else that is no tensor
+        metrics.jsonl          the run's metrics up to that step
+        SHA256SUMS             of the four, as `sha256sum -c` reads them
 
 A checkpoint is written under a temporary name, flushed to disk, and renamed when all of it is there.
 """
@@ -19,40 +20,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ldm.errors import InputError, RunError
 from ldm.files import Tensors, open_tensors, save_tensors
 from ldm.weights import CHECKPOINT_MODEL, read
 
-MODEL, TRAINING, STATE, SUMS = CHECKPOINT_MODEL, "training.safetensors", "state.json", "SHA256SUMS"
+MODEL, TRAINING, STATE, METRICS = CHECKPOINT_MODEL, "training.safetensors", "state.json", "metrics.jsonl"
+FILES, SUMS = (MODEL, TRAINING, STATE, METRICS), "SHA256SUMS"
 NAME = re.compile(r"checkpoint-(\d{6,})")
-TEMPORARY = ".tmp-"
+TEMPORARY, REPLACED = ".tmp-", ".old-"
 
 
-def save(folder: Path, step: int, save_model: Callable[[Path], Any], training: Tensors, state: dict[str, Any]) -> Path:
-    """Writes checkpoint-STEP into the folder. Raises RunError, and leaves nothing, if the disk won't take it."""
+def save(
+    folder: Path, step: int, save_model: Callable[[Path], Any], training: Tensors, state: dict[str, Any], metrics: str
+) -> None:
+    """Writes checkpoint-STEP into the folder. Raises RunError, and leaves nothing of it, if the disk won't take it."""
     final = folder / f"checkpoint-{step:06d}"
     temporary = folder / f"{TEMPORARY}{final.name}"
     try:
-        remove(temporary)
         temporary.mkdir(parents=True)
         save_model(temporary / MODEL)
         save_tensors(temporary / TRAINING, training, {"format": "pt"})
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-        lines = [f"{sha256(temporary / name)}  {name}\n" for name in (MODEL, TRAINING, STATE)]
+        (temporary / METRICS).write_text(metrics, encoding="utf-8")
+        lines = [f"{sha256(temporary / name)}  {name}\n" for name in FILES]
         (temporary / SUMS).write_text("".join(lines), encoding="utf-8")
-        for name in (MODEL, TRAINING, STATE, SUMS, "."):
+        for name in (*FILES, SUMS, "."):
             flush(temporary / name)
-        if final.exists():  # a damaged one, or one that a stopped run left behind
-            final.rename(folder / f"{TEMPORARY}old-{final.name}")
+        if final.exists():  # damaged, or of a run that has gone back and comes here again
+            final.rename(folder / f"{REPLACED}{final.name}")
         temporary.rename(final)
         flush(folder)
-    except Exception as error:
-        remove(temporary)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise RunError(f"{final} can't be saved ({error}); older checkpoints are as they were") from None
-        raise
-    clean(folder)
-    return final
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{final} can't be saved ({error}); older checkpoints are as they were") from None
+    finally:
+        clean(folder)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -62,11 +65,17 @@ def listed(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged newer ones are named on standard error. None if there is none."""
-    for path in reversed(listed(folder)):
+    """The newest checkpoint that is whole; damaged newer ones are named on standard error. None if there is none.
+
+    Raises InputError if all that there are are damaged.
+    """
+    found = listed(folder)
+    for path in reversed(found):
         if (damage := damaged(path)) is None:
             return path
         print(f"checkpoint {path} is damaged: {damage}; taking the one before it", file=sys.stderr)
+    if found:
+        raise InputError(f"no checkpoint in {folder} is whole; begin again in a new --output-dir")
     return None
 
 
@@ -75,7 +84,7 @@ def damaged(path: Path) -> str | None:
     try:
         lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        for name in (MODEL, TRAINING, STATE):
+        for name in FILES:
             if sha256(path / name) != sums[name]:
                 return f"{name} is not what was saved"
     except FileNotFoundError as error:
@@ -96,25 +105,29 @@ def checked(path: Path) -> Path:
 
 def load(path: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """The model's tensors under their official names, the training tensors and the state of a whole checkpoint."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return read(path / MODEL).tensors, open_tensors(path / TRAINING)[0], state
+    return read(path / MODEL).tensors, open_tensors(path / TRAINING)[0], load_state(path)
 
 
-def step_of(path: Path) -> int:
-    return int(json.loads((path / STATE).read_text(encoding="utf-8"))["step"])
+def load_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
-def prune(folder: Path, limit: int | None) -> None:
-    """Deletes the oldest checkpoints until `limit` are left. Called when a new one is safe."""
-    if limit is None:
-        return
-    for path in listed(folder)[:-limit]:
-        path.rename(folder / f"{TEMPORARY}old-{path.name}")  # a half-deleted one never has a checkpoint's name
+def prune(folder: Path, limit: int | None, step: int) -> None:
+    """Deletes the oldest checkpoints until `limit` are left. Called when that of `step`, the last one made, is safe.
+
+    Later ones, which a run that went back has left ahead of it, do not count and are left alone.
+    """
+    made = [path for path in listed(folder) if int(NAME.fullmatch(path.name)[1]) <= step]
+    for path in made[: -limit if limit is not None else 0]:
+        path.rename(folder / f"{TEMPORARY}{path.name}")  # a half-deleted one never has a checkpoint's name
     clean(folder)
 
 
 def clean(folder: Path) -> None:
-    """Removes what a killed run may have left half-written or half-deleted."""
+    """Puts right what a killed run may have left half-written, half-deleted or half-replaced."""
+    for path in folder.glob(f"{REPLACED}*"):
+        final = folder / path.name.removeprefix(REPLACED)
+        remove(path) if final.exists() else path.rename(final)
     for path in folder.glob(f"{TEMPORARY}*"):
         remove(path)
 

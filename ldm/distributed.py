@@ -4,8 +4,11 @@ One process is a world of size 1, and the program reads the same. torchrun says 
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +17,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm import cli
+from ldm.errors import InputError, RunError
+
+PATIENCE = timedelta(hours=4)  # while the main process alone samples a sheet or saves to a slow disk
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,27 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Around work without talk between processes: an InputError or RunError in one of them is raised in all."""
+        errors: list[Exception | None] = [None] * self.size
+        try:
+            yield
+        except (InputError, RunError) as error:
+            errors[self.rank] = error
+        if self.size > 1:
+            dist.all_gather_object(errors, errors[self.rank])
+        for error in filter(None, errors):
+            raise error
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Has the main process do something, and gives its result, or its error, to all."""
+        result = None
+        with self.agreed():
+            if self.main:
+                result = work()
+        return self.share(result)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -71,12 +98,21 @@ def start(device: str | None) -> World:
     if size == 1:
         return World(0, 1, chosen)
     if chosen.type == "cuda":
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > gpus:
+            raise InputError(f"{processes} processes can't share {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(dist.get_rank(), size, chosen)
 
 
 def restarted() -> bool:
     """Whether torchrun has started this process again after a worker was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def launch() -> str | None:
+    """What all starts of this process under one torchrun have in common, and with no other; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name

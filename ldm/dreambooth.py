@@ -96,7 +96,8 @@ class ClassPictures:
         clash = [p.name for p in own if p.name in self.planned]
         if clash:
             raise InputError(f"{self.folder / clash[0]} has the name of a picture to be generated; rename it")
-        self.paths = own[:count] + [self.folder / name for name in self.planned]
+        self.own = own[:count]
+        self.paths = self.own + [self.folder / name for name in self.planned]
         if self.missing():
             files.insist_writable(self.folder, "--class-data-dir")
         self._record = {**recipe, "seed": seed, "pictures": made | self.planned}

@@ -1,5 +1,7 @@
 """Mixed precision (Micikevicius et al. 2018): what trains is fp32, autocast multiplies matrices in fewer bits."""
 
+import math
+import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,19 +24,22 @@ class Precision:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> float | None:
-        """Clips the gradients to the norm and updates. Returns their norm before, or None if the update was skipped.
+    def step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> float:
+        """Clips the gradients to the norm and updates. Returns their norm before.
 
-        Skipped means that fp16 overflowed: the scale goes down, nothing else changes. A norm that is not finite
-        without fp16 is returned as it is, without an update.
+        If that is not finite there is no update, and where fp16 overflowed the loss is scaled less from now on.
         """
         self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
-        finite = torch.isfinite(torch.tensor(norm))
-        if self.scaler.is_enabled():
+        if math.isfinite(norm):
             self.scaler.step(optimizer)
-            self.scaler.update()
-            return norm if finite else None
-        if finite:
-            optimizer.step()
+        self.scaler.update()
         return norm
+
+
+def set_exactness(allow_tf32: bool, deterministic: bool) -> None:
+    """TF32 for fp32 matrix products on NVIDIA GPUs; algorithms that give the same bits each time, or an error."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses

@@ -5,20 +5,29 @@ Only the main process of a world writes, and what it finds wrong is raised in al
 
 import dataclasses
 import fcntl
+import hashlib
 import json
-from collections.abc import Callable
+import re
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from safetensors import SafetensorError
+
 from ldm import checkpoint, files
-from ldm.distributed import World, restarted
+from ldm.checkpoint import METRICS
+from ldm.distributed import World, launch, restarted
 from ldm.errors import InputError, RunError
 from ldm.files import Tensors
 from ldm.settings import Settings
 from ldm.state import TrainingState
 
 DEFAULT = Path("runs", "dreambooth")
-CONFIG, METRICS = "config.json", "metrics.jsonl"
+CONFIG, LOCK = "config.json", "lock"
+LATEST = "latest"
 
 # Settings that may differ between a run and the run that goes on from its checkpoint.
 FREE = {
@@ -28,7 +37,8 @@ FREE = {
     "device",
     "gradient_accumulation_steps",  # the global batch counts, not how it is cut
     "gradient_checkpointing",
-    "instance_data_dir",
+    "instance_data_dir",  # the pictures count, not where they lie
+    "launch",
     "layout",
     "model",  # the fingerprint counts, not the path
     "num_validation_images",
@@ -49,26 +59,34 @@ class Run:
 
     def __init__(self, settings: Settings, world: World):
         self.settings, self.world = settings, world
-        self.resumes = settings.resume_from_checkpoint is not None or restarted()
-        self.folder = Path(world.share(str(self._choose())))
-        taken = self.folder.is_dir() and any(self.folder.iterdir())
-        files.insist_writable(self.folder, "--output-dir")
-        if taken and not self.resumes:
-            raise InputError(
-                f"--output-dir {self.folder} is not empty; give a new folder, or --resume-from-checkpoint latest"
-            )
-        if taken and not (self.folder / CONFIG).exists():
-            raise InputError(f"--output-dir {self.folder} holds no run to go on with: it has no {CONFIG}")
+        self.folder: Path = world.on_main(self._claim)
 
-    def _choose(self) -> Path:
+    def _claim(self) -> Path:
+        wanted, numbered = self.settings.resume_from_checkpoint, _numbered()
+        back = [path for path in numbered.values() if self._is_back(path)]
         if self.settings.output_dir is not None:
-            return Path(self.settings.output_dir)
-        number, path, last = 1, DEFAULT, DEFAULT
-        while path.exists():
-            last = path
-            number += 1
-            path = DEFAULT.with_name(f"{DEFAULT.name}-{number}")
-        return last if self.resumes else path
+            folder = Path(self.settings.output_dir)
+        elif back:
+            folder = back[-1]
+        elif wanted == LATEST and numbered:
+            folder = numbered[max(numbered)]
+        elif wanted not in (None, LATEST) and (Path(wanted).absolute().parents[1] / CONFIG).exists():
+            folder = Path(wanted).absolute().parents[1]
+        else:
+            folder = DEFAULT.with_name(f"{DEFAULT.name}-{max(numbered) + 1}") if numbered else DEFAULT
+        files.insist_writable(folder, "--output-dir")
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK}:
+            if wanted is None and not self._is_back(folder):
+                raise InputError(
+                    f"--output-dir {folder} is not empty; give a new folder, or --resume-from-checkpoint latest"
+                )
+            if not (folder / CONFIG).exists():
+                raise InputError(f"--output-dir {folder} holds no run to go on with: it has no {CONFIG}")
+        return folder
+
+    def _is_back(self, folder: Path) -> bool:
+        """Whether torchrun has started us again after a worker was lost, and we were at work in that folder before."""
+        return restarted() and (_read_config(folder) or {}).get("launch") == launch()
 
     @property
     def checkpoints(self) -> Path:
@@ -77,44 +95,62 @@ class Run:
     def start(self, identity: dict[str, Any], bytes_to_save: int) -> Path | None:
         """Locks the folder, tidies it and writes config.json. Returns the checkpoint to go on from, if any.
 
-        identity: what makes it this run beside its settings (the base model's fingerprint, the global batch).
+        identity: what makes it this run beside its settings (base model, pictures, global batch).
         Raises InputError if another run is at work here, or was here with other settings; RunError if space is short.
         """
-        self.identity = identity
-        return self._on_main(lambda: self._start(bytes_to_save))
-
-    def _start(self, bytes_to_save: int) -> Path | None:
-        try:
-            (self.folder / "sheets").mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--output-dir {self.folder}: another run is at work there; wait, or give another"
-            ) from None
-        except OSError as error:
-            raise InputError(f"--output-dir {self.folder} can't be written to: {error.strerror}") from None
-        found, before = self._find()
-        if before is not None and (changes := self._changes(before)):
-            raise InputError(f"{found or self.folder} belongs to another run: {'; '.join(changes)}")
-        checkpoint.clean(self.checkpoints)
-        checkpoint.check_space(self.folder, bytes_to_save)
-        self._cut_metrics(checkpoint.step_of(found) if found else 0)
-        (self.folder / CONFIG).write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
+        self.identity = identity | {"launch": launch()}
+        found = self.world.on_main(lambda: self._start(bytes_to_save))
+        with self.world.agreed():
+            if not (self.folder / CONFIG).exists():
+                raise InputError(f"--output-dir {self.folder} is not on a disk that {socket.gethostname()} shares")
         return found
 
-    def _find(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """The checkpoint to go on from, checked, and the settings of the run that it belongs to."""
+    def _start(self, bytes_to_save: int) -> Path | None:
+        with _written(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / LOCK).open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--output-dir {self.folder}: another run is at work there; wait, or give another"
+                ) from None
+            self._tidy()
+            found = self._find()
+            self._insist_same_run(found)
+            checkpoint.check_space(self.folder, bytes_to_save)
+            with files.replacing(self.folder / CONFIG) as path:
+                path.write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
+            with files.replacing(self.folder / METRICS) as path:
+                path.write_text((found / METRICS).read_text(encoding="utf-8") if found else "", encoding="utf-8")
+            self.checkpoints.mkdir(exist_ok=True)
+            return found
+
+    def _tidy(self) -> None:
+        """Removes what a killed run has left half-written."""
+        checkpoint.clean(self.checkpoints)
+        for pattern in (f".{CONFIG}.*", f".{METRICS}.*", ".model.*", "sheets/.*.png.*"):
+            for path in self.folder.glob(pattern):
+                checkpoint.remove(path)
+
+    def _find(self) -> Path | None:
+        """The checkpoint to go on from, checked."""
         wanted = self.settings.resume_from_checkpoint
-        if wanted not in (None, "latest"):
-            found = checkpoint.checked(Path(wanted))
-        else:
-            found = checkpoint.newest(self.checkpoints) if self.resumes else None
+        if wanted in (None, LATEST) or self._is_back(self.folder):
+            if (found := checkpoint.newest(self.checkpoints)) is not None or wanted in (None, LATEST):
+                return found
+        return checkpoint.checked(Path(wanted))
+
+    def _insist_same_run(self, found: Path | None) -> None:
+        befores = {self.folder: _read_config(self.folder)}
         if found is not None:
-            return found, checkpoint.load(found)[2]["run"]
-        config = self.folder / CONFIG
-        return None, json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+            state = checkpoint.load_state(found)
+            befores[found] = state["run"]
+            if state["step"] > self.settings.max_train_steps:
+                raise InputError(f"{found} is beyond --max-train-steps {self.settings.max_train_steps}")
+        for path, before in befores.items():
+            if before is not None and (changes := self._changes(before)):
+                raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
 
     def _config(self) -> dict[str, Any]:
         return json.loads(json.dumps({**dataclasses.asdict(self.settings), **self.identity}))
@@ -132,49 +168,69 @@ class Run:
         """Writes a checkpoint, and deletes old ones when it is safe. Raises RunError if the disk won't take it."""
 
         def write() -> None:
-            checkpoint.check_space(self.folder, state.size())
+            state.insist_finite()
+            checkpoint.check_space(self.folder, state.size)
+            metrics = (self.folder / METRICS).read_text(encoding="utf-8")
             numbers = {**state.numbers(), "run": self._config()}
-            checkpoint.save(self.checkpoints, state.step, state.save_model, state.tensors(), numbers)
-            checkpoint.prune(self.checkpoints, self.settings.checkpoints_total_limit)
+            checkpoint.save(self.checkpoints, state.step, state.save_model, state.tensors(), numbers, metrics)
+            checkpoint.prune(self.checkpoints, self.settings.checkpoints_total_limit, state.step)
 
-        self._on_main(write)
+        self.world.on_main(write)
 
     def load(self, found: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
         """The model's tensors, the training tensors and the numbers of a checkpoint that `start` has found."""
         return checkpoint.load(found)
 
-    def sheet(self, name: str) -> Path:
-        return self.folder / "sheets" / f"{name}.png"
-
     def log(self, **metrics: Any) -> None:
         """One line of metrics.jsonl."""
         if self.world.main:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            with _written(self.folder / METRICS), (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
 
-    def _cut_metrics(self, step: int) -> None:
-        """Takes away the lines of steps that will be done again."""
-        path = self.folder / METRICS
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            temporary = path.with_name(f".{METRICS}.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
+    def sheet(self, name: str) -> Path:
+        return self.folder / "sheets" / f"{name}.png"
+
+    def save_sheet(self, name: str, sheet: Image.Image) -> None:
+        with _written(self.sheet(name)), files.replacing(self.sheet(name)) as path:
+            sheet.save(path, format="PNG")
+
+    def save_model(self, state: TrainingState) -> None:
+        """Writes the model that all this was for."""
+        with _written(self.model_path):
+            state.insist_finite()
+            state.sd.save(self.model_path, self.settings.layout, metadata=state.metadata())
 
     @property
     def model_path(self) -> Path:
         return self.folder / ("model.safetensors" if self.settings.layout == "official" else "model")
 
-    def _on_main(self, work: Callable[[], Any]) -> Any:
-        """Runs something on the main process and gives its result, or its error, to all."""
-        result = error = None
-        if self.world.main:
-            try:
-                result = work()
-            except (InputError, RunError) as caught:
-                error = caught
-        result, error = self.world.share((result, error))
-        if error is not None:
-            raise error
-        return result
+
+def _numbered() -> dict[int, Path]:
+    """The folders that runs without --output-dir have taken, the last one last."""
+    found = {}
+    for path in DEFAULT.parent.glob(f"{DEFAULT.name}*"):
+        if number := re.fullmatch(r"-(\d+)|", path.name.removeprefix(DEFAULT.name)):
+            found[int(number[1] or 1)] = path
+    return dict(sorted(found.items()))
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); give another --output-dir") from None
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Around writing: a disk that won't take it is a RunError that names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} can't be written: {error}") from None
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """SHA-256 over the contents of files, in their order."""
+    return hashlib.sha256("".join(checkpoint.sha256(path) for path in paths).encode()).hexdigest()

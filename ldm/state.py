@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm import optim
 from ldm.dreambooth import Trainee
 from ldm.ema import EMA
+from ldm.errors import RunError
 from ldm.files import Tensors
 from ldm.model import StableDiffusion
 from ldm.precision import Precision
@@ -34,12 +35,22 @@ class TrainingState:
         self.optimizer = optim.adamw(groups, settings.use_8bit_adam)
         self.ema = EMA(self.parameters, settings.ema_decay) if settings.use_ema else None
         self.step = self.draws = 0
+        # Bytes of a checkpoint: the model in fp32, two moments of what trains and its average if any, and headers.
+        trains = sum(parameter.numel() for parameter in self.parameters.values())
+        copies = 3 if self.ema is not None else 2
+        self.size = 4 * (sum(t.numel() for t in sd.state().values()) + copies * trains) + 2**20
 
     def advance(self) -> None:
         """Counts an update that was made."""
         self.step += 1
         if self.ema is not None:
             self.ema.update()
+
+    def insist_finite(self) -> None:
+        """Raises RunError if the update has left a weight that is no number: such a model is not to be saved."""
+        for name, parameter in self.parameters.items():
+            if not parameter.isfinite().all():
+                raise RunError(f"{name} is not finite after step {self.step}, and was not saved; lower --learning-rate")
 
     def averaged(self) -> AbstractContextManager:
         """Inside, the model's weights are their averages, if there are any."""
@@ -72,8 +83,9 @@ class TrainingState:
             "scaler": self.precision.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema else 0,
             "optimizer": {  # 8-bit AdamW counts its steps in plain numbers
-                name: {k: v for k, v in self.optimizer.state.get(parameter, {}).items() if isinstance(v, int | float)}
-                for name, parameter in self.parameters.items()
+                name: counts
+                for name, p in self.parameters.items()
+                if (counts := {k: v for k, v in self.optimizer.state.get(p, {}).items() if isinstance(v, int | float)})
             },
         }
 
@@ -97,9 +109,3 @@ class TrainingState:
         self.precision.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
             self.ema.updates = numbers["ema_updates"]
-
-    def size(self) -> int:
-        """Bytes of a checkpoint: the model in fp32, two moments of what trains, and its average if there is one."""
-        copies = 3 if self.ema is not None else 2
-        everything = sum(tensor.numel() for tensor in self.sd.state().values())
-        return 4 * (everything + copies * sum(p.numel() for p in self.parameters.values()))

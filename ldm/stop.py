@@ -2,16 +2,23 @@
 
 import signal
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 class Stop:
-    """Notes SIGTERM, SIGINT and SIGUSR1 from now on. A second SIGINT interrupts at once."""
+    """Inside, SIGTERM, SIGINT and SIGUSR1 are noted and no more. A second SIGINT ends the process at once."""
 
-    def __init__(self) -> None:
-        self.asked: str | None = None  # the signal's name
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(name, self._note)
+    asked = False
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.asked == "SIGINT":
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
