@@ -50,7 +50,7 @@ def reported(program: str) -> Iterator[None]:
         yield
     except (InputError, RunError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: error: {error}", file=sys.stderr)
+            print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None
 
 
@@ -60,7 +60,7 @@ def device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
-        torch.empty(1, device=found)
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: there is no such device here; try --device cpu") from None
     return found

@@ -4,12 +4,31 @@ Sources of the presets: CompVis/stable-diffusion configs/stable-diffusion/v1-inf
 Stability-AI/stablediffusion configs/stable-diffusion/v2-inference{,-v}.yaml.
 """
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+
+class Checked:
+    """Fields hold what they are declared to: a configuration that comes from a file can say anything."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            if not _fits(value := getattr(self, f.name), f.type):
+                raise ValueError(f"{type(self).__name__}.{f.name} can't be {value!r}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a declared type; whole numbers count from 0, and no tuple is empty."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and value != () and all(_fits(item, get_args(kind)[0]) for item in value)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,)) and (kind is not int or value >= 0)
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Checked):
     """The denoiser. Level i works at 1/2**i of the latents' size, `channels[i]` wide."""
 
     in_channels: int = 4
@@ -39,7 +58,7 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Checked):
     """The autoencoder between pictures and latents."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -55,7 +74,7 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """CLIP's text encoder."""
 
     vocab_size: int = 49408
@@ -74,7 +93,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Checked):
     """The forward process (DDPM) and what the UNet predicts of it."""
 
     timesteps: int = 1000
@@ -86,7 +105,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A whole Stable Diffusion."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)

@@ -54,8 +54,12 @@ class StableDiffusion:
         """
         read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
         source = read()
-        with torch.device("meta"):
-            sd = cls(source.config, source.tokenizer)
+        try:
+            with torch.device("meta"):
+                sd = cls(source.config, source.tokenizer)
+                sd.rehearse()
+        except Exception as error:
+            raise InputError(f"{path}: what it says of itself makes no model that can run: {error}") from None
         sd.about, sd._extra, sd._read = f"{path}: {weights.describe(source)}", source.extra, read
         if problems := sd.differences(source.tensors):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -110,6 +114,21 @@ class StableDiffusion:
             elif not found.is_floating_point():
                 problems.append(f"{name} holds {found.dtype}, and should hold floating-point numbers")
         return problems
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Runs the three networks once for a small picture; on the meta device, which knows shapes only, at no cost.
+
+        Raises whatever comes up where they do not fit each other, the tokenizer or this program.
+        """
+        text, tokenizer = self.config.text, self.tokenizer
+        if tokenizer.context_length != text.context_length or max(tokenizer.vocab.values()) >= text.vocab_size:
+            raise ValueError("the tokenizer is not the text encoder's")
+        context = self.text_encoder(torch.zeros(1, text.context_length, dtype=torch.long))
+        image = torch.zeros(1, 3, self.config.vae.factor, self.config.vae.factor)
+        z = self.vae.encode(image).mode() * self.config.vae.scale_factor
+        if self.unet(z, torch.zeros(1), context).shape != z.shape or self.vae.decode(z).shape != image.shape:
+            raise ValueError("what it makes of latents or pictures is not of their size")
 
     def networks(self) -> dict[str, nn.Module]:
         """The three networks by the prefix that their tensors have in an official file."""

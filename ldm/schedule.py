@@ -30,6 +30,8 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
+        if not 0.0 < config.beta_start <= config.beta_end < 1.0:
+            raise InputError(f"betas from {config.beta_start} to {config.beta_end} are not between 0 and 1")
         # "scaled linear": linear in the square root of beta, as the official code has it
         ends = config.beta_start**0.5, config.beta_end**0.5
         self.betas = torch.linspace(*ends, config.timesteps, dtype=torch.float64, device="cpu") ** 2

@@ -1,6 +1,7 @@
 """The settings of a DreamBooth run: one dataclass, filled from defaults, a TOML file and the command line."""
 
 import argparse
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -91,9 +92,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 return f"--{name.replace('_', '-')} {value} is not a positive number"
-        for name in ("lr_warmup_steps", "seed"):
-            if getattr(self, name) < 0:
-                return f"--{name.replace('_', '-')} {getattr(self, name)} is below 0"
+        if self.lr_warmup_steps < 0:
+            return f"--lr-warmup-steps {self.lr_warmup_steps} is below 0"
+        if not 0 <= self.seed < 2**63 - self.num_validation_images:
+            return f"--seed {self.seed} is not a whole number from 0 to 2**63"
+        if not math.isfinite(self.guidance_scale):
+            return f"--guidance-scale {self.guidance_scale} is not a number; 7.5 is usual"
         if not 0 <= self.ema_decay < 1:
             return f"--ema-decay {self.ema_decay} is not from 0 to below 1"
         if not 0 <= self.prior_loss_weight < float("inf"):

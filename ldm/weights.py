@@ -130,9 +130,14 @@ def _family(
 
 
 def _read_folder(path: Path, variant: str | None) -> Source:
-    config, tokenizer = folder.read_config(path)
+    try:
+        config, tokenizer = folder.read_config(path)
+        unet_table, vae_table = (names.invert(t) for t in (names.unet_table(config.unet), names.vae_table(config.vae)))
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise InputError(f"{path}: its JSON files describe no model: {error}") from None
     tensors: Tensors = {}
-    unet_table, vae_table = (names.invert(t) for t in (names.unet_table(config.unet), names.vae_table(config.vae)))
     for key, tensor in open_part(path / "unet", folder.PARTS["unet"], variant).items():
         tensors[names.UNET + _known(path, key, unet_table)] = tensor
     for key, tensor in open_part(path / "vae", folder.PARTS["vae"], variant).items():

@@ -1,0 +1,235 @@
+"""Bad input is answered in one line that says what to do, with status 2, and nothing is written."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sample
+import train
+from ldm import InputError, StableDiffusion, cli
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+SETTINGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, saved, photographs, monkeypatch, capsys):
+    """refused(program, flags, words) runs it with good flags and these after them, and checks what is said of it."""
+    monkeypatch.chdir(tmp_path)
+    for layout, path in saved.items():  # to be damaged
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / layout)
+    (tmp_path / "official").rename("official.safetensors")
+    good = {
+        train: "--model official.safetensors --instance-data-dir photographs --instance-prompt sks --class-prompt dog "
+        "--resolution 32 --output-dir out --num-class-images 1 --sample-steps 1 --max-train-steps 1",
+        sample: "--model official.safetensors --prompt dog --steps 1 --output-dir out",
+    }
+
+    def check(program, flags: str, words: str, without: str = "") -> None:
+        argv = [word for word in good[program].split() if word not in without.split()] + flags.split()
+        before = listing(tmp_path)
+        with pytest.raises(SystemExit) as end, cli.reported(f"{program.__name__}.py"):
+            program.main(argv)
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert re.fullmatch(rf"{program.__name__}\.py: error: .*{words}.*\n", said), said
+        assert listing(tmp_path) == before
+
+    return check
+
+
+MODELS = {
+    "nowhere.safetensors": "no such model; give a .safetensors",
+    "runwayml/stable-diffusion-v1-5": "name on a model hub: nothing is downloaded",
+    "photographs": "not a diffusers folder: it has no model_index.json",
+    "notes.txt": "neither a .safetensors",
+    "empty.safetensors": "not a whole .safetensors file",
+    "short.safetensors": "not a whole .safetensors file",
+    "foreign.safetensors": "does not look like Stable Diffusion",
+    "fewer.safetensors": "missing tensor model.diffusion_model.out.2.bias",
+    "partial": "unet.* is missing; a diffusers folder has it",
+}
+
+
+@pytest.mark.parametrize("program", [train, sample], ids=["train", "sample"])
+@pytest.mark.parametrize("model", MODELS)
+def test_models(program, model, refused, tmp_path, saved):
+    whole = saved["official"].read_bytes()
+    (tmp_path / "notes.txt").write_text("my models")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    save_file({"lora_unet.weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    with_metadata(
+        lambda tensors: tensors.pop("model.diffusion_model.out.2.bias"), saved, tmp_path / "fewer.safetensors"
+    )
+    shutil.copytree(tmp_path / "diffusers", tmp_path / "partial")
+    shutil.rmtree(tmp_path / "partial" / "unet")
+    refused(program, f"--model {model}", MODELS[model])
+
+
+def with_metadata(change, saved, path) -> None:
+    from safetensors import safe_open
+
+    tensors = load_file(saved["official"])
+    change(tensors)
+    with safe_open(saved["official"], "pt") as file:
+        save_file(tensors, path, file.metadata())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "null", "", "\xff"])
+@pytest.mark.parametrize("name", [*SETTINGS, "tokenizer/vocab.json", "tokenizer/tokenizer_config.json"])
+def test_damaged_json_in_a_folder(name, text, refused, tmp_path):
+    (tmp_path / "diffusers" / name).write_bytes(text.encode("latin1"))
+    if name == "tokenizer/tokenizer_config.json" and text == "{}":
+        return  # says nothing, which is allowed
+    folder, file = name.split("/")
+    refused(sample, "--model diffusers", rf"diffusers/{folder}\b.*")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_word_in_a_folders_json_is_a_bug_of_ours(name, saved, tmp_path):
+    """Whatever a key says, the folder is read and makes a picture, or is refused."""
+    shutil.copytree(saved["diffusers"], tmp_path / "model")
+    path = tmp_path / "model" / name
+    tree = json.loads(path.read_text())
+    nonsense = cycle([None, -1, "x", 0, [[]], 2.5, {}, ["x", "x"], True, [], [0]])
+    for key in [*tree, *tree]:
+        value = next(nonsense)
+        path.write_text(json.dumps(tree | {key: value}))
+        try:
+            StableDiffusion.load(tmp_path / "model").generate("a", steps=1, output="latent")
+        except InputError as error:
+            assert "\n" not in str(error), (key, value)
+        except Exception as error:
+            raise AssertionError(f"{key} {value}: {error!r}") from error
+
+
+TRAIN = {
+    "--instance-data-dir nowhere": "--instance-data-dir: nowhere is not a folder; give",
+    "--instance-data-dir empty": r"--instance-data-dir: empty holds no picture; put the photographs",
+    "--instance-data-dir broken": r"broken/cat\.jpg can't be read as a picture .*; repair it or take it away",
+    "--class-data-dir broken": r"broken/cat\.jpg can't be read as a picture",
+    "--class-data-dir notes.txt": r"--class-data-dir notes\.txt is a file; give a folder",
+    "--class-data-dir notes.txt/class": r"--class-data-dir notes\.txt/class can't be written",
+    "--class-data-dir cats": "cats was generated with prompt 'cat', and this run has 'dog'; give that --class-prompt",
+    "--resolution 30": "height 30 is not a positive multiple of 4 pixels; take 32",
+    "--resolution 0": "argument --resolution: 0 is not 1 or more",
+    "--resolution big": "argument --resolution: invalid positive value: 'big'",
+    "--sample-steps 0": "argument --sample-steps: 0 is not 1 or more",
+    "--sample-steps 1000": "steps must be 1 to 999, not 1000",
+    "--sampler magic": "unknown sampler 'magic'; there are .*ddim",
+    "--layout zip": "--layout: invalid choice: 'zip'",
+    "--learning-rate 0": "--learning-rate 0.0 is not a positive number",
+    "--learning-rate nan": "--learning-rate nan is not a positive number",
+    "--max-grad-norm -1": "--max-grad-norm -1.0 is not a positive number",
+    "--prior-loss-weight inf": "--prior-loss-weight inf is not a number from 0",
+    "--guidance-scale nan": "--guidance-scale nan is not a number",
+    "--seed -1": "--seed -1 is",
+    "--seed 99999999999999999999": "--seed 99999999999999999999 is",
+    "--max-train-steps 1.5": "--max-train-steps: invalid positive value: '1.5'",
+    "--train-batch-size": "--train-batch-size: expected one argument",
+    "--instance-dir photographs": "unrecognized arguments: --instance-dir photographs; --help lists the flags",
+    "--output-dir photographs": "--output-dir photographs is not empty; give a new folder",
+    "--output-dir notes.txt": r"--output-dir notes\.txt is a file; give a folder",
+    "--output-dir notes.txt/run": r"--output-dir notes\.txt/run can't be written",
+    "--device tpu9": "--device tpu9: there is no such device here; try --device cpu",
+    "--device meta": "--device meta: there is no such device here; try --device cpu",
+    "--config nowhere.toml": r"--config nowhere\.toml can't be read",
+    "--config empty": "--config empty can't be read",
+    "--config notes.txt": r"--config notes\.txt is not TOML",
+    "--config unknown.toml": r"unknown\.toml: there is no setting 'lr'; train\.py --help lists them",
+    "--config kind.toml": r"kind\.toml: resolution is '512', and should be a int",
+}
+
+
+@pytest.mark.parametrize("flags", TRAIN)
+def test_training(flags, refused, tmp_path):
+    for name in ("empty", "broken", "cats"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("feed the cat")
+    (tmp_path / "broken" / "cat.jpg").write_bytes(b"\xff\xd8\xff and then the card was full")
+    Image.new("RGB", (32, 32)).save(tmp_path / "broken" / "dog.png")
+    recipe = {"prompt": "cat", "sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "resolution": 32}
+    made = recipe | {"model": "", "seed": 0, "pictures": {}}
+    (tmp_path / "cats" / "manifest.json").write_text(json.dumps(made))
+    (tmp_path / "unknown.toml").write_text("lr = 1e-6")
+    (tmp_path / "kind.toml").write_text('resolution = "512"')
+    refused(train, flags, TRAIN[flags])
+
+
+@pytest.mark.parametrize(
+    "without, words",
+    [
+        ("--class-prompt dog", "--class-prompt is missing .*; or give --no-with-prior-preservation"),
+        ("--instance-prompt sks", "--instance-prompt is missing"),
+        ("--instance-data-dir photographs", "--instance-data-dir is missing"),
+    ],
+)
+def test_what_training_can_not_do_without(without, words, refused):
+    refused(train, "", words, without)
+
+
+SAMPLE = {
+    "--steps 0": "steps must be 1 to 999, not 0",
+    "--steps 1000": "steps must be 1 to 999, not 1000",
+    "--steps 2.5": "--steps: invalid int value: '2.5'",
+    "--sampler magic": "unknown sampler 'magic'; there are .*ddim",
+    "--eta 2": "--eta 2.0 is not between 0 and 1",
+    "--guidance-scale inf": "--guidance-scale inf is not a number",
+    "--height 30": "height 30 is not a positive multiple of 4 pixels; take 32",
+    "--width 0": "width 0 is not a positive multiple of 4 pixels; take 4",
+    "--width -8": "width -8 is not a positive multiple",
+    "--num-images 0": "--num-images: 0 is not 1 or more",
+    "--seed -1": "--seed -1 is not a whole number from 0",
+    "--dtype fp64": "--dtype: invalid choice: 'fp64'",
+    "--colour red": "unrecognized arguments: --colour red; --help lists the flags",
+    "--prompts-file nowhere.txt": r"--prompts-file nowhere\.txt can't be read",
+    "--prompts-file photographs": "--prompts-file photographs can't be read",
+    "--prompts-file photographs/0.png": r"--prompts-file photographs/0\.png can't be read",
+    "--output-dir official.safetensors": r"--output-dir official\.safetensors is a file; give a folder",
+    "--output-dir official.safetensors/out": "--output-dir .* can't be written",
+    "--device cuda:99": "--device cuda:99: there is no such device here; try --device cpu",
+}
+
+
+@pytest.mark.parametrize("flags", SAMPLE)
+def test_sampling(flags, refused):
+    refused(sample, flags, SAMPLE[flags])
+
+
+def test_sampling_without_a_prompt(refused, tmp_path):
+    refused(sample, "", 'nothing to show: give --prompt "a photo of a cat", or --prompts-file', "--prompt dog")
+    (tmp_path / "prompts.txt").write_text("\n  \n")
+    refused(sample, "--prompts-file prompts.txt", "nothing to show: give --prompt", "--prompt dog")
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["train.py", "--model", "CompVis/stable-diffusion-v1-4"], "nothing is downloaded by this program"),
+        (["sample.py", "--prompt", "a\nb", "--model", "two\nlines"], "no such model"),
+    ],
+)
+def test_the_programs_themselves(command, words, root, photographs, tmp_path):
+    argv = [sys.executable, str(root / command[0]), *command[1:]]
+    if command[0] == "train.py":
+        argv += ["--instance-data-dir", photographs, "--instance-prompt", "sks", "--class-prompt", "dog"]
+    before = listing(tmp_path)
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and words in done.stderr
+    assert listing(tmp_path) == before
