@@ -24,6 +24,7 @@ from ldm.errors import InputError, RunError
 from ldm.files import Tensors
 from ldm.settings import Settings
 from ldm.state import TrainingState
+from ldm.tracking import tracker
 
 DEFAULT = Path("runs", "dreambooth")
 CONFIG, LOCK = "config.json", "lock"
@@ -43,6 +44,7 @@ FREE = {
     "model",  # the fingerprint counts, not the path
     "num_validation_images",
     "output_dir",
+    "report_to",
     "resume_from_checkpoint",
     "sample_batch_size",
     "train_batch_size",
@@ -119,6 +121,7 @@ class Run:
             found = self._find()
             self._insist_same_run(found)
             checkpoint.check_space(self.folder, bytes_to_save)
+            self._track = tracker(self.settings.report_to, self.folder, self._config())
             with files.replacing(self.folder / CONFIG) as path:
                 path.write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
             with files.replacing(self.folder / METRICS) as path:
@@ -182,8 +185,9 @@ class Run:
         return checkpoint.load(found)
 
     def log(self, **metrics: Any) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl, and a point on the tracker's curves."""
         if self.world.main:
+            self._track(metrics["step"], {k: v for k, v in metrics.items() if isinstance(v, float)})
             with _written(self.folder / METRICS), (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
 

@@ -11,6 +11,7 @@ from typing import Any
 from ldm import samplers
 from ldm.cli import Parser, positive
 from ldm.errors import InputError
+from ldm.tracking import TRACKERS, insist_installed
 
 
 def setting(default: Any, text: str, *, flags: tuple[str, ...] = (), path: bool = False, **options: Any) -> Any:
@@ -78,6 +79,7 @@ class Settings:
         (), "a row of the before/after sheet, repeatable; instance and class prompt if not given", action="append"
     )
     num_validation_images: int = setting(4, "pictures in a row of the sheet", type=positive)
+    report_to: str = setting("none", "show the metrics there too; needs the tracking extra", choices=TRACKERS)
     device: str | None = setting(None, "cuda, cpu, ...; the best one here if not given")
 
     def problems(self) -> str | None:
@@ -103,6 +105,7 @@ class Settings:
         if not 0 <= self.prior_loss_weight < float("inf"):
             return f"--prior-loss-weight {self.prior_loss_weight} is not a number from 0"
         samplers.find(self.sampler)
+        insist_installed(self.report_to)
         return None
 
 
