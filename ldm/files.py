@@ -7,14 +7,17 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm import ckpt
 from ldm.errors import InputError
 
 Tensors = dict[str, Tensor]
@@ -28,8 +31,6 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     Of a pickled training checkpoint only the `state_dict` counts; what else it holds is not looked at.
     """
     if path.suffix in PICKLED:
-        from ldm import ckpt
-
         tree = ckpt.read(path)
         if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
             tree = tree["state_dict"]
@@ -66,21 +67,28 @@ def open_part(folder: Path, stem: str, variant: str | None = None) -> Tensors:
 
 def _open_shards(index: Path) -> Tensors:
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_once)["weight_map"]
         names = sorted(set(shards.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} is damaged: {error!r}") from None
+    beside = {path.name for path in index.parent.iterdir()}
+    if strange := [name for name in names if name not in beside]:
+        raise InputError(f"{index} names a shard {strange[0]!r} that is not beside it")
     tensors: Tensors = {}
     for name in names:
-        if Path(name).name != name or not (index.parent / name).exists():
-            raise InputError(f"{index} names a shard {name!r} that is not beside it")
         found = open_tensors(index.parent / name)[0]
-        if twice := found.keys() & tensors.keys():
-            raise InputError(f"{index.parent / name}: tensor {min(twice)} is in another shard too")
+        if differ := found.keys() ^ {tensor for tensor, shard in shards.items() if shard == name}:
+            raise InputError(f"{index} and its shard {name} differ in tensor {min(differ)}")
         tensors |= found
-    if tensors.keys() != shards.keys():
-        raise InputError(f"{index} and its shards differ in tensor {min(tensors.keys() ^ shards.keys())}")
     return tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no name stands twice."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]} is in it twice")
+    return tree
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:

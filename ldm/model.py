@@ -111,8 +111,8 @@ class StableDiffusion:
             found, shape = tensors[name], expected[name].shape
             if found.shape != shape:
                 problems.append(f"{name} is {tuple(found.shape)}, and should be {tuple(shape)}")
-            elif not found.is_floating_point():
-                problems.append(f"{name} holds {found.dtype}, and should hold floating-point numbers")
+            elif found.dtype not in weights.DTYPES:
+                problems.append(f"{name} holds {found.dtype}, and should hold fp32, fp16 or bf16 numbers")
         return problems
 
     @torch.no_grad()
@@ -163,9 +163,10 @@ class StableDiffusion:
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Prompts -> context (B, L, D), what the UNet is conditioned on."""
-        return self.text_encoder(self.tokenizer(list(prompts)).to(self.device))
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents: a sample if a generator is given, else the mode."""

@@ -120,7 +120,8 @@ def from_openclip(tensors: dict[str, Tensor], config: TextConfig) -> dict[str, T
     table, ours = openclip_table(config), {}
     for key, tensor in tensors.items():
         if stacked := STACKED.fullmatch(key):
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            whole = tensor.ndim == 0 or len(tensor) % 3  # no stack of three: its shape will be complained of
+            for letter, part in zip("qkv", [tensor] * 3 if whole else tensor.chunk(3), strict=True):
                 ours[f"text_model.encoder.layers.{stacked[1]}.self_attn.{letter}_proj.{stacked[2]}"] = part
         else:
             ours[rename(key, table) or key] = tensor

@@ -28,6 +28,7 @@ CARRIED = re.compile(
 )
 EMA = "model_ema."  # belongs to a training run, not to the tuned model: may be read from, is never written
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights, as files hold them
 PREDICTIONS = ("eps", "v")
 CHECKPOINT_MODEL = "model.safetensors"  # in a checkpoint folder of train.py
 
@@ -115,7 +116,7 @@ def _family(
         try:
             config = ModelConfig.from_dict(json.loads(metadata["ldm.config"]))
             return config, Tokenizer.from_metadata(metadata["ldm.tokenizer"]), "the file's metadata"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
     named = folder.PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
     if names.TEXT + "text_model.embeddings.token_embedding.weight" in tensors:
