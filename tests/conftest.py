@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from PIL import Image  # noqa: E402
 
-from ldm import StableDiffusion  # noqa: E402
-from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E402
+from ldm import StableDiffusion, weights  # noqa: E402
+from ldm.config import SD1, SD2, SD2_V, ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E402
 from ldm.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary  # noqa: E402
 
 
@@ -70,6 +71,35 @@ def random_model(randomised):
             for name, parameter in sd.unet.named_parameters():
                 if "attn2.to_v" in name:
                     parameter.mul_(5.0)
+        return sd
+
+    return make
+
+
+@pytest.fixture
+def narrow(randomised, monkeypatch):
+    """narrow(family): a Stable Diffusion "sd1", "sd2" or "sd2_v", as deep as the real one, but thin.
+
+    Only its text encoder is cut, to two blocks. While a test has this, files that say nothing of themselves are taken
+    for such models.
+    """
+    unet = {"channels": (16, 32, 32, 32), "norm_groups": 8, "context_dim": 24}
+    vae = VAEConfig(channels=(8, 16, 16, 16), norm_groups=4)
+    text = {"width": 24, "mlp_width": 96, "layers": 2, "heads": 3}
+    presets = {
+        "SD1": replace(SD1, unet=replace(SD1.unet, heads=4, **unet), vae=vae, text=replace(SD1.text, **text)),
+        "SD2": replace(SD2, unet=replace(SD2.unet, head_dim=4, **unet), vae=vae, text=replace(SD2.text, **text)),
+    }
+    presets["SD2_V"] = replace(presets["SD2"], schedule=SD2_V.schedule, sample_size=SD2_V.sample_size)
+    for name, preset in presets.items():
+        monkeypatch.setattr(weights, name, preset)
+    families = {"Stable Diffusion 1": presets["SD1"], "Stable Diffusion 2": presets["SD2"]}
+    monkeypatch.setattr(weights, "FAMILIES", families)
+
+    def make(family: str, seed: int = 0) -> StableDiffusion:
+        sd = StableDiffusion(presets[family.upper()])
+        for network in sd.networks().values():
+            randomised(network, seed).eval()
         return sd
 
     return make
