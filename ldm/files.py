@@ -92,7 +92,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # any new file's; safetensors makes its files for the owner's eyes only
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    path.chmod(mode)
 
 
 def insist_writable(folder: Path, flag: str) -> None:

@@ -151,6 +151,7 @@ def config_files(config: ModelConfig, eos_id: int, bos_id: int) -> dict[str, dic
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
             "attention_dropout": 0.0,
+            "dtype": "float32",  # to load as, like the other parts; transformers would take the stored type
             "bos_token_id": bos_id,
             "eos_token_id": eos_id,
             "hidden_act": text.activation,

@@ -13,9 +13,11 @@ diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
 pytest.importorskip("transformers", reason="needs the parity extra")
 
 
-@pytest.fixture(scope="module")
-def pipeline(saved):
-    """The saved folder, opened by diffusers, and what diffusers and transformers said while they did."""
+@pytest.fixture(scope="module", params=[torch.float32, torch.float16], ids=["fp32", "fp16"])
+def opened(request, random_model, tmp_path_factory):
+    """A saved folder, the pipeline that diffusers makes of it, and what diffusers and transformers said to that."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    random_model().save(path, "diffusers", dtype=request.param)
     kind = diffusers.StableDiffusionPipeline  # importing it has things to say about what is installed
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -25,21 +27,21 @@ def pipeline(saved):
         warnings.simplefilter("always")
         for logger in loggers:
             logger.addHandler(handler)
-        pipe = kind.from_pretrained(saved["diffusers"])
+        pipe = kind.from_pretrained(path)
         for logger in loggers:
             logger.removeHandler(handler)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, said + [str(w.message) for w in warned]
+    return path, pipe, said + [str(w.message) for w in warned]
 
 
-def test_the_saved_folder_opens_in_diffusers_without_a_warning(pipeline):
-    assert pipeline[1] == []
+def test_a_saved_folder_opens_in_diffusers_without_a_warning(opened):
+    assert opened[2] == []
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
-def test_diffusers_makes_the_same_pictures_of_the_saved_folder(sampler, eta, guidance, pipeline, saved):
-    pipe, _ = pipeline
+def test_diffusers_makes_the_same_pictures_of_a_saved_folder(sampler, eta, guidance, opened):
+    path, pipe, _ = opened
     kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}[sampler]
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     prompts, seeds = ["a photo of a red cat", "snow"], [3, 14]
@@ -51,7 +53,7 @@ def test_diffusers_makes_the_same_pictures_of_the_saved_folder(sampler, eta, gui
         eta=eta,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
-    sd = StableDiffusion.load(saved["diffusers"])
+    sd = StableDiffusion.load(path)
     ours = sd.generate(
         prompts, negative_prompt="a blur", steps=7, guidance=guidance, sampler=sampler, eta=eta, seeds=seeds
     )

@@ -203,3 +203,14 @@ def test_a_folder_with_other_things_is_not_replaced(random_model, tmp_path):
         with pytest.raises(InputError, match="other things in it"):
             random_model().save(tmp_path / "home", layout)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_others_may_read_a_saved_model_as_they_may_any_new_file(layout, random_model, tmp_path):
+    """safetensors keeps its files for their owner; a picture server may run under another name."""
+    (tmp_path / "any").touch()
+    (tmp_path / "anywhere").mkdir()
+    random_model().save(tmp_path / LAYOUTS[layout], layout)
+    for path in [tmp_path / LAYOUTS[layout], *(tmp_path / LAYOUTS[layout]).rglob("*")]:
+        like = tmp_path / ("anywhere" if path.is_dir() else "any")
+        assert path.stat().st_mode == like.stat().st_mode, path
