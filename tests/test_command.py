@@ -1,0 +1,134 @@
+"""python -m ldm weights inspect|convert|verify: what it prints, and one line for what is wrong."""
+
+import hashlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm import InputError, StableDiffusion, __main__
+
+
+@pytest.fixture
+def run(capsys):
+    """run(words...): the lines that the command prints."""
+
+    def call(*words) -> list[str]:
+        __main__.main(["weights", *map(str, words)])
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def file(narrow, tmp_path):
+    """An official file of SD1 with averages of its UNet, and nothing said in its header."""
+    narrow("sd1").save(tmp_path / "saved.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "saved.safetensors").items()}
+    for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:
+        tensors["model_ema." + name.removeprefix("model.").replace(".", "")] = tensors[name] * 2
+    save_file(tensors, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def test_inspect_tells_what_a_file_is(run, file, narrow):
+    sd = narrow("sd1")
+    counts = [sum(p.numel() for p in network.parameters()) for network in sd.networks().values()]
+    assert run("inspect", file) == [
+        f"{file}: Stable Diffusion 1, official single file, float32, predicts eps (SD 1.x always does)",
+        f"UNet: {counts[0]:,} parameters in 686 tensors",
+        f"autoencoder: {counts[1]:,} parameters in 248 tensors",
+        f"text encoder: {counts[2]:,} parameters in {2 + 2 * 16 + 2} tensors",
+        "EMA weights: yes; tensors carried along: 13",
+        "complete: every tensor is there with its shape",
+    ]
+    sd.save(file.parent / "folder", "diffusers", torch.bfloat16)
+    lines = run("inspect", file.parent / "folder")
+    assert lines[0].endswith("Stable Diffusion 1, diffusers folder, bfloat16, predicts eps (the scheduler's JSON)")
+    assert lines[-2:] == [
+        "EMA weights: no; tensors carried along: 0",
+        "complete: every tensor is there with its shape",
+    ]
+
+
+def test_inspect_names_what_is_missing_unknown_or_of_another_shape(run, file):
+    tensors = load_file(file)
+    del tensors["model.diffusion_model.out.2.bias"]
+    tensors["first_stage_model.decoder.conv_in.bias"] = torch.zeros(3)
+    tensors["cond_stage_model.transformer.adapter.weight"] = torch.zeros(3)
+    damaged = file.with_name("damaged.safetensors")
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, damaged)
+    assert run("inspect", damaged)[-4:] == [
+        "missing tensor model.diffusion_model.out.2.bias",
+        "unknown tensor cond_stage_model.transformer.adapter.weight",
+        "first_stage_model.decoder.conv_in.bias is (3,), and should be (24,)",
+        "3 problems",
+    ]
+
+
+def test_convert_goes_to_a_folder_and_back_in_the_type_that_is_asked_for(run, file, narrow):
+    folder, back = file.parent / "folder", file.parent / "back.safetensors"
+    lines = run("convert", file, folder, "--dtype", "fp16")
+    assert lines[0].endswith("predicts eps (SD 1.x always does)") and lines[1] == f"wrote {folder}"
+    assert lines[2].startswith("not in it, as a diffusers folder has no place for them: alphas_cumprod, ")
+    assert run("convert", folder, back) == [
+        f"{folder}: Stable Diffusion 1, diffusers folder, float16, predicts eps (the scheduler's JSON)",
+        f"wrote {back}",
+    ]
+    expected = narrow("sd1").state()
+    found = StableDiffusion.load(back, dtype=None).state()
+    assert all(torch.equal(found[name], tensor.half()) for name, tensor in expected.items())
+    run("convert", file, back, "--ema")
+    found = StableDiffusion.load(back, dtype=None).state()
+    assert all(torch.equal(found[k], t * 2 if k.startswith("model.") else t) for k, t in expected.items())
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt"])
+def test_convert_writes_no_pickles(name, run, file):
+    with pytest.raises(InputError, match="pickled files are read, never written"):
+        run("convert", file, file.with_name(name))
+    assert not file.with_name(name).exists()
+
+
+def test_verify_knows_the_official_files_by_their_hash(run, tmp_path, monkeypatch):
+    file = tmp_path / "download.safetensors"
+    file.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    with pytest.raises(InputError, match=f"SHA-256 {digest} is none of the official files in .*SHA256SUMS"):
+        run("verify", file)
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(f"# a comment\n{'0' * 64}  other.ckpt\n{digest}  v1-5.safetensors\n")
+    monkeypatch.setattr(__main__, "SUMS", sums)
+    assert run("verify", file) == [f"{file} is v1-5.safetensors (SHA-256 {digest})"]
+    with pytest.raises(InputError, match="is no file; verify takes the official single files"):
+        run("verify", tmp_path)
+
+
+def test_the_list_of_hashes_is_one_that_sha256sum_reads():
+    lines = [line for line in __main__.SUMS.read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == 12 and all(re.fullmatch(r"[0-9a-f]{64}  [\w.-]+\.(ckpt|safetensors)", line) for line in lines)
+    assert len({line[:64] for line in lines}) == len({line[66:] for line in lines}) == 12
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path, root):
+    (tmp_path / "a.safetensors").write_bytes(b"\0" * 99)
+    for words, said in (
+        (["inspect", tmp_path / "nothing.ckpt"], "no such model; give a .safetensors or .ckpt file"),
+        (
+            ["inspect", "runwayml/stable-diffusion-v1-5"],
+            "fetch the model first (weights/README.md says what and where)",
+        ),
+        (["inspect", tmp_path / "a.safetensors"], "is not a whole .safetensors file"),
+        (["convert", tmp_path / "a.safetensors"], "the following arguments are required: output"),
+        (["inspect", tmp_path / "a.safetensors", "--variant", "fp16"], "--variant fp16 is for diffusers folders"),
+        (["verify"], "the following arguments are required: path"),
+        (["paint"], "invalid choice: 'paint'"),
+    ):
+        command = [sys.executable, "-m", "ldm", "weights", *map(str, words)]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == "", words
+        assert len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+        assert done.stderr.startswith("python -m ldm: error: ")
