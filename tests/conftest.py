@@ -83,8 +83,8 @@ def narrow(randomised, monkeypatch):
     Only its text encoder is cut, to two blocks. While a test has this, files that say nothing of themselves are taken
     for such models.
     """
-    unet = {"channels": (16, 32, 32, 32), "norm_groups": 8, "context_dim": 24}
-    vae = VAEConfig(channels=(8, 16, 16, 16), norm_groups=4)
+    unet = {"channels": (16, 32, 48, 48), "norm_groups": 8, "context_dim": 24}
+    vae = VAEConfig(channels=(8, 16, 24, 24), norm_groups=4)
     text = {"width": 24, "mlp_width": 96, "layers": 2, "heads": 3}
     presets = {
         "SD1": replace(SD1, unet=replace(SD1.unet, heads=4, **unet), vae=vae, text=replace(SD1.text, **text)),

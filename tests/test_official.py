@@ -10,6 +10,7 @@ files, they run on thin random models too: some are compared with diffusers, and
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -217,7 +218,7 @@ def fingerprints(sd: StableDiffusion) -> Tensor:
         if tables[part] is not None:
             name = names.rename(name, names.invert(tables[part]))
         elif sd.config.text.layers < 23:
-            name = name.replace(name.split(".")[3], "0") if ".layers." in name else name
+            name = re.sub(r"layers\.\d+\.", "layers.0.", name)
         found.append(peek(networks[part].state_dict()[name]))
     return torch.stack(found)
 
@@ -353,7 +354,7 @@ def test_recipes_for_parts_are_the_commands_that_were_run_on_diffusers(narrow, t
     sd = thin(narrow, "unet15_ones_full")
     unet, ones = theirs(sd).unet, torch.ones
     emb, context = ones(1, 64), ones(1, 77, 24)
-    transformer, x, y = unet.down_blocks[0].attentions[0], ones(1, 32, 8, 8), ones(1, 32, 4, 4)
+    transformer, x, y = unet.down_blocks[0].attentions[0], ones(1, 48, 8, 8), ones(1, 48, 4, 4)
     block = transformer.transformer_blocks[0]
     commands = {
         "time": lambda: unet.time_embedding(ones(1, 16))[0, :6],
