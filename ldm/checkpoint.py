@@ -136,7 +136,7 @@ def check_space(folder: Path, needed: int) -> None:
     """Raises RunError unless the disk has `needed` bytes left for the folder."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise RunError(f"{folder} needs {needed / 1e9:.2f} GB for a save, and its disk has {free / 1e9:.2f} GB left")
+        raise RunError(f"{folder} needs {needed / 1e6:.0f} MB for a save, and its disk has {free / 1e6:.0f} MB left")
 
 
 def sha256(path: Path) -> str:

@@ -70,8 +70,9 @@ class World:
             errors[self.rank] = error
         if self.size > 1:
             dist.all_gather_object(errors, errors[self.rank])
-        for error in filter(None, errors):
-            raise error
+        for rank, error in enumerate(errors):
+            if error is not None:
+                raise error if rank == 0 else type(error)(f"process {rank}: {error}")
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Has the main process do something, and gives its result, or its error, to all."""

@@ -129,21 +129,21 @@ class ClassPictures:
         missing = set(world.share(self.missing()))
         if not missing:
             return
-        if world.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / MANIFEST, json.dumps(self._record, indent=1).encode() + b"\n")
-        world.wait()
+        with world.agreed(), files.written(self.folder / MANIFEST):
+            if world.main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write(self.folder / MANIFEST, json.dumps(self._record, indent=1).encode() + b"\n")
         names, recipe = list(self.planned), self.recipe
         # Whole batches, also where only some of their pictures are missing: which others a picture is computed
         # beside can change its last bit, so the batch that picture i falls into is always the same one.
         batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
         batches = [batch for batch in batches if missing & set(batch)][world.rank :: world.size]
-        with tqdm(
-            total=len(batches) * evaluations(recipe["sampler"], recipe["steps"]),
-            desc="class pictures",
-            unit="step",
-            disable=not world.main,
-        ) as bar:
+        total = len(batches) * evaluations(recipe["sampler"], recipe["steps"])
+        with (
+            world.agreed(),  # and so all wait until the last picture is there
+            files.written(self.folder),
+            tqdm(total=total, desc="class pictures", unit="step", disable=not world.main) as bar,
+        ):
             for batch in batches:
                 pictures = sd.generate(
                     recipe["prompt"],
@@ -158,7 +158,6 @@ class ClassPictures:
                 for name, picture in zip(batch, pictures, strict=True):
                     if name in missing:
                         _save_png(self.folder / name, picture)
-        world.wait()
 
 
 FLAGS = {

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import ckpt
-from ldm.errors import InputError
+from ldm.errors import InputError, RunError
 
 Tensors = dict[str, Tensor]
 
@@ -125,3 +125,12 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             os.replace(path, Path(scratch, "old"))
         os.replace(temporary, path)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Around writing: a disk that won't take it is a RunError that names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} can't be written: {error}") from None

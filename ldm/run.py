@@ -9,18 +9,16 @@ import hashlib
 import json
 import re
 import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from safetensors import SafetensorError
 
 from ldm import checkpoint, files
 from ldm.checkpoint import METRICS
 from ldm.distributed import World, launch, restarted
-from ldm.errors import InputError, RunError
+from ldm.errors import InputError
 from ldm.files import Tensors
 from ldm.settings import Settings
 from ldm.state import TrainingState
@@ -108,7 +106,7 @@ class Run:
         return found
 
     def _start(self, bytes_to_save: int) -> Path | None:
-        with _written(self.folder):
+        with files.written(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / LOCK).open("w")
             try:
@@ -145,12 +143,13 @@ class Run:
         return checkpoint.checked(Path(wanted))
 
     def _insist_same_run(self, found: Path | None) -> None:
-        befores = {self.folder: _read_config(self.folder)}
+        befores = {}
         if found is not None:
             state = checkpoint.load_state(found)
             befores[found] = state["run"]
             if state["step"] > self.settings.max_train_steps:
                 raise InputError(f"{found} is beyond --max-train-steps {self.settings.max_train_steps}")
+        befores[self.folder] = _read_config(self.folder)
         for path, before in befores.items():
             if before is not None and (changes := self._changes(before)):
                 raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
@@ -188,19 +187,19 @@ class Run:
         """One line of metrics.jsonl, and a point on the tracker's curves."""
         if self.world.main:
             self._track(metrics["step"], {k: v for k, v in metrics.items() if isinstance(v, float)})
-            with _written(self.folder / METRICS), (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            with files.written(self.folder / METRICS), (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
 
     def sheet(self, name: str) -> Path:
         return self.folder / "sheets" / f"{name}.png"
 
     def save_sheet(self, name: str, sheet: Image.Image) -> None:
-        with _written(self.sheet(name)), files.replacing(self.sheet(name)) as path:
+        with files.written(self.sheet(name)), files.replacing(self.sheet(name)) as path:
             sheet.save(path, format="PNG")
 
     def save_model(self, state: TrainingState) -> None:
         """Writes the model that all this was for."""
-        with _written(self.model_path):
+        with files.written(self.model_path):
             state.insist_finite()
             state.sd.save(self.model_path, self.settings.layout, metadata=state.metadata())
 
@@ -224,15 +223,6 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); give another --output-dir") from None
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Around writing: a disk that won't take it is a RunError that names the path."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} can't be written: {error}") from None
 
 
 def digest(paths: Iterable[Path]) -> str:
