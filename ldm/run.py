@@ -75,7 +75,8 @@ class Run:
         else:
             folder = DEFAULT.with_name(f"{DEFAULT.name}-{max(numbered) + 1}") if numbered else DEFAULT
         files.insist_writable(folder, "--output-dir")
-        if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK}:
+        # A run that was killed while it began may have left its lock and a temporary name.
+        if folder.is_dir() and any(path.name != LOCK and path.name[0] != "." for path in folder.iterdir()):
             if wanted is None and not self._is_back(folder):
                 raise InputError(
                     f"--output-dir {folder} is not empty; give a new folder, or --resume-from-checkpoint latest"
@@ -119,12 +120,12 @@ class Run:
             found = self._find()
             self._insist_same_run(found)
             checkpoint.check_space(self.folder, bytes_to_save)
-            self._track = tracker(self.settings.report_to, self.folder, self._config())
             with files.replacing(self.folder / CONFIG) as path:
                 path.write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
             with files.replacing(self.folder / METRICS) as path:
                 path.write_text((found / METRICS).read_text(encoding="utf-8") if found else "", encoding="utf-8")
             self.checkpoints.mkdir(exist_ok=True)
+            self._track = tracker(self.settings.report_to, self.folder, self._config())
             return found
 
     def _tidy(self) -> None:

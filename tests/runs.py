@@ -1,0 +1,155 @@
+"""Running train.py from the command line, in processes of its own, and reading what it leaves behind."""
+
+import gc
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from ldm import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = """--instance-prompt=a sks dog|--class-prompt=a dog|--resolution=16|--sample-steps=1|--guidance-scale=1
+--num-validation-images=1|--num-class-images=4|--sample-batch-size=2|--learning-rate=1e-4|--max-train-steps=4"""
+SMALL = tuple(SMALL.replace("\n", "|").split("|"))
+PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@dataclass
+class Done:
+    """How a command has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line that a user's mistake is answered with, with nothing but progress and torchrun's own words."""
+        lines = [line for line in self.err.splitlines() if line.startswith("train.py: error:")]
+        assert len(lines) == 1, self.err
+        assert self.err.count("Traceback") <= self.err.count("ChildFailedError"), self.err
+        return lines[0]
+
+
+def photograph(folder: Path, count: int = 3) -> Path:
+    """A folder with small pictures that are easy to tell apart."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        noise = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).resize((32, 32)).save(folder / f"{i}.png")
+    return folder
+
+
+def call(*arguments: object) -> None:
+    """train.py with these arguments in this process, which saves the seconds that it takes to start one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model is not worth more
+    try:
+        train.main([str(argument) for argument in arguments])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def refused(*arguments: object) -> str:
+    """The line with which train.py refuses them."""
+    with pytest.raises(InputError) as error:
+        call(*arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    del error
+    gc.collect()  # and with the traceback the run, which has its folder locked
+    return message
+
+
+def command(arguments: Sequence[object], processes: int = 1, torchrun: Sequence[str] = ()) -> list[str]:
+    """The command line of train.py with these arguments, or of torchrun with it."""
+    program = [str(ROOT / "train.py"), *map(str, arguments)]
+    if processes == 1 and not torchrun:
+        return [sys.executable, *program]
+    where = () if any(flag.startswith("--rdzv") for flag in torchrun) else ("--standalone",)
+    launcher = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(processes)]
+    return [*launcher, *torchrun, *program]
+
+
+def start(line: Sequence[str], folder: Path, **environment: str) -> subprocess.Popen:
+    """Starts a command in a folder; its output goes to files there, so that no pipe can fill and block it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
+        return subprocess.Popen(line, cwd=folder, env=os.environ | PROCESS | environment, stdout=out, stderr=err)
+
+
+def finish(process: subprocess.Popen, folder: Path, seconds: float = 300) -> Done:
+    """Waits for its end, and kills it when that does not come: a run that hangs is a failure, not a long wait."""
+    try:
+        status = process.wait(seconds)
+    finally:
+        process.kill()
+    return Done(status, (folder / "out.txt").read_text(), (folder / "err.txt").read_text())
+
+
+def run(line: Sequence[str], folder: Path, status: int | None = 0, **environment: str) -> Done:
+    """Runs a command to its end, which has to have that status, if one is given."""
+    done = finish(start(line, folder, **environment), folder)
+    assert status is None or done.status == status, f"status {done.status}\n{done.out}\n{done.err}"
+    return done
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The losses of all steps, which have to be there once each, in their order."""
+    lines = [line for line in metrics(run) if not line.get("skipped")]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def weights(run: Path) -> dict:
+    return load_file(run / "model.safetensors")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def checkpoints(run: Path) -> list[int]:
+    """The steps of the checkpoints that a run has."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in (run / "checkpoints").glob("checkpoint-*"))
+
+
+def leftovers(run: Path) -> list[str]:
+    """What has a temporary name below a run's folder."""
+    return sorted(str(path.relative_to(run)) for path in run.rglob(".*"))
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 300) -> None:
+    """Waits for a condition, as long as the process that should bring it about is there."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "it ended before what was waited for"
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started: of torchrun its workers, rank 0 first."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return sorted(int(child) for child in text.split())
+
+
+def send(pid: int, name: str) -> None:
+    os.kill(pid, getattr(signal, name))

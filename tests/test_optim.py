@@ -1,0 +1,104 @@
+"""What an update is made of: weights of the loss, learning rates, and the views of a picture."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import SMALL, call, losses, metrics, weights
+
+from ldm import StableDiffusion, draws
+from ldm.data import load_picture
+from ldm.dreambooth import min_snr_weight
+
+UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
+
+
+@pytest.fixture
+def base(saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+
+
+def moved(before: dict, after: dict, prefix: str) -> float:
+    """How far the weight of a network that changed most did."""
+    return max((after[key] - before[key]).abs().max().item() for key in after if key.startswith(prefix))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_min_snr_weights_are_the_papers(prediction):
+    """Hang et al. 2023: min(SNR, gamma) times the error of x_0, which is SNR^-1 times eps's, (SNR + 1)^-1 times v's."""
+    snr = np.array([0.004, 0.5, 5.0, 1000.0])
+    expected = np.minimum(snr, 5.0) / (snr if prediction == "eps" else snr + 1.0)
+    found = min_snr_weight(torch.tensor(snr), 5.0, prediction)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    assert found[0] == 1.0 if prediction == "eps" else found[0] < 0.005
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_first_losses_by_hand(prediction, base, tmp_path):
+    """DreamBooth's two terms, each row of both kinds weighted by its own step."""
+    folder = tmp_path / "run"
+    flags = ("--snr-gamma", "3", "--prior-loss-weight", "0.6", "--prediction-type", prediction, "--train-batch-size", 3)
+    call(*base, *flags, "--resolution", 32, "--max-train-steps", 1, "--output-dir", folder)
+    sd, terms = StableDiffusion.load(base[1]), []
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    kinds = [("instance", "a sks dog", Path(base[3])), ("class", "a dog", folder / "class")]
+    for kind, prompt, pictures in kinds:
+        paths, errors = sorted(pictures.glob("*.png")), []
+        for index in range(3):
+            generator = draws.generator(0, kind, "noise", index)
+            spread, noise = torch.randn(2, 4, 8, 8, generator=generator)
+            t = int(torch.randint(1000, (), generator=generator))
+            image = load_picture(paths[draws.pick(0, kind, index, len(paths))], 32)[None]
+            with torch.no_grad():
+                posterior = sd.vae.encode(image)
+                z = 0.25 * (posterior.mean + posterior.std * spread)
+                a, s, snr = abar[t] ** 0.5, (1 - abar[t]) ** 0.5, abar[t] / (1 - abar[t])
+                found = sd.unet(a * z + s * noise, torch.tensor([t]), sd.encode_prompt([prompt]))
+            target = noise if prediction == "eps" else a * noise - s * z
+            weight = min(snr, 3.0) / (snr if prediction == "eps" else snr + 1)
+            errors.append(weight * (found - target).double().square().mean().item())
+        terms.append(sum(errors) / 3)
+    line = metrics(folder)[0]
+    assert (line["subject_loss"], line["prior_loss"]) == pytest.approx(terms, rel=1e-5)
+    assert line["loss"] == pytest.approx(terms[0] + 0.6 * terms[1], rel=1e-5)
+
+
+COSINE = [1e-4 * (0.5 + 0.5 * math.cos(math.pi * n / 4)) for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        (("--lr-scheduler", "constant"), [1e-4] * 6),
+        (("--lr-warmup-steps", 4), [2.5e-5, 5e-5, 7.5e-5, 1e-4, 1e-4, 1e-4]),
+        (("--lr-scheduler", "linear", "--lr-warmup-steps", 2), [5e-5, 1e-4, 1e-4, 7.5e-5, 5e-5, 2.5e-5]),
+        (("--lr-scheduler", "cosine", "--lr-warmup-steps", 2), [5e-5, 1e-4, *COSINE]),
+    ],
+)
+def test_learning_rates_written_out(flags, rates, base, tmp_path):
+    call(*base, *flags, "--max-train-steps", 6, "--output-dir", tmp_path / "run", "--no-with-prior-preservation")
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx(rates)
+
+
+def test_the_text_encoder_has_a_learning_rate_and_an_end_of_its_own(base, tmp_path):
+    """AdamW's first update moves a weight by the learning rate, whatever its gradient is, and by its decay."""
+    flags = ("--text-encoder-learning-rate", "1e-3", "--text-encoder-stop-step", 2, "--checkpointing-steps", 1)
+    call(*base, *flags, "--output-dir", tmp_path / "run")
+    steps = [weights(Path(base[1]).parent)]
+    steps += [weights(tmp_path / "run" / "checkpoints" / f"checkpoint-{n:06d}") for n in (1, 2, 3)]
+    text = [moved(a, b, TEXT) for a, b in zip(steps, steps[1:], strict=False)]
+    unet = [moved(a, b, UNET) for a, b in zip(steps, steps[1:], strict=False)]
+    assert 1e-3 < text[0] < 1.1e-3 and 1e-4 < unet[0] < 1.1e-4
+    assert text[1] > 3e-4 and text[2] == 0.0  # no decay either
+    assert min(unet) > 3e-5
+
+
+@pytest.mark.parametrize("flag", ["--random-flip", "--random-crop"])
+def test_other_views_of_a_picture_are_taken(flag, base, tmp_path):
+    call(*base, "--max-train-steps", 8, "--output-dir", tmp_path / "plain")
+    call(*base, "--max-train-steps", 8, "--output-dir", tmp_path / "views", flag)
+    plain, views = losses(tmp_path / "plain"), losses(tmp_path / "views")
+    same = sum(a == b for a, b in zip(plain, views, strict=True))
+    assert same < 8 and plain == pytest.approx(views, rel=0.2)

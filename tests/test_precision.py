@@ -1,0 +1,193 @@
+"""Numbers in fewer bits, and numbers that are none: what is skipped, what is refused, and what stays fp32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import SMALL, call, checkpoints, command, losses, metrics, run, weights
+
+import train
+from ldm import StableDiffusion, settings
+from ldm.data import load_picture
+from ldm.distributed import World
+from ldm.dreambooth import Trainee
+from ldm.errors import RunError
+from ldm.precision import Precision
+
+LATEST = ("--resume-from-checkpoint", "latest")
+UNET = "model.diffusion_model."
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def base(saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+
+
+def failed(*arguments: object) -> str:
+    """The line with which a run ends that can't go on."""
+    with pytest.raises(RunError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_learns_as_fp32_does(name, base, tmp_path):
+    base = (*base, "--max-train-steps", 40, "--learning-rate", "2e-3", "--train-batch-size", 2)
+    call(*base, "--output-dir", tmp_path / "fp32")
+    call(*base, "--output-dir", tmp_path / name, "--mixed-precision", name)
+    full, half = (torch.tensor(losses(tmp_path / folder)) for folder in ("fp32", name))
+    assert half[-10:].mean() < 0.8 * half[:10].mean()
+    assert 1e-6 < ((half[:2] - full[:2]) / full[:2]).abs().max() < 2e-2  # nearly, and not really, the same
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_what_trains_is_fp32_and_what_does_not_is_saved_as_it_was(name, base, saved, tmp_path):
+    flags = ("--mixed-precision", name, "--no-train-text-encoder", "--output-dir", tmp_path / "run")
+    call(*base, *flags)
+    before, after = weights(saved["official"].parent), weights(tmp_path / "run")
+    assert all(tensor.dtype == torch.float32 for tensor in after.values() if tensor.is_floating_point())
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    assert changed and all(key.startswith(UNET) for key in changed)
+
+    given = settings.parse([str(flag) for flag in (*base, *flags)], train.TINY)
+    sd = StableDiffusion.load(saved["official"])
+    Trainee(sd, False)
+    train.prepare(sd, given, ALONE, Precision(name, ALONE.device), sorted(Path(base[3]).iterdir()), None)
+    types = {kind: {p.dtype for p in net.parameters()} for kind, net in sd.networks().items()}
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    assert list(types.values()) == [{torch.float32}, {half}, {half}]
+    assert isinstance(sd.vae.encoder, torch.nn.Identity)  # and what is not needed any more is not there
+
+
+def test_a_base_in_fp16_is_upcast(random_model, base, tmp_path):
+    random_model().save(tmp_path / "fp16.safetensors", dtype=torch.float16)
+    upcast = StableDiffusion.load(tmp_path / "fp16.safetensors")
+    upcast.save(tmp_path / "fp32.safetensors")
+    for name in ("fp16", "fp32"):
+        flags = ("--learning-rate", "1e-6", "--output-dir", tmp_path / name)
+        call(*base, "--model", tmp_path / f"{name}.safetensors", *flags, "--mixed-precision", "bf16")
+    half, full = weights(tmp_path / "fp16"), weights(tmp_path / "fp32")
+    assert losses(tmp_path / "fp16") == losses(tmp_path / "fp32")
+    key = UNET + "middle_block.0.in_layers.2.weight"
+    assert half[key].dtype == torch.float32 and torch.equal(half[key], full[key])
+    assert not torch.equal(half[key], half[key].half().float())  # such small steps would be lost in fp16
+
+
+@pytest.fixture
+def steep(random_model, tmp_path) -> Path:
+    """A base model whose gradients are too large for fp16 at the scale that losses begin with."""
+    sd = random_model()
+    with torch.no_grad():
+        sd.unet.out[2].weight.mul_(30.0)
+    sd.save(tmp_path / "steep.safetensors")
+    return tmp_path / "steep.safetensors"
+
+
+def test_an_overflow_is_skipped_and_moves_neither_step_nor_schedule(steep, base, tmp_path):
+    flags = ("--model", steep, "--mixed-precision", "fp16", "--lr-scheduler", "linear", "--max-train-steps", 6)
+    call(*base, *flags, "--output-dir", tmp_path / "run", "--checkpointing-steps", 2)
+    lines = metrics(tmp_path / "run")
+    skipped = [line for line in lines if line.get("skipped")]
+    assert skipped and all(line["grad_norm"] is None for line in skipped)
+    scales = [line["scale"] for line in skipped]
+    assert scales == [2.0 ** (16 - n) for n in range(1, len(scales) + 1)]
+    done = [line for line in lines if not line.get("skipped")]
+    assert [line["step"] for line in done] == [1, 2, 3, 4, 5, 6]
+    assert [line["lr"] for line in done] == pytest.approx([1e-4 * (1 - n / 6) for n in range(6)])
+    for line, following in zip(lines, lines[1:], strict=False):  # what was skipped is tried again, with other rows
+        assert following["step"] == line["step"] + (not line.get("skipped")) and following["loss"] != line["loss"]
+
+    parts = tmp_path / "parts"  # and the scale and the rows that were skipped are part of the state
+    call(
+        *base, *flags, "--output-dir", parts, "--resume-from-checkpoint", tmp_path / "run/checkpoints/checkpoint-000002"
+    )
+    drop = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    assert [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(parts)] == drop
+    one, other = weights(tmp_path / "run"), weights(parts)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_endless_overflow_is_an_error(random_model, base, tmp_path):
+    sd = random_model()
+    with torch.no_grad():
+        sd.unet.out[2].weight.mul_(1e9)
+        sd.unet.out[0].weight.mul_(1e-9)
+        sd.unet.out[0].bias.mul_(1e-9)
+    sd.save(tmp_path / "hopeless.safetensors")
+    flags = ("--model", tmp_path / "hopeless.safetensors", "--mixed-precision", "fp16")
+    message = failed(*base, *flags, "--output-dir", tmp_path / "run")
+    assert "at step 1" in message and ("overflowed 50 times in a row" in message or "the loss is" in message)
+
+
+def test_a_diverged_run_stops_before_it_saves_anything_of_it(base, tmp_path):
+    flags = ("--learning-rate", "1e30", "--checkpointing-steps", 1, "--output-dir", tmp_path / "run")
+    message = failed(*base, *flags)
+    assert "at step 2, and nothing was saved of it; lower --learning-rate" in message
+    assert checkpoints(tmp_path / "run") == [1] and not (tmp_path / "run" / "model.safetensors").exists()
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run/checkpoints/checkpoint-000001").values())
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_weights_that_are_no_numbers_are_not_saved(every, base, tmp_path):
+    """The last step's loss is finite, and what its update makes of the weights is not."""
+    flags = ("--learning-rate", "1e39", "--max-train-steps", 1, "--checkpointing-steps", every)
+    message = failed(*base, *flags, "--output-dir", tmp_path / "run")
+    assert "is not finite after step 1, and was not saved" in message
+    assert checkpoints(tmp_path / "run") == [] and not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_no_number_on_one_process_stops_both(random_model, base, tmp_path):
+    """Of two photographs one has latents too large for fp16, so that at each step one process alone can overflow."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name, colour in (("black", 0), ("white", 255)):
+        Image.new("RGB", (32, 32), (colour, colour, colour)).save(folder / f"{name}.png")
+    sd = random_model()
+    with torch.no_grad():
+        last = sd.vae.quant_conv
+        last.weight[4:], last.bias[4:] = 0.0, -30.0  # nothing to sample: the latents are their mean
+        black, white = (
+            sd.vae.encode(load_picture(folder / f"{name}.png", 16)[None]).mean for name in ("black", "white")
+        )
+        last.bias[:4] -= (black.amax((0, 2, 3)) + black.amin((0, 2, 3))) / 2
+        last.weight[:4] *= 4e5 / (white - black).abs().max()
+        last.bias[:4] *= 4e5 / (white - black).abs().max()
+        for name in ("black", "white"):
+            sd.vae.encode(load_picture(folder / f"{name}.png", 16)[None]).mean.abs().max()
+    sd.save(tmp_path / "large.safetensors")
+    flags = ("--model", tmp_path / "large.safetensors", "--mixed-precision", "fp16", "--no-with-prior-preservation")
+    flags = (*base, *flags, "--max-train-steps", 8, "--checkpointing-steps", 1, "--instance-data-dir")
+    done = run(command([*flags, folder, "--output-dir", tmp_path / "run"], 2), tmp_path, status=1)
+    said = [line for line in done.err.splitlines() if line.startswith("train.py: error:")]
+    assert len(said) == 1 and "the loss is" in said[0] and "nothing was saved of it" in said[0]
+    assert checkpoints(tmp_path / "run") == [n + 1 for n in range(len(losses(tmp_path / "run")))]
+    (folder / "white.png").unlink()
+    call(*flags, folder, "--output-dir", tmp_path / "alone")  # the other one is no trouble
+    assert len(losses(tmp_path / "alone")) == 8
+
+
+def test_activations_computed_twice_give_the_same_gradients(random_model):
+    sd = random_model()
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ids, t, grads = sd.tokenizer(["a dog", "a sks dog"]), torch.tensor([10, 700]), []
+    for checkpointing in (False, True):
+        trainee = Trainee(sd, True, checkpointing)
+        trainee.zero_grad()
+        trainee(z, t, ids).square().mean().backward()
+        grads.append([p.grad.clone() for p in trainee.parameters()])
+    scale = max(g.abs().max() for g in grads[0])
+    assert max((a - b).abs().max() for a, b in zip(*grads, strict=True)) <= 1e-6 * scale
+
+
+def test_flags_that_change_how_but_not_what(base, tmp_path):
+    call(*base, "--output-dir", tmp_path / "plain")
+    how = ("--deterministic", "--allow-tf32", "--gradient-checkpointing")
+    try:
+        call(*base, *how, "--output-dir", tmp_path / "how")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(tmp_path / "how") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)

@@ -1,0 +1,281 @@
+"""A run that was stopped and goes on is the run that never was, to the last bit; and only that run goes on."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import SMALL, call, checkpoints, command, leftovers, losses, metrics, photograph, refused, run, weights
+
+import sample
+from ldm.clip import TextEncoder
+
+LATEST = ("--resume-from-checkpoint", "latest")
+ALL = ("--random-flip", "--use-ema", "--ema-decay", "0.9", "--snr-gamma", "5", "--lr-warmup-steps", "5")
+
+
+@pytest.fixture(scope="module")
+def base(saved, tmp_path_factory) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photograph(tmp_path_factory.mktemp("a") / "b"), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def made(base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "once"
+    call(*base, "--output-dir", folder, "--checkpointing-steps", 1)
+    return folder
+
+
+@pytest.fixture
+def once(made, tmp_path) -> Path:
+    """A run of four steps with a checkpoint after each, to go on from."""
+    return shutil.copytree(made, tmp_path / "once")
+
+
+def insist_same(a: Path, b: Path) -> None:
+    """Two runs with the same losses, the same weights and the same pictures, bit for bit."""
+    assert losses(a) == losses(b)
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (a / "sheets" / "before_after.png").read_bytes() == (b / "sheets" / "before_after.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stop", "flags"),
+    [
+        (2, ()),  # in mid-epoch: three photographs, four class pictures, one of each a step
+        (3, ("--num-class-images", 3)),  # exactly at an epoch's end
+        (3, ("--train-batch-size", 2, "--gradient-accumulation-steps", 2, *ALL)),
+        (3, ("--text-encoder-stop-step", 2, "--text-encoder-learning-rate", "1e-3")),  # across that step
+        (3, ("--mixed-precision", "fp16", "--no-train-text-encoder")),
+        (3, ("--mixed-precision", "bf16", "--random-crop", "--random-flip")),
+    ],
+)
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(stop, flags, base, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(*base, *flags, "--max-train-steps", 5, "--output-dir", whole)
+    call(*base, *flags, "--max-train-steps", stop, "--output-dir", parts, "--checkpointing-steps", 1)
+    call(*base, *flags, "--max-train-steps", 5, "--output-dir", parts, *LATEST)
+    insist_same(whole, parts)
+    assert leftovers(parts) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [ALL, ("--mixed-precision", "fp16", *ALL)], ids=["fp32", "fp16"])
+def test_stopped_at_every_one_of_twelve_steps(flags, base, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(command([*base, *flags, "--max-train-steps", 12, "--output-dir", whole]), tmp_path)
+    for step in range(1, 13):
+        flags_ = (*flags, "--max-train-steps", step, "--output-dir", parts, "--checkpointing-steps", 1, *LATEST)
+        run(command([*base, *flags_]), tmp_path)
+        assert checkpoints(parts)[-1] == step
+    insist_same(whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_two_processes_with_accumulation(precision, base, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    base = (*base, "--mixed-precision", precision, "--gradient-accumulation-steps", 3, "--checkpointing-steps", 2)
+    run(command([*base, "--output-dir", whole], 2), tmp_path)
+    run(command([*base, "--output-dir", parts, "--max-train-steps", 2], 2), tmp_path)
+    shutil.copytree(parts, tmp_path / "alone")
+    run(command([*base, "--output-dir", parts, *LATEST], 2), tmp_path)
+    insist_same(whole, parts)
+
+    # Another number of processes with the same global batch is the same run, but for the last bits.
+    flags = ("--train-batch-size", 2, "--output-dir", tmp_path / "alone", *LATEST)
+    run(command([*base, *flags]), tmp_path)
+    assert losses(tmp_path / "alone") == pytest.approx(losses(whole), rel=1e-6 if precision == "no" else 1e-2)
+    message = refused(*base, "--train-batch-size", 4, "--output-dir", tmp_path / "alone", *LATEST)
+    assert "global_batch was 6 and is 12" in message
+
+
+def test_sd2_goes_on_with_its_text_encoder(random_model, base, tmp_path):
+    """Its official file names and stacks the text encoder's tensors in another way than the program does."""
+    sd = random_model()
+    sd.config = replace(sd.config, text=replace(sd.config.text, activation="gelu", pad_id=0))
+    sd.text_encoder = TextEncoder(sd.config.text)
+    sd.save(tmp_path / "sd2.safetensors")
+    base = (*base, "--model", tmp_path / "sd2.safetensors")
+    call(*base, "--output-dir", tmp_path / "whole")
+    call(*base, "--output-dir", tmp_path / "parts", "--max-train-steps", 2, "--checkpointing-steps", 2)
+    call(*base, "--output-dir", tmp_path / "parts", *LATEST)
+    insist_same(tmp_path / "whole", tmp_path / "parts")
+
+
+# Which checkpoint is taken
+
+
+def test_every_checkpoint_makes_pictures(once, tmp_path):
+    assert checkpoints(once) == [1, 2, 3, 4]
+    made = []
+    for step in checkpoints(once):
+        folder = tmp_path / str(step)
+        flags = ("--prompt", "a sks dog", "--steps", "1", "--height", "16", "--width", "16")
+        path = once / "checkpoints" / f"checkpoint-{step:06d}"
+        sample.main(["--model", str(path), *flags, "--output-dir", str(folder)])
+        made.append(Image.open(folder / "00000-0.png").tobytes())
+    assert len(set(made)) == 4
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", truncate),
+        ("training.safetensors", flip),
+        ("state.json", Path.unlink),
+        ("metrics.jsonl", truncate),
+        ("SHA256SUMS", flip),
+        ("SHA256SUMS", Path.unlink),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(name, damage, once, base, tmp_path, capsys):
+    whole = losses(once)
+    newest = once / "checkpoints" / "checkpoint-000004"
+    damage(newest / name)
+    message = refused(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", newest)
+    assert str(newest) in message and "damaged" in message and not (tmp_path / "new" / "checkpoints").exists()
+
+    capsys.readouterr()
+    limit = ("--checkpointing-steps", 2, "--checkpoints-total-limit", 1)
+    call(*base, "--output-dir", once, "--max-train-steps", 6, *LATEST, *limit)
+    said = capsys.readouterr()
+    assert f"checkpoint {newest} is damaged: {name}" in said.err and "checkpoint-000003" in said.out
+    assert losses(once)[:4] == whole and len(losses(once)) == 6
+    assert checkpoints(once) == [6] and leftovers(once) == []
+
+
+def test_a_damaged_checkpoint_ahead_does_not_count_among_those_to_keep(once, base):
+    truncate(once / "checkpoints" / "checkpoint-000004" / "model.safetensors")
+    limit = ("--checkpointing-steps", 2, "--checkpoints-total-limit", 1, "--max-train-steps", 3)
+    (once / "checkpoints" / "checkpoint-000003").rename(once / "checkpoints" / "mine")
+    call(*base, "--output-dir", once, *LATEST, *limit)
+    assert checkpoints(once) == [1, 2, 4]  # nothing was saved between 2 and 3, so nothing was deleted
+    call(*base, "--output-dir", once, *LATEST, *limit, "--max-train-steps", 4)
+    assert checkpoints(once) == [4] and len(losses(once)) == 4
+
+
+def test_when_all_are_damaged_nothing_is_taken(once, base):
+    before = (once / "metrics.jsonl").read_bytes()
+    for path in (once / "checkpoints").iterdir():
+        truncate(path / "model.safetensors")
+    assert "no checkpoint" in refused(*base, "--output-dir", once, *LATEST)
+    assert (once / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_older_one_may_be_named_here_and_in_a_new_folder(once, base, tmp_path, monkeypatch):
+    whole, older = losses(once), once / "checkpoints" / "checkpoint-000002"
+    call(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", older)
+    assert losses(tmp_path / "new") == whole
+    monkeypatch.chdir(tmp_path)  # its own folder is gone on with if none is named
+    call(*base, "--resume-from-checkpoint", older, "--checkpointing-steps", 4, "--max-train-steps", 3)
+    assert losses(once) == whole[:3] and checkpoints(once) == [1, 2, 3, 4] and not (tmp_path / "runs").exists()
+    call(*base, "--output-dir", once, *LATEST)
+    assert losses(once) == whole  # 4 is ahead of 3, and brings its metrics along
+    message = refused(*base, "--output-dir", once, *LATEST, "--max-train-steps", 3)
+    assert "checkpoint-000004 is beyond --max-train-steps 3" in message
+
+
+def test_runs_without_a_folder_are_numbered_and_the_last_goes_on(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = ("--max-train-steps", 1, "--no-with-prior-preservation", "--checkpointing-steps", 1)
+    for _ in range(3):
+        call(*base, *one)
+    shutil.rmtree(tmp_path / "runs" / "dreambooth-2")
+    call(*base, *one)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dreambooth", "dreambooth-3", "dreambooth-4"]
+    call(*base, *one, *LATEST, "--max-train-steps", 2)
+    assert [len(losses(tmp_path / "runs" / name)) for name in ("dreambooth-3", "dreambooth-4")] == [1, 2]
+
+
+def test_latest_begins_where_there_is_nothing_yet(base, tmp_path):
+    """So that a job may be queued again and again with one command line."""
+    folder = tmp_path / "new"
+    call(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 1)
+    assert len(losses(folder)) == 1 and checkpoints(folder) == []
+    (folder / "metrics.jsonl").open("a").write('{"step": 2, "lo')  # a config.json, half a line, and no checkpoint
+    call(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 2)
+    assert len(losses(folder)) == 2
+
+
+# Which run it is
+
+
+DIFFERENCES = [
+    (("--train-batch-size", 2), "global_batch was 1 and is 2"),
+    (("--instance-prompt", "a zwx dog"), "instance_prompt was 'a sks dog' and is 'a zwx dog'"),
+    (
+        ("--learning-rate", "2e-4", "--snr-gamma", 5),
+        "learning_rate was 0.0001 and is 0.0002; snr_gamma was None and is 5.0",
+    ),
+    (("--mixed-precision", "bf16"), "mixed_precision was 'no' and is 'bf16'"),
+    (("--use-ema",), "use_ema was False and is True"),
+    (("--lr-scheduler", "cosine"), "lr_scheduler was 'constant' and is 'cosine'"),
+]
+
+
+def test_another_run_is_refused_with_the_differences(once, base):
+    for flags, difference in DIFFERENCES:
+        message = refused(*base, "--output-dir", once, *LATEST, *flags)
+        assert message == f"{once / 'checkpoints' / 'checkpoint-000004'} belongs to another run: {difference}"
+
+
+def test_another_model_or_other_photographs_are_another_run(once, base, random_model, tmp_path):
+    random_model(1).save(tmp_path / "other.safetensors")
+    message = refused(*base, "--output-dir", once, *LATEST, "--model", tmp_path / "other.safetensors")
+    assert "base was" in message or "generated with model" in message
+    shutil.copytree(base[3], tmp_path / "moved")
+    call(*base, "--output-dir", once, *LATEST, "--instance-data-dir", tmp_path / "moved")  # where they lie is free
+    (tmp_path / "moved" / "1.png").unlink()
+    message = refused(*base, "--output-dir", once, *LATEST, "--instance-data-dir", tmp_path / "moved")
+    assert "pictures was" in message
+
+
+def test_the_length_of_a_schedule_is_part_of_the_run(base, tmp_path):
+    base = (*base, "--output-dir", tmp_path / "run", "--lr-scheduler", "linear", "--checkpointing-steps", 2)
+    call(*base)
+    assert "max_train_steps was 4 and is 6" in refused(*base, *LATEST, "--max-train-steps", 6)
+
+
+def test_a_folder_with_something_else_in_it_is_refused(once, base, tmp_path):
+    assert "not empty" in refused(*base, "--output-dir", once)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "no config.json" in refused(*base, "--output-dir", tmp_path / "mine", *LATEST)
+    (once / "config.json").write_text('{"seed": ')
+    assert "config.json is damaged" in refused(*base, "--output-dir", once, *LATEST)
+
+
+def test_the_raw_weights_are_in_the_checkpoint_and_the_average_in_the_model(base, tmp_path):
+    """EMA with the warm-up of LitEma: decay min(d, (1 + n) / (10 + n)) at the n-th update."""
+    folder = tmp_path / "run"
+    call(*base, "--output-dir", folder, "--use-ema", "--ema-decay", "0.2", "--checkpointing-steps", 1)
+    name = "model.diffusion_model.out.2.weight"
+    raw = [weights(folder / "checkpoints" / f"checkpoint-{step:06d}")[name].double() for step in (1, 2, 3, 4)]
+    average = weights(Path(base[1]).parent)[name].double()
+    for n, weight in enumerate(raw, start=1):
+        decay = min(0.2, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(weights(folder)[name].double(), average, rtol=1e-6, atol=1e-7)
+    assert (average - raw[-1]).abs().max() > 1e-5
+
+
+def test_each_checkpoint_has_the_metrics_up_to_it(once):
+    for step in checkpoints(once):
+        folder = once / "checkpoints" / f"checkpoint-{step:06d}"
+        assert metrics(folder) == metrics(once)[:step]
+        assert json.loads((folder / "state.json").read_text())["step"] == step
