@@ -8,23 +8,28 @@ its prompt, seed, sampler, steps, guidance and the model's fingerprint as PNG te
 
 import io
 import math
+import os
 import re
+import tomllib
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ldm import cli, data, distributed, files, samplers, sheet
-from ldm.errors import InputError
+from ldm.errors import InputError, RunError
 from ldm.model import StableDiffusion
 
-TINY = Path(__file__).parent / "weights" / "tiny" / "base"
+TINY = Path(__file__).parent / "weights" / "tiny"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    settle(args)
     if args.sampler == "help":
         print(samplers.listing())
         return
@@ -33,28 +38,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.output_dir)
     files.insist_writable(folder, "--output-dir")
     world = distributed.start(args.device)
-    sd = StableDiffusion.load(
-        args.model,
-        world.device,
-        cli.DTYPES[args.dtype],
-        ema=args.ema,
-        prediction=args.prediction_type,
-        variant=args.variant,
-    )
+    with world.agreed():
+        sd = load(args, world.device)
+        _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
+        sd.schedule.spaced(args.steps)
+        init_image, steps = None, args.steps
+        if args.init_image is not None:
+            init_image = data.to_tensor(data.fit(args.init_image, width, height))
+            steps = samplers.taken(args.steps, args.strength)
+        fingerprint = sd.fingerprint()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output-dir {folder} can't be made: {error.strerror}") from None
+
     if world.main:
         print(sd.about)
-    _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
-    sd.schedule.spaced(args.steps)
-    init_image, steps = None, args.steps
-    if args.init_image is not None:
-        init_image = data.to_tensor(data.fit(args.init_image, width, height))
-        steps = samplers.taken(args.steps, args.strength)
-    fingerprint = sd.fingerprint()
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output-dir {folder} can't be made: {error.strerror}") from None
     index = world.share(first_free_index(folder))
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.num_images)]
     jobs = [(folder / f"{index + k:05d}-{seed}.png", prompt, seed) for k, (prompt, seed) in enumerate(jobs)]
@@ -105,16 +104,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.close()
 
 
+def load(args: Namespace, device: torch.device) -> StableDiffusion:
+    source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
+    return StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype], **source)
+
+
+def settle(args: Namespace) -> None:
+    """Fills in the model and what depends on it: the embedded one is best at steps and guidance of its own."""
+    usual = {"sample_steps": 50, "guidance_scale": 7.5}
+    if args.model is None:
+        args.model = str(TINY / "base")
+        usual |= tomllib.loads((TINY / "train.toml").read_text(encoding="utf-8"))
+    args.steps = usual["sample_steps"] if args.steps is None else args.steps
+    args.guidance_scale = usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
+
+
 def parser() -> cli.Parser:
     p = cli.Parser(prog="sample.py", description="Pictures from prompts.")
-    p.add_argument("--model", default=str(TINY), help="official .safetensors file or diffusers folder")
+    p.add_argument("--model", help="official .safetensors or .ckpt file or diffusers folder; the tiny one if not given")
     cli.add_source_flags(p)
     p.add_argument("--prompt", action="append", default=[], help="what to show; repeatable")
     p.add_argument("--prompts-file", help="a file with one prompt a line")
     p.add_argument("--negative-prompt", default="", help="what guidance leads away from")
     p.add_argument("--num-images", type=cli.positive, default=1, help="pictures for each prompt")
-    p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 999")
-    p.add_argument("--guidance-scale", type=float, default=7.5, help="how strongly to follow the prompt; 1 is off")
+    p.add_argument("--steps", type=int, help="sampling steps, 1 to 999; 50 if not given")
+    p.add_argument("--guidance-scale", type=float, help="how strongly to follow the prompt; 1 is off, 7.5 if not given")
     p.add_argument("--guidance-rescale", type=float, default=0.0, help="undoes its excess of contrast, 0 to 1")
     p.add_argument("--sampler", default="ddim", help=f"{', '.join(samplers.SAMPLERS)}; or help, for a line on each")
     p.add_argument("--eta", type=float, default=0.0, help="noise in DDIM, from 0 to 1")
@@ -131,7 +145,7 @@ def parser() -> cli.Parser:
     return p
 
 
-def check(args) -> None:
+def check(args: Namespace) -> None:
     """Raises InputError for what can be seen to be wrong before the model is read."""
     samplers.find(args.sampler)
     if not math.isfinite(args.guidance_scale):
@@ -145,7 +159,7 @@ def check(args) -> None:
         raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
 
 
-def read_prompts(args) -> list[str]:
+def read_prompts(args: Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         try:
@@ -171,8 +185,14 @@ def write_png(path: Path, picture: Image.Image, text: dict[str, object]) -> None
         info.add_itxt(key, str(value))
     content = io.BytesIO()
     picture.save(content, format="PNG", pnginfo=info)
-    with path.open("xb") as file:
-        file.write(content.getvalue())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.link(temporary, path)  # unlike a rename, it fails where something of that name has come up meanwhile
+    except OSError as error:
+        raise RunError(f"{path} can't be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

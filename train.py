@@ -179,6 +179,7 @@ def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Pa
             "steps": settings.sample_steps,
             "guidance_scale": settings.guidance_scale,
             "resolution": settings.resolution,
+            "prediction": sd.config.schedule.prediction,
             "model": sd.fingerprint(),
         }
         folder = settings.class_data_dir or run.folder / "class"

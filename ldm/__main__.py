@@ -5,10 +5,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 
 from ldm import cli, names, weights
-from ldm.errors import InputError
+from ldm.errors import InputError, RunError
+from ldm.files import insist_writable
 from ldm.model import StableDiffusion
 
 SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
@@ -46,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def inspect(args: Namespace) -> None:
     source = weights.read(args.path, ema=args.ema, prediction=args.prediction_type, variant=args.variant)
-    with torch.device("meta"):
-        sd = StableDiffusion(source.config, source.tokenizer)
+    sd = StableDiffusion.without_weights(args.path, source)
     print(f"{args.path}: {weights.describe(source)}")
     for part, prefix in (("UNet", names.UNET), ("autoencoder", names.VAE), ("text encoder", names.TEXT)):
         tensors = [tensor for name, tensor in source.tensors.items() if name.startswith(prefix)]
@@ -56,7 +56,11 @@ def inspect(args: Namespace) -> None:
     problems = sd.differences(source.tensors)
     for problem in problems:
         print(problem)
-    print(f"{len(problems)} problems" if problems else "complete: every tensor is there with its shape")
+    if problems:
+        raise InputError(
+            f"{args.path}: {len(problems)} tensors are not as they should be; no other program reads it so"
+        )
+    print("complete: every tensor is there with its shape")
 
 
 def convert(args: Namespace) -> None:
@@ -64,11 +68,15 @@ def convert(args: Namespace) -> None:
     layout = args.layout or ("official" if output.suffix == ".safetensors" else "diffusers")
     if output.suffix in (".ckpt", ".bin", ".pt"):
         raise InputError(f"{output}: pickled files are read, never written; give a name that ends in .safetensors")
+    insist_writable(output.parent, "output")
     sd = StableDiffusion.load(
         args.path, dtype=None, ema=args.ema, prediction=args.prediction_type, variant=args.variant
     )
     print(sd.about)
-    left_out = sd.save(output, layout, cli.DTYPES[args.dtype] if args.dtype else None)
+    try:
+        left_out = sd.save(output, layout, cli.DTYPES[args.dtype] if args.dtype else None)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{output} can't be written: {error}") from None
     print(f"wrote {output}")
     if left_out:
         print(f"not in it, as a {layout} folder has no place for them: {', '.join(left_out)}")

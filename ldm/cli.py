@@ -14,14 +14,24 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose long flags may be spelled with underscores, and whose complaints are an InputError."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        args = [_hyphens(arg) for arg in (sys.argv[1:] if args is None else args)]
+        args = [_hyphens(str(arg)) for arg in (sys.argv[1:] if args is None else args)]
+        for arg in args:
+            if not arg.isprintable() and "\udc80" <= max(arg) <= "\udcff":
+                raise InputError(f"{arg.encode(errors='backslashreplace').decode()} is not UTF-8 text")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
@@ -52,6 +62,10 @@ def reported(program: str) -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def device(name: str | None) -> torch.device:

@@ -117,3 +117,14 @@ def launch() -> str | None:
     """What all starts of this process under one torchrun have in common, and with no other; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """On a CPU the last bit of a sum depends on how many threads shared it: inside, it is one, whatever the world."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

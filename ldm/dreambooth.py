@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import data, draws, files
-from ldm.distributed import World
+from ldm.distributed import World, one_thread
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
 from ldm.samplers import evaluations
@@ -142,6 +142,7 @@ class ClassPictures:
         with (
             world.agreed(),  # and so all wait until the last picture is there
             files.written(self.folder),
+            one_thread(),
             tqdm(total=total, desc="class pictures", unit="step", disable=not world.main) as bar,
         ):
             for batch in batches:
@@ -167,13 +168,14 @@ FLAGS = {
     "guidance_scale": "--guidance-scale",
     "resolution": "--resolution",
     "model": "--model",
+    "prediction": "--prediction-type",
     "seed": "--seed",
 }
 
 
 def encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (B, 4, h, w) each."""
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         posterior = sd.vae.encode(images)
     return posterior.mean * sd.config.vae.scale_factor, posterior.std * sd.config.vae.scale_factor
 

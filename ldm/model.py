@@ -54,12 +54,7 @@ class StableDiffusion:
         """
         read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
         source = read()
-        try:
-            with torch.device("meta"):
-                sd = cls(source.config, source.tokenizer)
-                sd.rehearse()
-        except Exception as error:
-            raise InputError(f"{path}: what it says of itself makes no model that can run: {error}") from None
+        sd = cls.without_weights(path, source)
         sd.about, sd._extra, sd._read = f"{path}: {weights.describe(source)}", source.extra, read
         if problems := sd.differences(source.tensors):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -72,6 +67,17 @@ class StableDiffusion:
                     raise InputError(f"{path}: {prefix + name} holds NaN or infinity; the file is damaged or diverged")
             network.load_state_dict(state, assign=True)
             network.eval()
+        return sd
+
+    @classmethod
+    def without_weights(cls, path: str | Path, source: weights.Source) -> "StableDiffusion":
+        """The model that a source describes, on the meta device. Raises InputError if no such model could run."""
+        try:
+            with torch.device("meta"):
+                sd = cls(source.config, source.tokenizer)
+                sd.rehearse()
+        except Exception as error:
+            raise InputError(f"{path}: what it says of itself makes no model that can run: {error}") from None
         return sd
 
     def save(
@@ -177,12 +183,11 @@ class StableDiffusion:
     def decode_latents(self, z: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1].
 
-        In fp16 the autoencoder of SD can overflow to NaN; it is fp32 from then on.
+        In fp16, also autocast's, the autoencoder of SD can overflow to NaN: such latents are decoded again in fp32.
         """
         z = z / self.config.vae.scale_factor
-        dtype = next(self.vae.parameters()).dtype
-        images = self.vae.decode(z.to(dtype))
-        if dtype == torch.float16 and z.isfinite().all() and not images.isfinite().all():
+        images = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+        if z.isfinite().all() and not images.isfinite().all():
             with torch.autocast(self.device.type, enabled=False):
                 images = self.vae.float().decode(z.float())
         return images
@@ -214,14 +219,15 @@ class StableDiffusion:
         A picture depends on its prompt and its seed alone, not on the batch: initial latents, then the sampler's
         noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU.
         height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None.
-        latents: (B, 4, h, w) standard normal noise to start from instead.
+        latents: (B, 4, h, w) standard normal noise to start from instead, for B pictures.
         init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: how much of the way
         from noise is gone again, from 0, the picture as it is, to 1, nothing of it (SDEdit, Meng et al. 2022).
         progress: called after each evaluation of the UNet; `samplers.evaluations` tells how many there are.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
         Raises InputError for sizes, steps, samplers, strengths and outputs that there are not.
         """
-        prompts, seeds = _broadcast([prompts] if isinstance(prompts, str) else list(prompts), list(seeds))
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts, seeds = _broadcast(prompts, list(seeds), 1 if latents is None else len(latents))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
         run = samplers.find(sampler)
@@ -307,10 +313,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in array.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def _broadcast(prompts: list[str], seeds: list[int]) -> tuple[list[str], list[int]]:
-    count = max(len(prompts), len(seeds))
-    if len(prompts) not in (1, count) or len(seeds) not in (1, count):
-        raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up")
+def _broadcast(prompts: list[str], seeds: list[int], latents: int) -> tuple[list[str], list[int]]:
+    count = max(len(prompts), len(seeds), latents)
+    if any(length not in (1, count) for length in (len(prompts), len(seeds), latents)):
+        raise InputError(f"{len(prompts)} prompts, {len(seeds)} seeds and {latents} latents do not pair up")
     return prompts * (count // len(prompts)), seeds * (count // len(seeds))
 
 

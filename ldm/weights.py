@@ -55,7 +55,7 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
     path = Path(path)
     if prediction not in (None, *PREDICTIONS):
         raise InputError(f"--prediction-type {prediction} is neither eps nor v")
-    if not path.exists():
+    if not _exists(path):
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise InputError(
                 f"{path} is no file or folder here; if it is a name on a model hub: nothing is downloaded by this "
@@ -80,6 +80,13 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
     return source
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no disk could hold
+        return False
+
+
 def predicting(config: ModelConfig, prediction: str) -> ModelConfig:
     return replace(config, schedule=replace(config.schedule, prediction=prediction))
 
@@ -102,9 +109,6 @@ def _read_single(path: Path, ema: bool, prediction: str | None) -> Source:
         extra |= {key: tensors.pop(key) for key in list(tensors) if key.startswith(last)}
         text = names.from_openclip(_take(tensors, names.OPENCLIP), config.text)
         tensors |= {names.TEXT + key: tensor for key, tensor in text.items()}
-    ours = (names.UNET, names.VAE, names.TEXT)
-    if unknown := sorted(key for key in tensors if not key.startswith(ours)):
-        raise InputError(f"{path}: unknown tensor {_some(unknown)}")
     return Source(config, tensors, tokenizer, extra, "official", has_ema, prediction_from)
 
 
@@ -140,11 +144,11 @@ def _read_folder(path: Path, variant: str | None) -> Source:
         raise InputError(f"{path}: its JSON files describe no model: {error}") from None
     tensors: Tensors = {}
     for key, tensor in open_part(path / "unet", folder.PARTS["unet"], variant).items():
-        tensors[names.UNET + _known(path, key, unet_table)] = tensor
+        tensors[names.UNET + (names.rename(key, unet_table) or key)] = tensor
     for key, tensor in open_part(path / "vae", folder.PARTS["vae"], variant).items():
         for old, new in names.OLD_VAE_ATTENTION.items():
             key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-        name = _known(path, key, vae_table)
+        name = names.rename(key, vae_table) or key
         tensors[names.VAE + name] = tensor[:, :, None, None] if _is_matrix(name, tensor) else tensor
     for key, tensor in open_part(path / "text_encoder", folder.PARTS["text_encoder"], variant).items():
         if not key.endswith("position_ids"):
@@ -197,6 +201,8 @@ def write_single(path: str | Path, source: Source, metadata: dict[str, str] | No
 
 def write_folder(path: str | Path, source: Source, metadata: dict[str, str] | None = None) -> None:
     """Writes a diffusers folder. What such a folder has no place for (`extra`) is left out."""
+    if Path(path).is_file():
+        raise InputError(f"{path} is a file, and a diffusers model is a folder; give another name")
     config, tokenizer = source.config, source.tokenizer
     tensors = dict(source.tensors)
     unet, vae, text = (_take(tensors, prefix) for prefix in (names.UNET, names.VAE, names.TEXT))
@@ -240,13 +246,6 @@ def _take(tensors: Tensors, prefix: str) -> Tensors:
 def _is_matrix(name: str, tensor: torch.Tensor) -> bool:
     """The autoencoder's attention: 1x1 convolutions in the official file, matrices in a diffusers folder."""
     return ".attn_1." in name and tensor.ndim > 1
-
-
-def _known(path: Path, key: str, table: names.Table) -> str:
-    name = names.rename(key, table)
-    if name is None:
-        raise InputError(f"{path}: unknown tensor {key}")
-    return name
 
 
 def _some(keys: list[str]) -> str:
