@@ -1,0 +1,97 @@
+"""The embedded model: golden numbers by diffusers, the same numbers live, and train.py as README has it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_goldens import BASE, NUMBERS, PICTURE, PROMPTS, SAMPLING, STEPS, compute, digest, wave
+from PIL import Image
+
+from ldm import StableDiffusion
+
+GOLDENS = json.loads(NUMBERS.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    return StableDiffusion.load(BASE, dtype=torch.float32)
+
+
+def furthest(a: Image.Image, b: Image.Image) -> int:
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
+
+
+def assert_golden(name: str, found: dict[str, list]) -> None:
+    golden = GOLDENS[name]
+    assert found["shape"] == golden["shape"]
+    scale = np.abs(golden["values"]).max()
+    np.testing.assert_allclose(found["values"], golden["values"], rtol=0, atol=2e-5 * scale, err_msg=name)
+
+
+def test_the_goldens_are_of_these_weights(sd):
+    assert sd.fingerprint() == GOLDENS["model"], "the weights have changed: python tests/make_goldens.py"
+
+
+@torch.no_grad()
+def test_networks_give_the_golden_numbers(sd):
+    size = sd.config.sample_size
+    context = sd.encode_prompt(PROMPTS)
+    posterior = sd.vae.encode(wave(1, 3, sd.config.resolution, sd.config.resolution))
+    assert_golden("text encoder", digest(context))
+    assert_golden("unet", digest(sd.unet(wave(2, 4, size, size), torch.tensor(STEPS), context)))
+    assert_golden("vae mean", digest(posterior.mean))
+    assert_golden("vae std", digest(posterior.std))
+    assert_golden("vae decoded", digest(sd.vae.decode(3.0 * wave(1, 4, size, size))))
+
+
+def test_the_golden_picture_comes_out(sd):
+    picture = sd.generate(PROMPTS[0], steps=SAMPLING["steps"], guidance=SAMPLING["guidance"], seeds=[SAMPLING["seed"]])
+    assert furthest(picture[0], Image.open(PICTURE)) <= 1
+
+
+def test_diffusers_gives_the_goldens_today():
+    pytest.importorskip("diffusers", reason="needs the parity extra")
+    pytest.importorskip("transformers", reason="needs the parity extra")
+    outputs, picture = compute(BASE)
+    for name, tensor in outputs.items():
+        assert_golden(name, digest(tensor))
+    assert furthest(picture, Image.open(PICTURE)) <= 1
+
+
+def test_what_is_shipped_is_small(root):
+    shipped = subprocess.run(["git", "ls-files", "weights"], cwd=root, capture_output=True, text=True)
+    if shipped.returncode != 0:
+        pytest.skip("not a git checkout")
+    assert sum((root / name).stat().st_size for name in shipped.stdout.splitlines()) < 14e6
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_gives_a_model_that_diffusers_opens(root, tmp_path):
+    """Shortened by two flags; everything else is weights/tiny/train.toml."""
+    short = ["--max-train-steps", "3", "--num-class-images", "4"]
+    done = subprocess.run(
+        [sys.executable, root / "train.py", *short], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "dreambooth"
+    settings = json.loads((out / "config.json").read_text())
+    assert Path(settings["model"]) == BASE and Path(settings["instance_data_dir"]) == BASE.parent / "subject"
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len(list((out / "class").glob("*.png"))) == 4
+    sheet = Image.open(out / "sheets" / "before_after.png")
+    assert min(sheet.size) > 500
+
+    tuned = StableDiffusion.load(out / "model.safetensors")
+    assert tuned.fingerprint() != GOLDENS["model"]
+    diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
+    tuned.save(tmp_path / "folder", "diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder")
+    prompts, seeds = [settings["instance_prompt"], settings["class_prompt"]], [11, 12]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    theirs = pipe(prompts, num_inference_steps=10, guidance_scale=4.0, generator=generators).images
+    for a, b in zip(tuned.generate(prompts, steps=10, guidance=4.0, seeds=seeds), theirs, strict=True):
+        assert furthest(a, b) <= 1
