@@ -42,7 +42,7 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
         if path.is_file() and path.suffix.lower() in known and not path.name.startswith("."):
             pictures.append(path)
         else:
-            print(f"skipped {path}: not a picture", file=sys.stderr)
+            print(f"skipped {path}: not a picture of a kind that can be read here", file=sys.stderr)
     return pictures
 
 

@@ -187,8 +187,10 @@ def write_single(path: str | Path, source: Source, metadata: dict[str, str] | No
     """Writes an official single file whose header carries the configuration, so that any width loads back.
 
     Tables that the original's classes expect and a source (a diffusers folder) lacks are computed; what of OpenCLIP
-    lies beyond the layers that run is filled with zeros.
+    lies beyond the layers that run is filled with zeros. Raises InputError for a name that `read` would not know.
     """
+    if Path(path).suffix != ".safetensors":
+        raise InputError(f"{path}: the name of a single file to save should end in .safetensors")
     filled = Schedule(source.config.schedule).official_buffers() | names.unused_text(source.config.text)
     header = {
         "format": "pt",
