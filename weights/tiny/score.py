@@ -2,7 +2,7 @@
 
 python weights/tiny/score.py                                # 216 pictures with the shipped model and settings
 python weights/tiny/score.py --guidance-scale 3 --steps 50  # others
-python weights/tiny/score.py --sheet runs/sheet.png         # and 64 of them to look at
+python weights/tiny/score.py --sheet runs/sheet.jpg         # and 64 of them to look at
 """
 
 import argparse
@@ -91,7 +91,7 @@ def main():
         )
     )
     if args.sheet:
-        world.sheet(list(images[:64])).save(args.sheet)
+        world.sheet(list(images[:64])).save(args.sheet, quality=90)
         print("\n".join(f"row {i // 8 + 1}, column {i % 8 + 1}: {text}" for i, text in enumerate(prompts[:64])))
 
 
