@@ -12,7 +12,7 @@ from bench.load import PRESETS, measure, randomise, write_config, write_random
 from safetensors import safe_open
 from test_manifest import published_rows
 from test_networks import assert_same, theirs_of
-from test_official import FACTS, RECIPES, check
+from test_official import FACTS, RECIPES, agree, found
 from test_sd2 import penultimate, tower, towers  # noqa: F401
 
 from ldm import StableDiffusion, names
@@ -221,4 +221,4 @@ def test_published_numbers_are_told_from_random_weights_at_full_size(family, fil
     assert len(ids) == {"sd1": 25, "sd2_v": 3}[family]
     for id in ids:
         with pytest.raises(AssertionError, match="times the tolerance"):
-            check(id, sd)
+            agree(id, found(id, sd), FACTS[id]["expected"])
