@@ -88,44 +88,44 @@ def train(
 ) -> bool:
     """From the state's step to the last. Returns False if a signal ended it early, with all saved."""
     model, overflows = world.wrap(trainee), 0
-    bar = tqdm(initial=state.step, total=settings.max_train_steps, desc="training", unit="step", disable=not world.main)
-    while state.step < settings.max_train_steps:
-        began, step = time.perf_counter(), state.step + 1
-        if trainee.text_encoder_trains and step > (settings.text_encoder_stop_step or math.inf):
-            optim.freeze(trainee.text_encoder.parameters())
-            model = world.wrap(trainee)
-        factor = optim.lr_factor(settings.lr_scheduler, step, settings.lr_warmup_steps, settings.max_train_steps)
-        optim.set_lr(state.optimizer, factor)
+    progress = {"initial": state.step, "total": settings.max_train_steps, "desc": "training", "unit": "step"}
+    with tqdm(**progress, disable=not world.main) as bar:
+        while state.step < settings.max_train_steps:
+            began, step = time.perf_counter(), state.step + 1
+            if trainee.text_encoder_trains and step > (settings.text_encoder_stop_step or math.inf):
+                optim.freeze(trainee.text_encoder.parameters())
+                model = world.wrap(trainee)
+            factor = optim.lr_factor(settings.lr_scheduler, step, settings.lr_warmup_steps, settings.max_train_steps)
+            optim.set_lr(state.optimizer, factor)
 
-        state.optimizer.zero_grad(set_to_none=True)
-        sums = gradients(settings, world, precision, state, model, rows, conditioning)
-        *sums, signals = world.sum([*sums, float(stop.asked)])
-        loss, subject, prior = (total / (settings.gradient_accumulation_steps * world.size) for total in sums)
-        insist_finite("loss", loss, step)
-        norm = precision.step(state.optimizer, list(state.parameters.values()), settings.max_grad_norm)
-        state.draws += 1
+            state.optimizer.zero_grad(set_to_none=True)
+            sums = gradients(settings, world, precision, state, model, rows, conditioning)
+            *sums, signals = world.sum([*sums, float(stop.asked)])
+            loss, subject, prior = (total / (settings.gradient_accumulation_steps * world.size) for total in sums)
+            insist_finite("loss", loss, step)
+            norm = precision.step(state.optimizer, list(state.parameters.values()), settings.max_grad_norm)
+            state.draws += 1
 
-        metrics = {"step": step, "loss": loss, "subject_loss": subject, "prior_loss": prior, "grad_norm": norm}
-        metrics |= {"lr": settings.learning_rate * factor, "seconds": round(time.perf_counter() - began, 4)}
-        updated = math.isfinite(norm)
-        if updated:
-            overflows = 0
-            state.advance()
-            run.log(**metrics)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", subject=f"{subject:.4f}", prior=f"{prior:.4f}", refresh=False)
-        else:  # fp16 overflowed: the same step again, with other rows and a lower scale; else it is an error
-            if not precision.scaler.is_enabled():
-                insist_finite("norm of the gradients", norm, step)
-            overflows += 1
-            run.log(**metrics | {"grad_norm": None}, skipped=True, scale=precision.scaler.get_scale())
-            if overflows == 50:
-                raise RunError(f"fp16 overflowed {overflows} times in a row at step {step}; take bf16")
-        if signals or (updated and step % settings.checkpointing_steps == 0):
-            run.save(state)
-        if signals:
-            break
-    bar.close()
+            metrics = {"step": step, "loss": loss, "subject_loss": subject, "prior_loss": prior, "grad_norm": norm}
+            metrics |= {"lr": settings.learning_rate * factor, "seconds": round(time.perf_counter() - began, 4)}
+            updated = math.isfinite(norm)
+            if updated:
+                overflows = 0
+                state.advance()
+                run.log(**metrics)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}", subject=f"{subject:.4f}", prior=f"{prior:.4f}", refresh=False)
+            else:  # fp16 overflowed: the same step again, with other rows and a lower scale; else it is an error
+                if not precision.scaler.is_enabled():
+                    insist_finite("norm of the gradients", norm, step)
+                overflows += 1
+                run.log(**metrics | {"grad_norm": None}, skipped=True, scale=precision.scaler.get_scale())
+                if overflows == 50:
+                    raise RunError(f"fp16 overflowed {overflows} times in a row at step {step}; take bf16")
+            if signals or (updated and step % settings.checkpointing_steps == 0):
+                run.save(state)
+            if signals:
+                break
     return state.step == settings.max_train_steps
 
 

@@ -1,0 +1,83 @@
+"""One curve, however it is cut: processes, batches and accumulation change how a run is computed, not what it is."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import SMALL, call, command, digest, losses, run
+
+LONG = ("--max-train-steps", 24, "--random-flip", "--snr-gamma", "5", "--num-class-images", 7)
+
+
+@pytest.fixture
+def base(saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+
+
+def pictures(folder: Path) -> dict[str, str]:
+    return {path.name: digest(path) for path in folder.glob("class-*.png")}
+
+
+def test_accumulation_draws_the_same_curve(base, tmp_path):
+    call(*base, *LONG, "--train-batch-size", 4, "--output-dir", tmp_path / "one")
+    call(*base, *LONG, "--gradient-accumulation-steps", 4, "--output-dir", tmp_path / "four")
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert len(one) == 24 and one == pytest.approx(four, rel=1e-6)
+    assert max(one) - min(one) > 0.1  # and it is no straight line
+
+
+@pytest.mark.slow
+def test_every_cut_draws_the_same_curve(base, tmp_path):
+    """Text encoder, accumulation and several processes together, too."""
+    curves, made = {}, []
+    for processes, batch, accumulation in [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 1, 4), (2, 1, 2)]:
+        folder = tmp_path / f"{processes}x{batch}x{accumulation}"
+        cut = ("--train-batch-size", batch, "--gradient-accumulation-steps", accumulation, "--output-dir", folder)
+        run(command([*base, *LONG, *cut], processes), tmp_path)
+        curves[folder.name] = losses(folder)
+        made.append(pictures(folder / "class"))
+    one = curves["1x4x1"]
+    apart = {name: max(abs(a - b) / b for a, b in zip(curve, one, strict=True)) for name, curve in curves.items()}
+    print(apart)
+    assert len(one) == 24 and max(apart.values()) < 1e-6
+    assert len(made[0]) == 7 and all(others == made[0] for others in made)
+
+
+@pytest.mark.slow
+def test_the_text_encoder_stops_on_all_processes(base, tmp_path):
+    base = (*base, "--text-encoder-stop-step", 3, "--max-train-steps", 8)
+    run(command([*base, "--train-batch-size", 2, "--output-dir", tmp_path / "one"]), tmp_path)
+    run(command([*base, "--output-dir", tmp_path / "two"], 2), tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_fewer_pictures_than_rows_in_a_batch(base, tmp_path):
+    base = (*base, "--num-class-images", 2, "--gradient-checkpointing")
+    for path in sorted(Path(base[3]).iterdir())[1:]:
+        path.unlink()
+    run(command([*base, "--train-batch-size", 6, "--output-dir", tmp_path / "one"]), tmp_path)
+    run(command([*base, "--train-batch-size", 3, "--output-dir", tmp_path / "two"], 2), tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_complete_a_folder_of_class_pictures(base, tmp_path):
+    base = (*base, "--num-class-images", 7, "--max-train-steps", 1)
+    run(command([*base, "--output-dir", tmp_path / "alone"]), tmp_path)
+    whole = pictures(tmp_path / "alone" / "class")
+    assert len(whole) == 7
+    folder = tmp_path / "class"
+    shutil.copytree(tmp_path / "alone" / "class", folder)
+    for i in (1, 2, 4, 6):
+        (folder / f"class-{i:05d}.png").unlink()
+    there = {path: path.stat().st_mtime_ns for path in folder.glob("class-*.png")}
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".DS_Store").write_bytes(b"junk")
+    (folder / "more").mkdir()
+    (folder / ".class-00004.png.tmp").write_bytes(b"half a picture")
+    run(command([*base, "--class-data-dir", folder, "--output-dir", tmp_path / "two"], 2), tmp_path)
+    assert pictures(folder) == whole
+    assert {path: path.stat().st_mtime_ns for path in there} == there  # none was made twice
+    others = {path.name for path in folder.iterdir()} - whole.keys()
+    assert others == {"notes.txt", ".DS_Store", "more", "manifest.json"}

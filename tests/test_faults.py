@@ -1,0 +1,276 @@
+"""What goes wrong on real machines: kills, signals, full and foreign disks, and two who want the same folder."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    SMALL,
+    checkpoints,
+    children,
+    command,
+    finish,
+    leftovers,
+    losses,
+    refused,
+    run,
+    send,
+    start,
+    until,
+    weights,
+)
+
+from ldm import checkpoint
+
+LATEST = ("--resume-from-checkpoint", "latest")
+PLAIN = ("--no-with-prior-preservation", "--no-train-text-encoder")
+
+
+@pytest.fixture
+def base(saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+
+
+def logged(run: Path) -> int:
+    """How many steps a run has come so far."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def insist_same(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Signals
+
+
+def stopped(base, folder: Path, name: str, to: str, processes: int = 1) -> None:
+    """Sends a signal in mid-accumulation, and insists on a saved step that the run goes on from to the same end."""
+    processes_ = ("--gradient-accumulation-steps", 24 // processes, *PLAIN, "--max-train-steps")
+    base = (*base, *processes_)
+    process = start(command([*base, 1000, "--output-dir", folder / "run"], processes), folder)
+    until(lambda: logged(folder / "run") >= 2, process)
+    send({"main": process.pid, "rank 1": children(process.pid)[-1] if processes > 1 else 0}[to], name)
+    done = finish(process, folder)
+    step = len(losses(folder / "run"))
+    assert 2 <= step < 1000 and checkpoints(folder / "run") == [step]
+    if to != "main" or processes == 1:  # torchrun itself says what it died of
+        assert done.status == 0 and f"stopped after step {step}" in done.out and "Traceback" not in done.err
+    call_ = [*base, step + 2, "--output-dir"]
+    run(command([*call_, folder / "run", *LATEST], processes), folder)
+    run(command([*call_, folder / "whole"], processes), folder)
+    insist_same(folder / "run", folder / "whole")
+
+
+def test_a_signal_finishes_the_step_and_saves(base, tmp_path):
+    stopped(base, tmp_path, "SIGTERM", "main")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_other_signals_finish_the_step_too(name, base, tmp_path):
+    stopped(base, tmp_path, name, "main")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "to"), [("SIGTERM", "rank 1"), ("SIGTERM", "main"), ("SIGINT", "main"), ("SIGUSR1", "rank 1")]
+)
+def test_a_signal_to_one_process_or_to_torchrun_stops_all(name, to, base, tmp_path):
+    stopped(base, tmp_path, name, to, processes=2)
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_stops_at_once(base, tmp_path):
+    long = ("--gradient-accumulation-steps", 10000, "--output-dir", tmp_path / "run")
+    process = start(command([*base, *PLAIN, *long]), tmp_path)
+    until((tmp_path / "run" / "sheets" / "before.png").exists, process)
+    until(lambda: "training" in (tmp_path / "err.txt").read_text(), process)
+    send(process.pid, "SIGINT")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    send(process.pid, "SIGINT")
+    done = finish(process, tmp_path, seconds=10)
+    assert done.status == -signal.SIGINT and "Traceback" not in done.err
+    assert checkpoints(tmp_path / "run") == []
+
+
+# Kills
+
+
+@pytest.mark.slow
+def test_killed_thirty_times(base, tmp_path):
+    """At moments drawn at random, in starts and in saves too. In the end it is the run that was never killed."""
+    folder, drawn, done, in_saves = tmp_path / "run", random.Random(0), 0, 0
+    saves = folder / "checkpoints"
+    base = (*base, "--num-class-images", 2)
+    often = ("--checkpointing-steps", 2, "--checkpoints-total-limit", 3, "--max-train-steps", 10**6)
+    for kill in range(30):
+        process = start(command([*base, *often, "--output-dir", folder, *LATEST]), tmp_path)
+        if kill % 3 == 0:
+            time.sleep(drawn.uniform(0.5, 6.0))  # while it starts
+        else:
+            until(lambda enough=done: max(checkpoints(folder), default=0) > enough, process)
+            time.sleep(drawn.uniform(0.0, 0.3))
+        if kill % 3 == 2:
+            until(lambda: any(saves.glob(".tmp-*")), process)
+            time.sleep(drawn.uniform(0.0, 0.02))
+        process.kill()
+        assert finish(process, tmp_path).status == -signal.SIGKILL
+        in_saves += kill % 3 != 0 and any(saves.glob(".*"))
+        if (newest := checkpoint.newest(saves)) is not None:
+            assert newest == checkpoint.listed(saves)[-1]  # none is damaged
+            done = checkpoint.load(newest)[2]["step"]
+    print(f"{in_saves} of 30 kills fell into a save; {done} steps were done")
+    assert in_saves >= 3 and done >= 40
+    steps = ("--max-train-steps", done + 3, "--checkpointing-steps", 10**6, "--output-dir")
+    run(command([*base, *steps, folder, *LATEST]), tmp_path)
+    assert leftovers(folder) == []
+    run(command([*base, *steps, tmp_path / "whole"]), tmp_path)
+    insist_same(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_brings_a_killed_worker_back(victim, base, tmp_path):
+    """In the folder that it was at work in, though it has no name and another run's lies beside it."""
+    base = (*base, "--max-train-steps", 40, "--checkpointing-steps", 3, "--checkpoints-total-limit", 2)
+    run(command([*base], 2), tmp_path)
+    process = start(command([*base], 2, ["--max-restarts", "2"]), tmp_path)
+    folder = tmp_path / "runs" / "dreambooth-2"
+    until(lambda: logged(folder) >= 5, process)
+    os.kill(children(process.pid)[victim], signal.SIGKILL)
+    done = finish(process, tmp_path)
+    assert done.status == 0, done.err
+    assert "going on from" in done.out
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dreambooth", "dreambooth-2"]
+    insist_same(folder, tmp_path / "runs" / "dreambooth")
+    assert leftovers(folder) == []
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_bring_a_refused_run_into_anothers_folder(base, tmp_path):
+    """A second attempt at what was refused is refused, too."""
+    run(command([*base, "--output-dir", "run"]), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    done = run(command([*base, "--output-dir", "run"], 2, ["--max-restarts", "1"]), tmp_path, status=1)
+    said = [line for line in done.err.splitlines() if line.startswith("train.py: error:")]
+    assert len(said) == 2 and all("--output-dir run is not empty" in line for line in said)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+# Disks and folders
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """mounted(options...) mounts a tmpfs with these options, and gives the folder; skips where that is not allowed."""
+    folders = []
+
+    def mount(*options: str) -> Path:
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        line = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(base, mounted):
+    disk = mounted("size=2m")
+    done = run(command([*base, *PLAIN, "--output-dir", disk / "run"]), disk.parent, status=1)
+    assert "needs 5 MB for a save, and its disk has 2 MB left" in done.complaint
+    assert [path.name for path in (disk / "run").iterdir()] == ["lock"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["in a save", "between saves"])
+def test_a_disk_that_fills_up(moment, base, mounted):
+    """The run ends with a line that says so, and what it saved before is whole and can be gone on with."""
+    disk = mounted("size=48m")
+    base = (*base, *PLAIN, "--output-dir", disk / "run", "--checkpointing-steps", 2, "--checkpoints-total-limit", 2)
+    process = start(command([*base, "--max-train-steps", 100000]), disk.parent)
+    saves = disk / "run" / "checkpoints"
+    until(lambda: checkpoints(disk / "run"), process)
+    if moment == "in a save":
+        while not any(saves.glob(".tmp-*")):
+            pass
+    with (disk / "others").open("wb") as others:
+        free = os.statvfs(disk)
+        os.posix_fallocate(others.fileno(), 0, max(1, (free.f_bavail - 8) * free.f_bsize))
+        with pytest.raises(OSError):
+            while True:
+                os.posix_fallocate(others.fileno(), os.fstat(others.fileno()).st_size, free.f_bsize)
+    done = finish(process, disk.parent)
+    print(done.complaint)
+    assert done.status == 1
+    step = checkpoints(disk / "run")[-1]
+    assert all(checkpoint.damaged(path) is None for path in checkpoint.listed(saves))
+    (disk / "others").unlink()
+    run(command([*base, "--max-train-steps", step + 2, *LATEST]), disk.parent)
+    assert len(losses(disk / "run")) == step + 2 and leftovers(disk / "run") == []
+
+
+@pytest.mark.slow
+def test_a_mistake_is_answered_once_by_two_processes(base, tmp_path):
+    done = run(command([*base, "--instance-data-dir", "nowhere", "--output-dir", "run"], 2), tmp_path, status=1)
+    assert "nowhere is not a folder" in done.complaint and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(base, mounted):
+    disk = mounted("ro")
+    message = refused(*base, "--output-dir", disk / "run")
+    assert f"--output-dir {disk / 'run'} can't be written" in message
+
+
+def test_two_runs_do_not_share_a_folder(base, tmp_path):
+    folder = tmp_path / "run"
+    forever = ("--max-train-steps", 10**6, "--checkpointing-steps", 1, "--checkpoints-total-limit", 1)
+    process = start(command([*base, *PLAIN, *forever, "--output-dir", folder]), tmp_path)
+    try:
+        until(lambda: checkpoints(folder), process)
+        assert "not empty" in refused(*base, *PLAIN, "--output-dir", folder)
+        assert "another run is at work there" in refused(*base, *PLAIN, *forever, "--output-dir", folder, *LATEST)
+        count = logged(folder)
+        until(lambda: logged(folder) > count, process)  # which the other one does not mind
+    finally:
+        process.kill()
+        process.wait()
+
+
+# What is given
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_base_model_with_a_weight_that_is_no_number(number, random_model, base, tmp_path):
+    sd = random_model()
+    with torch.no_grad():
+        sd.unet.out[2].weight.view(-1)[3] = number
+    sd.save(tmp_path / "bad.safetensors")
+    message = refused(*base, "--model", tmp_path / "bad.safetensors", "--output-dir", tmp_path / "run")
+    assert "model.diffusion_model.out.2.weight holds NaN or infinity" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_eight_bit_adam_asks_for_what_it_needs(base, tmp_path):
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        message = refused(*base, "--use-8bit-adam", "--output-dir", tmp_path / "run")
+        assert message == '--use-8bit-adam needs bitsandbytes: pip install -e ".[bitsandbytes]"'
+        assert not (tmp_path / "run").exists()
+    else:
+        pytest.skip("bitsandbytes is installed here")

@@ -1,0 +1,79 @@
+"""Two hosts: two network namespaces on this machine, with a cable between them and nothing else."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from runs import SMALL, command, finish, losses, run, start, weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def hosts():
+    """Their names and addresses; skips where no namespaces can be made."""
+    names = [f"dreambooth-{os.getpid()}-{i}" for i in range(2)]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def ip(*words: str) -> None:
+        try:
+            done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("iproute2 is not installed here")
+        if done.returncode:
+            pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", name, "link", "set", device, "up")
+        yield list(zip(names, addresses, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.fixture
+def base(saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+
+
+def on_both(hosts, arguments: tuple, folders: list[Path]) -> list:
+    """Runs one process on each host, each in a folder of its own."""
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0][1]}:29400", "--rdzv-id", "two"]
+    started = []
+    for (name, address), folder in zip(hosts, folders, strict=True):
+        first = f"is_host={int(address == hosts[0][1])}"  # there is no name server here that would tell
+        line = command(arguments, 1, [*meeting, "--local-addr", address, "--rdzv-conf", first])
+        line = ["ip", "netns", "exec", name, *line]
+        started.append(start(line, folder, GLOO_SOCKET_IFNAME="cable"))
+    return [finish(process, folder) for process, folder in zip(started, folders, strict=True)]
+
+
+def test_two_hosts_give_the_result_of_one(hosts, base, tmp_path):
+    base = (*base, "--gradient-accumulation-steps", 2, "--checkpointing-steps", 2, "--output-dir")
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    done = on_both(hosts, (*base, tmp_path / "two"), folders)
+    assert [host.status for host in done] == [0, 0], done
+    run(command([*base, tmp_path / "one"], 2), tmp_path)
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_one_host_lacks_is_said_by_the_other_too(hosts, base, photographs, tmp_path):
+    """The second host does not have the photographs; the first does not wait for it."""
+    (tmp_path / "host0").mkdir()
+    photographs.rename(tmp_path / "host0" / "photographs")
+    arguments = (*base, "--instance-data-dir", "photographs", "--output-dir", tmp_path / "two")
+    done = on_both(hosts, arguments, [tmp_path / "host0", tmp_path / "host1"])
+    assert all(host.status != 0 for host in done)
+    said = [line for host in done for line in host.err.splitlines() if line.startswith("train.py: error:")]
+    assert len(said) == 1 and "--instance-data-dir: photographs is not a folder" in said[0]
+    assert not (tmp_path / "two").exists()
