@@ -177,7 +177,7 @@ def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Pa
             "prompt": settings.class_prompt,
             "sampler": settings.sampler,
             "steps": settings.sample_steps,
-            "guidance_scale": settings.guidance_scale,
+            "guidance_scale": settings.class_guidance_scale or settings.guidance_scale,
             "resolution": settings.resolution,
             "prediction": sd.config.schedule.prediction,
             "model": sd.fingerprint(),

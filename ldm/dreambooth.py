@@ -165,7 +165,7 @@ FLAGS = {
     "prompt": "--class-prompt",
     "sampler": "--sampler",
     "steps": "--sample-steps",
-    "guidance_scale": "--guidance-scale",
+    "guidance_scale": "--class-guidance-scale",
     "resolution": "--resolution",
     "model": "--model",
     "prediction": "--prediction-type",

@@ -69,11 +69,12 @@ class Settings:
     checkpoints_total_limit: int | None = setting(None, "how many of them to keep; all if not given", type=positive)
     resume_from_checkpoint: str | None = setting(None, "latest, or a checkpoint folder: go on from there")
     seed: int = setting(0, "of everything random: order, noise, class pictures")
-    output_dir: str | None = setting(None, "a new folder for the run; runs/dreambooth, numbered if taken")
+    output_dir: str | None = setting(None, "a new folder for the run; runs/dreambooth, numbered if taken", path=True)
     layout: str = setting("official", "of the saved model", choices=("official", "diffusers"))
     sampler: str = setting("ddim", "for class pictures and sheets", metavar="NAME")
     sample_steps: int = setting(50, "sampling steps for class pictures and sheets", type=positive)
     guidance_scale: float = setting(7.5, "classifier-free guidance for class pictures and sheets")
+    class_guidance_scale: float | None = setting(None, "another for class pictures: lower is more varied", type=float)
     sample_batch_size: int = setting(4, "pictures sampled at once", type=positive)
     validation_prompt: tuple[str, ...] = setting(
         (), "a row of the before/after sheet, repeatable; instance and class prompt if not given", action="append"
@@ -98,8 +99,10 @@ class Settings:
             return f"--lr-warmup-steps {self.lr_warmup_steps} is below 0"
         if not 0 <= self.seed < 2**63 - self.num_validation_images:
             return f"--seed {self.seed} is not a whole number from 0 to 2**63"
-        if not math.isfinite(self.guidance_scale):
-            return f"--guidance-scale {self.guidance_scale} is not a number; 7.5 is usual"
+        for name in ("guidance_scale", "class_guidance_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                return f"--{name.replace('_', '-')} {value} is not a number; 7.5 is usual"
         if not 0 <= self.ema_decay < 1:
             return f"--ema-decay {self.ema_decay} is not from 0 to below 1"
         if not 0 <= self.prior_loss_weight < float("inf"):
@@ -182,4 +185,6 @@ def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
         raise InputError(f"{where} is {value}, and should be 1 or more")
     if "choices" in options and value not in options["choices"]:
         raise InputError(f"{where} is {value!r}; there are {', '.join(options['choices'])}")
-    return str(folder / value) if f.metadata["path"] else value
+    if f.metadata["path"] and (f.name != "model" or (folder / value).exists()):  # a hub name stays what it is
+        return str(folder / value)
+    return value
