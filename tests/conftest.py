@@ -126,8 +126,8 @@ def photographs(tmp_path) -> Path:
     return folder
 
 
-# Whole modules of minutes-long tests of real processes and full sizes. Not each of them has been seen to pass on an idle
-# machine yet; until then they are run by those who ask for them.
+# Whole modules of minutes-long tests of real processes and full sizes. Not each of them has been seen to pass on an
+# idle machine yet; until then they are run by those who ask for them.
 ASKED_FOR = {"test_faults", "test_curves", "test_hosts", "test_fullsize", "test_resume", "test_precision"}
 
 
