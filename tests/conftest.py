@@ -135,6 +135,6 @@ def pytest_collection_modifyitems(items):
     if os.environ.get("LDM_LONG_TESTS") == "1":
         return
     for item in items:
-        if item.path.stem in ASKED_FOR:
+        if item.path.stem in ASKED_FOR or (item.path.stem == "test_official" and item.get_closest_marker("slow")):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.skip(reason="runs with LDM_LONG_TESTS=1"))
