@@ -173,11 +173,12 @@ def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Pa
     sd.schedule.spaced(settings.sample_steps)
     pictures, class_pictures = photographs, None
     if settings.with_prior_preservation:
+        guidance = settings.class_guidance_scale
         recipe = {
             "prompt": settings.class_prompt,
             "sampler": settings.sampler,
             "steps": settings.sample_steps,
-            "guidance_scale": settings.class_guidance_scale or settings.guidance_scale,
+            "guidance_scale": settings.guidance_scale if guidance is None else guidance,
             "resolution": settings.resolution,
             "prediction": sd.config.schedule.prediction,
             "model": sd.fingerprint(),

@@ -163,15 +163,8 @@ def test_training(flags, refused, tmp_path):
     (tmp_path / "notes.txt").write_text("feed the cat")
     (tmp_path / "broken" / "cat.jpg").write_bytes(b"\xff\xd8\xff and then the card was full")
     Image.new("RGB", (32, 32)).save(tmp_path / "broken" / "dog.png")
-    recipe = {
-        "prompt": "cat",
-        "sampler": "ddim",
-        "steps": 50,
-        "guidance_scale": 7.5,
-        "resolution": 32,
-        "prediction": "eps",
-    }
-    made = recipe | {"model": "", "seed": 0, "pictures": {}}
+    recipe = {"prompt": "cat", "sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "resolution": 32}
+    made = recipe | {"prediction": "eps", "model": "", "seed": 0, "pictures": {}}
     (tmp_path / "cats" / "manifest.json").write_text(json.dumps(made))
     (tmp_path / "unknown.toml").write_text("lr = 1e-6")
     (tmp_path / "kind.toml").write_text('resolution = "512"')

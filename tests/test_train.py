@@ -124,10 +124,10 @@ def test_settings_come_from_a_file_beside_its_paths_and_flags_go_over_them(saved
     )
     monkeypatch.chdir(tmp_path)
     train.main(["--config", "dog/dog.toml", "--max_train_steps", "2", "--learning-rate=1e-4"])
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [line["step"] for line in metrics(place / "run")] == [1, 2]
+    config = json.loads((place / "run" / "config.json").read_text())
     assert (config["learning_rate"], config["validation_prompt"]) == (1e-4, ["a", "b"])
-    StableDiffusion.load(tmp_path / "run" / "model")
+    StableDiffusion.load(place / "run" / "model")
 
 
 def test_without_a_model_the_embedded_ones_settings_apply_and_else_those_for_sd(root, tmp_path):
