@@ -1,5 +1,7 @@
 """sample.py, and what a picture depends on: its prompt and its seed, and nothing beside it."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -146,7 +148,7 @@ def test_lists_of_length_one_serve_all(sd):
     picture = sd.generate("a", steps=1, height=20, width=44)[0]
     expected = ((tensor[0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0)
     assert np.array_equal(np.asarray(picture), expected.numpy().astype(np.uint8))
-    with pytest.raises(ValueError, match="2 prompts, 3 seeds.* do not pair up"):
+    with pytest.raises(ValueError, match=re.escape("2 prompts, 3 seeds and 1 latents do not pair up")):
         sd.generate(["a", "b"], seeds=[1, 2, 3])
 
 
