@@ -69,7 +69,7 @@ class Settings:
     checkpoints_total_limit: int | None = setting(None, "how many of them to keep; all if not given", type=positive)
     resume_from_checkpoint: str | None = setting(None, "latest, or a checkpoint folder: go on from there")
     seed: int = setting(0, "of everything random: order, noise, class pictures")
-    output_dir: str | None = setting(None, "a new folder for the run; runs/dreambooth, numbered if taken")
+    output_dir: str | None = setting(None, "a new folder for the run; runs/dreambooth, numbered if taken", path=True)
     layout: str = setting("official", "of the saved model", choices=("official", "diffusers"))
     sampler: str = setting("ddim", "for class pictures and sheets", metavar="NAME")
     sample_steps: int = setting(50, "sampling steps for class pictures and sheets", type=positive)
