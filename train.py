@@ -23,6 +23,7 @@ from ldm.distributed import World
 from ldm.errors import RunError
 from ldm.model import StableDiffusion
 from ldm.precision import Precision, set_exactness
+from ldm.prior import ClassPictures
 from ldm.run import Run, digest
 from ldm.samplers import evaluations
 from ldm.settings import Settings, parse
@@ -43,35 +44,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     with world.agreed():
         photographs = data.find_pictures(settings.instance_data_dir, "--instance-data-dir")
         sd = load(settings, world)
-        class_pictures = plan(sd, settings, run, photographs)
+    base = world.on_main(sd.fingerprint)
+    with world.agreed():
+        class_pictures = plan(sd, settings, run, photographs, base)
     trainee = dreambooth.Trainee(sd, settings.train_text_encoder, settings.gradient_checkpointing)
-    base = sd.fingerprint()
     state = TrainingState(sd, trainee, settings, precision, base)
     batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
     given = photographs + (class_pictures.own if class_pictures is not None else [])
     checkpoint = run.start({"base": base, "pictures": digest(given), "global_batch": batch}, state.size)
     tell(world, sd.about)
-
-    # The base model before it sees the subject: what it makes of the prompts, and what it knows of the class.
-    with precision.autocast():
-        if world.main and not run.sheet("before").exists():
-            run.save_sheet("before", sheet.grid(samples(sd, settings, "before")))
-        if class_pictures is not None:
-            class_pictures.generate(sd, settings.sample_batch_size, world)
-
-    rows, conditioning = prepare(sd, settings, world, precision, photographs, class_pictures)
     if checkpoint is not None:
-        state.restore(*run.load(checkpoint))
         tell(world, f"going on from {checkpoint}")
+    elif settings.resume_from_checkpoint is not None:
+        tell(world, f"no checkpoint in {run.checkpoints} yet: beginning anew")
+
     with Stop() as stop:
-        finished = train(settings, world, run, precision, state, trainee, rows, conditioning, stop)
-    if not finished:
-        tell(world, f"stopped after step {state.step}; --resume-from-checkpoint latest goes on from there")
-    else:
-        if world.main:
-            with state.averaged():
-                finish(sd, settings, run, precision, photographs, state)
-        tell(world, f"model: {run.model_path}\nsheet: {run.sheet('before_after')}")
+        # The base model before it sees the subject: what it makes of the prompts, and what it knows of the class.
+        with precision.autocast():
+            if world.main and not run.sheet("before").exists():
+                run.save_sheet("before", sheet.grid(samples(sd, settings, "before")))
+            complete = class_pictures is None or class_pictures.generate(sd, settings.sample_batch_size, world, stop)
+        if complete:
+            rows, conditioning = prepare(sd, settings, world, precision, photographs, class_pictures)
+            if checkpoint is not None:
+                state.restore(*run.load(checkpoint))
+            train(settings, world, run, precision, state, trainee, rows, conditioning, stop)
+        if state.step == settings.max_train_steps:
+            finish(sd, settings, world, run, precision, photographs, state)
+        else:
+            when = f"after step {state.step}" if complete else "before training"
+            tell(world, f"stopped {when}; --resume-from-checkpoint latest goes on from there")
     world.close()
 
 
@@ -85,8 +87,8 @@ def train(
     rows: list[data.Rows],
     conditioning: Tensor,
     stop: Stop,
-) -> bool:
-    """From the state's step to the last. Returns False if a signal ended it early, with all saved."""
+) -> None:
+    """From the state's step to the last, or until a signal ends it early, with all saved."""
     model, overflows = world.wrap(trainee), 0
     progress = {"initial": state.step, "total": settings.max_train_steps, "desc": "training", "unit": "step"}
     with tqdm(**progress, disable=not world.main) as bar:
@@ -126,7 +128,6 @@ def train(
                 run.save(state)
             if signals:
                 break
-    return state.step == settings.max_train_steps
 
 
 def gradients(
@@ -158,7 +159,7 @@ def gradients(
             target = schedule.target(z, noise, t)
             losses = dreambooth.dreambooth_loss(prediction, target, is_class, settings.prior_loss_weight, weight)
             precision.backward(losses[0] / accumulation)
-        sums += torch.stack(losses).detach().double().cpu()
+        sums += torch.stack(losses).detach().cpu().double()
     return sums.tolist()
 
 
@@ -167,8 +168,8 @@ def load(settings: Settings, world: World) -> StableDiffusion:
     return StableDiffusion.load(settings.model, world.device, **source)
 
 
-def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Path]) -> dreambooth.ClassPictures | None:
-    """The class pictures to have. Raises InputError for settings and pictures that the model can't be trained with."""
+def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Path], base: str) -> ClassPictures | None:
+    """The class pictures to have, as the base model of that fingerprint makes them. Raises InputError for settings and pictures that the model can't be trained with."""
     sd.latent_shape(settings.resolution, settings.resolution)
     sd.schedule.spaced(settings.sample_steps)
     pictures, class_pictures = photographs, None
@@ -181,10 +182,10 @@ def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Pa
             "guidance_scale": settings.guidance_scale if guidance is None else guidance,
             "resolution": settings.resolution,
             "prediction": sd.config.schedule.prediction,
-            "model": sd.fingerprint(),
+            "model": base,
         }
         folder = settings.class_data_dir or run.folder / "class"
-        class_pictures = dreambooth.ClassPictures(folder, settings.num_class_images, settings.seed, recipe)
+        class_pictures = ClassPictures(folder, settings.num_class_images, settings.seed, recipe)
         pictures = pictures + [path for path in class_pictures.paths if path.exists()]
     for path in pictures:
         data.load_picture(path, settings.resolution)
@@ -197,7 +198,7 @@ def prepare(
     world: World,
     precision: Precision,
     photographs: list[Path],
-    class_pictures: dreambooth.ClassPictures | None,
+    class_pictures: ClassPictures | None,
 ) -> tuple[list[data.Rows], Tensor]:
     """Pictures become latents and prompts context, once for all steps where they can; what does not train freezes.
 
@@ -225,19 +226,23 @@ def prepare(
 def finish(
     sd: StableDiffusion,
     settings: Settings,
+    world: World,
     run: Run,
     precision: Precision,
     photographs: list[Path],
     state: TrainingState,
 ) -> None:
     """Writes the model, and the sheets that show what it has learned."""
-    run.save_model(state)
-    with precision.autocast():
+    if not world.main:
+        return
+    with state.averaged(), precision.autocast():
+        run.save_model(state)
         after = sheet.grid(samples(sd, settings, "after"))
     run.save_sheet("after", after)
     squares = [data.square(path, settings.resolution) for path in photographs]
     shown = sheet.grid([("photographs of the subject", squares[: 2 * settings.num_validation_images])])
     run.save_sheet("before_after", sheet.beside(shown, Image.open(run.sheet("before")), after))
+    print(f"model: {run.model_path}\nsheet: {run.sheet('before_after')}")
 
 
 def samples(sd: StableDiffusion, settings: Settings, when: str) -> list[sheet.Row]:

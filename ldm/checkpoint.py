@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged newer ones are named on standard error. None if there is none.
+    """The newest checkpoint that is whole; damaged newer ones are named in a warning. None if there is none.
 
     Raises InputError if all that there are are damaged.
     """
@@ -73,7 +73,7 @@ def newest(folder: Path) -> Path | None:
     for path in reversed(found):
         if (damage := damaged(path)) is None:
             return path
-        print(f"checkpoint {path} is damaged: {damage}; taking the one before it", file=sys.stderr)
+        warnings.warn(f"checkpoint {path} is damaged: {damage}; taking the one before it", stacklevel=2)
     if found:
         raise InputError(f"no checkpoint in {folder} is whole; begin again in a new --output-dir")
     return None
@@ -94,13 +94,12 @@ def damaged(path: Path) -> str | None:
     return None
 
 
-def checked(path: Path) -> Path:
-    """The path, if a whole checkpoint is there. Raises InputError if none is, or a damaged one."""
+def insist_whole(path: Path) -> None:
+    """Raises InputError if at the path is no checkpoint, or a damaged one."""
     if not path.is_dir():
         raise InputError(f"--resume-from-checkpoint {path} is no checkpoint folder")
     if (damage := damaged(path)) is not None:
         raise InputError(f"--resume-from-checkpoint {path} is damaged: {damage}; take an older one, or latest")
-    return path
 
 
 def load(path: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:

@@ -3,8 +3,11 @@
 import argparse
 import os
 import sys
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 
@@ -52,20 +55,32 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def reported(program: str) -> Iterator[None]:
-    """Turns an error that is not the program's own into one line on standard error.
+    """Turns an error that is not the program's own into one line on standard error, and so each warning.
 
-    InputError ends the program with status 2, RunError with 1. Of several processes the first speaks for all.
+    InputError ends the program with status 2, RunError with 1. Of several processes the first speaks for all: the
+    others wait for it to have spoken, since torchrun ends all of them as soon as one ends.
     """
-    try:
-        yield
-    except (InputError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    main = os.environ.get("RANK", "0") == "0"
+
+    def say(text: object) -> None:
+        if main:
+            print(f"{program}: {' '.join(str(text).splitlines())}", file=sys.stderr)
+
+    def end(status: int) -> NoReturn:
+        if not main:
+            time.sleep(5)
+        raise SystemExit(status) from None
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where: say(f"warning: {message}")
+        try:
+            yield
+        except (InputError, RunError) as error:
+            say(f"error: {error}")
+            end(2 if isinstance(error, InputError) else 1)
+        except KeyboardInterrupt:
+            say("interrupted")
+            end(130)
 
 
 def device(name: str | None) -> torch.device:

@@ -1,6 +1,6 @@
 """Photographs as people have them -> square pictures in [-1, 1] -> training rows."""
 
-import sys
+import warnings
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def find_pictures(folder: str | Path, flag: str) -> list[Path]:
 
 
 def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
-    """The picture files in a folder, by name. What is no picture is skipped, with a word on standard error.
+    """The picture files in a folder, by name. What is no picture is skipped, with a warning.
 
     ours: names to pass over without a word.
     """
@@ -42,7 +42,7 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
         if path.is_file() and path.suffix.lower() in known and not path.name.startswith("."):
             pictures.append(path)
         else:
-            print(f"skipped {path}: not a picture of a kind that can be read here", file=sys.stderr)
+            warnings.warn(f"skipped {path}: not a picture of a kind that can be read here", stacklevel=2)
     return pictures
 
 

@@ -1,23 +1,15 @@
-"""What makes fine-tuning DreamBooth (Ruiz et al. 2023): the loss, what trains, and the class pictures."""
+"""What makes fine-tuning DreamBooth (Ruiz et al. 2023): the loss, what trains, and what it is fed."""
 
-import json
-import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm import data, draws, files
-from ldm.distributed import World, one_thread
-from ldm.errors import InputError
+from ldm import data
 from ldm.model import StableDiffusion
-from ldm.samplers import evaluations
-
-MANIFEST = "manifest.json"
+from ldm.precision import one_thread
 
 
 def dreambooth_loss(
@@ -73,106 +65,6 @@ class Trainee(nn.Module):
         return self.unet(x, t, context.repeat_interleave(len(x) // len(prompts), dim=0))
 
 
-class ClassPictures:
-    """The class prior: pictures of "a dog" that the base model makes itself before it learns of your dog.
-
-    Picture i is a function of (seed, i). A folder of generated pictures has a manifest that says how they were made,
-    and is topped up or refused accordingly; pictures that the manifest does not name are the user's own, and count.
-    """
-
-    def __init__(self, folder: str | Path, count: int, seed: int, recipe: dict[str, Any]):
-        """recipe: prompt, sampler, steps, guidance_scale, resolution and model, the base model's fingerprint.
-
-        Raises InputError, with nothing written, if the folder's manifest says otherwise.
-        """
-        self.folder, self.recipe, self.seed = Path(folder), recipe, seed
-        manifest = self._read_manifest()
-        made = manifest["pictures"] if manifest else {}
-        own: list[Path] = []
-        if self.folder.is_dir():
-            own = data.list_pictures(self.folder, ours={MANIFEST, *made})
-        wanted = max(0, count - len(own))
-        self.planned = {f"class-{i:05d}.png": draws.number(seed, "class picture", i) for i in range(wanted)}
-        clash = [p.name for p in own if p.name in self.planned]
-        if clash:
-            raise InputError(f"{self.folder / clash[0]} has the name of a picture to be generated; rename it")
-        self.own = own[:count]
-        self.paths = self.own + [self.folder / name for name in self.planned]
-        if self.missing():
-            files.insist_writable(self.folder, "--class-data-dir")
-        self._record = {**recipe, "seed": seed, "pictures": made | self.planned}
-
-    def _read_manifest(self) -> dict[str, Any] | None:
-        path = self.folder / MANIFEST
-        if not path.exists():
-            return None
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            found = {name: manifest[name] for name in (*self.recipe, "seed", "pictures")}
-            found["pictures"] = dict(found["pictures"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error!r}); give another --class-data-dir") from None
-        for name, value in {**self.recipe, "seed": self.seed}.items():
-            if found[name] != value:
-                raise InputError(
-                    f"{self.folder} was generated with {name} {found[name]!r}, and this run has {value!r}; "
-                    f"give that {FLAGS[name]}, or another --class-data-dir"
-                )
-        return found
-
-    def missing(self) -> list[str]:
-        """Names of the pictures that are still to be generated."""
-        return [name for name in self.planned if not (self.folder / name).exists()]
-
-    def generate(self, sd: StableDiffusion, batch_size: int, world: World) -> None:
-        """Makes what is missing, every process its share of the batches, and first the manifest that says how."""
-        missing = set(world.share(self.missing()))
-        if not missing:
-            return
-        with world.agreed(), files.written(self.folder / MANIFEST):
-            if world.main:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _write(self.folder / MANIFEST, json.dumps(self._record, indent=1).encode() + b"\n")
-        names, recipe = list(self.planned), self.recipe
-        # Whole batches, also where only some of their pictures are missing: which others a picture is computed
-        # beside can change its last bit, so the batch that picture i falls into is always the same one.
-        batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
-        batches = [batch for batch in batches if missing & set(batch)][world.rank :: world.size]
-        total = len(batches) * evaluations(recipe["sampler"], recipe["steps"])
-        with (
-            world.agreed(),  # and so all wait until the last picture is there
-            files.written(self.folder),
-            one_thread(),
-            tqdm(total=total, desc="class pictures", unit="step", disable=not world.main) as bar,
-        ):
-            for batch in batches:
-                pictures = sd.generate(
-                    recipe["prompt"],
-                    steps=recipe["steps"],
-                    guidance=recipe["guidance_scale"],
-                    sampler=recipe["sampler"],
-                    seeds=[self.planned[name] for name in batch],
-                    height=recipe["resolution"],
-                    width=recipe["resolution"],
-                    progress=bar.update,
-                )
-                for name, picture in zip(batch, pictures, strict=True):
-                    if name in missing:
-                        _save_png(self.folder / name, picture)
-
-
-FLAGS = {
-    "prompt": "--class-prompt",
-    "sampler": "--sampler",
-    "steps": "--sample-steps",
-    "guidance_scale": "--class-guidance-scale",
-    "resolution": "--resolution",
-    "model": "--model",
-    "prediction": "--prediction-type",
-    "seed": "--seed",
-}
-
-
 def encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (B, 4, h, w) each."""
     with torch.no_grad(), one_thread():
@@ -196,15 +88,3 @@ def training_rows(
         )
     mean, std = torch.stack(moments, dim=1)  # (N, views, 4, h, w) each
     return data.LatentRows(kind, mean, std, sd.schedule.timesteps)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _save_png(path: Path, picture: Image.Image) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)

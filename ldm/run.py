@@ -63,6 +63,7 @@ class Run:
 
     def _claim(self) -> Path:
         wanted, numbered = self.settings.resume_from_checkpoint, _numbered()
+        self._named = Path(wanted).absolute() if wanted not in (None, LATEST) else None
         back = [path for path in numbered.values() if self._is_back(path)]
         if self.settings.output_dir is not None:
             folder = Path(self.settings.output_dir)
@@ -70,8 +71,8 @@ class Run:
             folder = back[-1]
         elif wanted == LATEST and numbered:
             folder = numbered[max(numbered)]
-        elif wanted not in (None, LATEST) and (Path(wanted).absolute().parents[1] / CONFIG).exists():
-            folder = Path(wanted).absolute().parents[1]
+        elif self._named is not None and (self._named.parent.parent / CONFIG).exists():
+            folder = self._named.parent.parent
         else:
             folder = DEFAULT.with_name(f"{DEFAULT.name}-{max(numbered) + 1}") if numbered else DEFAULT
         files.insist_writable(folder, "--output-dir")
@@ -83,6 +84,8 @@ class Run:
                 )
             if not (folder / CONFIG).exists():
                 raise InputError(f"--output-dir {folder} holds no run to go on with: it has no {CONFIG}")
+        if self._named is not None and not self._is_back(folder):
+            checkpoint.insist_whole(self._named)
         return folder
 
     def _is_back(self, folder: Path) -> bool:
@@ -136,12 +139,17 @@ class Run:
                 checkpoint.remove(path)
 
     def _find(self) -> Path | None:
-        """The checkpoint to go on from, checked."""
-        wanted = self.settings.resume_from_checkpoint
-        if wanted in (None, LATEST) or self._is_back(self.folder):
-            if (found := checkpoint.newest(self.checkpoints)) is not None or wanted in (None, LATEST):
-                return found
-        return checkpoint.checked(Path(wanted))
+        """The checkpoint to go on from."""
+        back = self._is_back(self.folder)
+        if self._named is not None and not back:
+            return self._named
+        found = checkpoint.newest(self.checkpoints) or self._named
+        if found is None and self.model_path.exists() and not back:
+            raise InputError(
+                f"--output-dir {self.folder} holds a finished run's model, and no checkpoint to go on from; "
+                "give a new folder"
+            )
+        return found
 
     def _insist_same_run(self, found: Path | None) -> None:
         befores = {}

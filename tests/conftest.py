@@ -124,17 +124,3 @@ def photographs(tmp_path) -> Path:
         noise = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).resize(size).save(folder / f"{i}.png")
     return folder
-
-
-# Whole modules of minutes-long tests of real processes and full sizes. Not each of them has been seen to pass on an
-# idle machine yet; until then they are run by those who ask for them.
-ASKED_FOR = {"test_faults", "test_curves", "test_hosts", "test_fullsize", "test_resume", "test_precision"}
-
-
-def pytest_collection_modifyitems(items):
-    if os.environ.get("LDM_LONG_TESTS") == "1":
-        return
-    for item in items:
-        if item.path.stem in ASKED_FOR or (item.path.stem == "test_official" and item.get_closest_marker("slow")):
-            item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.skip(reason="runs with LDM_LONG_TESTS=1"))

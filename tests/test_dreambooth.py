@@ -12,7 +12,9 @@ from PIL import Image
 from ldm import InputError, draws
 from ldm.data import LatentRows, load_picture
 from ldm.distributed import World
-from ldm.dreambooth import FLAGS, ClassPictures, Trainee, dreambooth_loss, training_rows
+from ldm.dreambooth import Trainee, dreambooth_loss, training_rows
+from ldm.prior import FLAGS, ClassPictures
+from ldm.stop import Stop
 
 RECIPE = {
     "prompt": "a photo of a dog",
@@ -126,7 +128,7 @@ def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs)
 
 def make(sd, folder, count, batch_size=2, seed=0, **recipe) -> ClassPictures:
     pictures = ClassPictures(folder, count, seed, RECIPE | recipe)
-    pictures.generate(sd, batch_size, ALONE)
+    assert pictures.generate(sd, batch_size, ALONE, Stop())
     return pictures
 
 
@@ -173,7 +175,7 @@ def test_an_interrupted_generation_resumes_to_the_same_pictures(random_model, tm
     (tmp_path / "class" / ".class-00002.png.tmp").write_bytes(b"half a picture")  # as a power cut leaves it
     pictures = ClassPictures(tmp_path / "class", 5, 0, RECIPE)
     assert pictures.missing() == ["class-00002.png", "class-00003.png", "class-00004.png"]
-    pictures.generate(sd, 2, ALONE)
+    assert pictures.generate(sd, 2, ALONE, Stop())
     assert len(calls) == 4  # and makes none of them twice
     assert pictures.missing() == [] and len(pictures.paths) == 5
     for a, b in zip(whole.paths, pictures.paths, strict=True):

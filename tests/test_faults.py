@@ -88,6 +88,26 @@ def test_a_signal_to_one_process_or_to_torchrun_stops_all(name, to, base, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "to"), [("SIGINT", "main"), ("SIGUSR1", "rank 1")])
+def test_a_signal_before_training_keeps_the_class_pictures_made(name, to, base, tmp_path):
+    """All processes finish the batch that they are at, and the next start makes the rest of the same pictures."""
+    base = (*base, "--num-class-images", 60, "--sample-steps", 50, "--max-train-steps", 1)
+    folder, processes = tmp_path / "run", 1 if to == "main" else 2
+    process = start(command([*base, "--output-dir", folder], processes), tmp_path)
+    until(lambda: any(folder.glob("class/class-*.png")), process)
+    send(process.pid if to == "main" else children(process.pid)[1], name)
+    done = finish(process, tmp_path)
+    assert done.status == 0 and "stopped before training" in done.out and "Traceback" not in done.err
+    made = {path.name: path.read_bytes() for path in folder.glob("class/*.png")}
+    assert 0 < len(made) < 60 and losses(folder) == []
+    run(command([*base, "--output-dir", folder, *LATEST], processes), tmp_path)
+    run(command([*base, "--output-dir", tmp_path / "whole"]), tmp_path)
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("class/*.png")}
+    assert len(pictures) == 60 and made.items() < pictures.items()
+    assert {path.name: path.read_bytes() for path in folder.glob("class/*.png")} == pictures
+
+
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(base, tmp_path):
     long = ("--gradient-accumulation-steps", 10000, "--output-dir", tmp_path / "run")
     process = start(command([*base, *PLAIN, *long]), tmp_path)

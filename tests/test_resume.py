@@ -148,17 +148,17 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(name, dam
     newest = once / "checkpoints" / "checkpoint-000004"
     damage(newest / name)
     message = refused(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", newest)
-    assert str(newest) in message and "damaged" in message and not (tmp_path / "new" / "checkpoints").exists()
+    assert str(newest) in message and "damaged" in message and not (tmp_path / "new").exists()
 
-    capsys.readouterr()
     limit = ("--checkpointing-steps", 2, "--checkpoints-total-limit", 1)
-    call(*base, "--output-dir", once, "--max-train-steps", 6, *LATEST, *limit)
-    said = capsys.readouterr()
-    assert f"checkpoint {newest} is damaged: {name}" in said.err and "checkpoint-000003" in said.out
+    with pytest.warns(match=f"checkpoint {newest} is damaged: {name}"):
+        call(*base, "--output-dir", once, "--max-train-steps", 6, *LATEST, *limit)
+    assert "going on from" in (said := capsys.readouterr().out) and "checkpoint-000003" in said
     assert losses(once)[:4] == whole and len(losses(once)) == 6
     assert checkpoints(once) == [6] and leftovers(once) == []
 
 
+@pytest.mark.filterwarnings("ignore:checkpoint")
 def test_a_damaged_checkpoint_ahead_does_not_count_among_those_to_keep(once, base):
     truncate(once / "checkpoints" / "checkpoint-000004" / "model.safetensors")
     limit = ("--checkpointing-steps", 2, "--checkpoints-total-limit", 1, "--max-train-steps", 3)
@@ -169,6 +169,7 @@ def test_a_damaged_checkpoint_ahead_does_not_count_among_those_to_keep(once, bas
     assert checkpoints(once) == [4] and len(losses(once)) == 4
 
 
+@pytest.mark.filterwarnings("ignore:checkpoint")
 def test_when_all_are_damaged_nothing_is_taken(once, base):
     before = (once / "metrics.jsonl").read_bytes()
     for path in (once / "checkpoints").iterdir():
@@ -202,14 +203,23 @@ def test_runs_without_a_folder_are_numbered_and_the_last_goes_on(base, tmp_path,
     assert [len(losses(tmp_path / "runs" / name)) for name in ("dreambooth-3", "dreambooth-4")] == [1, 2]
 
 
-def test_latest_begins_where_there_is_nothing_yet(base, tmp_path):
-    """So that a job may be queued again and again with one command line."""
+def test_latest_begins_where_there_is_nothing_yet(base, tmp_path, capsys):
+    """So that a job may be queued again and again with one command line. A finished model is not begun anew."""
     folder = tmp_path / "new"
     call(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 1)
+    assert f"no checkpoint in {folder / 'checkpoints'} yet: beginning anew" in capsys.readouterr().out
     assert len(losses(folder)) == 1 and checkpoints(folder) == []
+    assert "holds a finished run's model" in refused(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 2)
+    (folder / "model.safetensors").unlink()
     (folder / "metrics.jsonl").open("a").write('{"step": 2, "lo')  # a config.json, half a line, and no checkpoint
     call(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 2)
     assert len(losses(folder)) == 2
+
+
+@pytest.mark.parametrize("path", ["nowhere", "/", "/x"])
+def test_a_checkpoint_that_is_not_there_leaves_nothing(path, base, tmp_path):
+    message = refused(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", path)
+    assert message.startswith("--resume-from-checkpoint") and not (tmp_path / "new").exists()
 
 
 # Which run it is
