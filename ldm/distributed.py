@@ -5,6 +5,7 @@ One process is a world of size 1, and the program reads the same. torchrun says 
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def any(self, so: bool) -> bool:
+        """Whether it is so in any process."""
+        return bool(self.sum([float(so)])[0])
 
     def share(self, thing: Any) -> Any:
         """The main process's thing, on all processes."""
@@ -104,8 +109,32 @@ def start(device: str | None) -> World:
             raise InputError(f"{processes} processes can't share {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
-    return World(dist.get_rank(), size, chosen)
+    rank, backend = int(os.environ["RANK"]), "nccl" if chosen.type == "cuda" else "gloo"
+    store = meet(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+    whose = {"store": store, "rank": rank, "world_size": size} if store is not None else {}
+    dist.init_process_group(backend, timeout=PATIENCE, **whose)
+    return World(rank, size, chosen)
+
+
+def meet(rank: int) -> dist.Store:
+    """Where the processes tell each other their addresses; empty at each start.
+
+    torchrun's own store is not: after a restart gloo and NCCL find the addresses of the lost processes in it, and wait
+    for them forever or fail (pytorch/pytorch#135712). It only tells where the main process has opened a new one.
+    """
+    host, key = os.environ["MASTER_ADDR"], "port of the main process"
+    board = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        board.set(key, str(store.port))
+        return store
+    while True:
+        port = int(board.get(key))
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+            return dist.TCPStore(host, port, is_master=False, timeout=PATIENCE)
+        except OSError:  # the port of a main process that was lost; the new one will say its own
+            time.sleep(0.1)
 
 
 def restarted() -> bool:
@@ -117,14 +146,3 @@ def launch() -> str | None:
     """What all starts of this process under one torchrun have in common, and with no other; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """On a CPU the last bit of a sum depends on how many threads shared it: inside, it is one, whatever the world."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, command, finish, losses, run, start, weights
+from runs import SMALL, Done, children, command, finish, losses, run, send, start, until, weights
 
 pytestmark = pytest.mark.slow
 
@@ -44,16 +44,28 @@ def base(saved, photographs) -> tuple:
     return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
 
 
-def on_both(hosts, arguments: tuple, folders: list[Path]) -> list:
-    """Runs one process on each host, each in a folder of its own."""
+def start_on_both(hosts, arguments: tuple, folders: list[Path], *torchrun: str) -> list[subprocess.Popen]:
+    """Starts one process on each host, each in a folder of its own."""
     meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0][1]}:29400", "--rdzv-id", "two"]
     started = []
     for (name, address), folder in zip(hosts, folders, strict=True):
         first = f"is_host={int(address == hosts[0][1])}"  # there is no name server here that would tell
-        line = command(arguments, 1, [*meeting, "--local-addr", address, "--rdzv-conf", first])
+        line = command(arguments, 1, [*torchrun, *meeting, "--local-addr", address, "--rdzv-conf", first])
         line = ["ip", "netns", "exec", name, *line]
         started.append(start(line, folder, GLOO_SOCKET_IFNAME="cable"))
+    return started
+
+
+def on_both(hosts, arguments: tuple, folders: list[Path]) -> list[Done]:
+    """Runs one process on each host to its end."""
+    started = start_on_both(hosts, arguments, folders)
     return [finish(process, folder) for process, folder in zip(started, folders, strict=True)]
+
+
+def insist_same(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    one, other = weights(a), weights(b)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_two_hosts_give_the_result_of_one(hosts, base, tmp_path):
@@ -62,9 +74,21 @@ def test_two_hosts_give_the_result_of_one(hosts, base, tmp_path):
     done = on_both(hosts, (*base, tmp_path / "two"), folders)
     assert [host.status for host in done] == [0, 0], done
     run(command([*base, tmp_path / "one"], 2), tmp_path)
-    assert losses(tmp_path / "two") == losses(tmp_path / "one")
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    insist_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_killed_on_one_host_comes_back_on_both(victim, hosts, base, tmp_path):
+    base = (*base, "--max-train-steps", 60, "--checkpointing-steps", 3, "--checkpoints-total-limit", 2, "--output-dir")
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    started = start_on_both(hosts, (*base, tmp_path / "two"), folders, "--max-restarts", "3")
+    until((tmp_path / "two" / "checkpoints" / "checkpoint-000006").exists, started[0])
+    send(children(started[victim].pid)[0], "SIGKILL")
+    done = [finish(process, folder) for process, folder in zip(started, folders, strict=True)]
+    assert [host.status for host in done] == [0, 0], done
+    assert any("going on from" in host.out for host in done)
+    run(command([*base, tmp_path / "one"], 2), tmp_path)
+    insist_same(tmp_path / "two", tmp_path / "one")
 
 
 def test_what_one_host_lacks_is_said_by_the_other_too(hosts, base, photographs, tmp_path):
