@@ -169,7 +169,10 @@ def load(settings: Settings, world: World) -> StableDiffusion:
 
 
 def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Path], base: str) -> ClassPictures | None:
-    """The class pictures to have, as the base model of that fingerprint makes them. Raises InputError for settings and pictures that the model can't be trained with."""
+    """The class pictures to have, as the base model of that fingerprint makes them.
+
+    Raises InputError for settings and pictures that the model can't be trained with.
+    """
     sd.latent_shape(settings.resolution, settings.resolution)
     sd.schedule.spaced(settings.sample_steps)
     pictures, class_pictures = photographs, None
