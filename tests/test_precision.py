@@ -1,5 +1,6 @@
 """Numbers in fewer bits, and numbers that are none: what is skipped, what is refused, and what stays fp32."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from runs import SMALL, call, checkpoints, command, losses, metrics, run, weight
 
 import train
 from ldm import StableDiffusion, settings
+from ldm.data import LatentRows
 from ldm.distributed import World
 from ldm.dreambooth import Trainee
 from ldm.errors import RunError
@@ -149,6 +151,30 @@ def test_a_loss_that_is_no_number_stops_both_processes(random_model, base, tmp_p
     done = run(command(flags, 2), tmp_path, status=1)
     assert "the loss is" in done.complaint and "nothing was saved of it" in done.complaint
     assert checkpoints(tmp_path / "run") == [n + 1 for n in range(len(losses(tmp_path / "run")))]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process_stops_both(random_model, base, tmp_path):
+    """A model that overflows at late steps t alone: at some update it does so in one process and not in the other."""
+    sd, late = random_model(), 900
+    width = sd.config.unet.channels[0]
+    slowest = late * 10000 ** (1 / (width // 2) - 1)  # angle of the embedding's last sine, which rises with t
+    first, _, second = sd.unet.time_embed
+    with torch.no_grad():
+        first.weight[0] = 0.0
+        first.weight[0, -1], first.bias[0] = 1e20, -1e20 * math.sin(slowest)
+        second.weight[:, 0] = 1e25
+    sd.save(tmp_path / "late.safetensors")
+    rows = LatentRows("instance", torch.zeros(3, 1, 4, 4, 4), torch.ones(3, 1, 4, 4, 4), 1000)
+    too_late = [[bool(rows.draw(0, 2 * step + rank, 1)[2] > late) for rank in (0, 1)] for step in range(100)]
+    step = next(step for step, ranks in enumerate(too_late, start=1) if any(ranks))
+    assert step > 1 and too_late[step - 1].count(True) == 1
+    flags = ("--model", tmp_path / "late.safetensors", "--no-with-prior-preservation", "--max-train-steps", 100)
+    done = run(command([*base, *flags, "--checkpointing-steps", 1, "--output-dir", tmp_path / "run"], 2), tmp_path, 1)
+    assert f"the loss is nan at step {step}, and nothing was saved of it" in done.complaint
+    assert checkpoints(tmp_path / "run") == list(range(1, step)) and len(losses(tmp_path / "run")) == step - 1
+    last = weights(tmp_path / "run" / "checkpoints" / f"checkpoint-{step - 1:06d}")
+    assert all(tensor.isfinite().all() for tensor in last.values())
 
 
 def test_activations_computed_twice_give_the_same_gradients(random_model):
