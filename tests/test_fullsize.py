@@ -3,12 +3,14 @@
 Most of it takes minutes and gigabytes and is marked slow; the same on thin models is not.
 """
 
+import resource
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from bench.load import PRESETS, measure, randomise, write_config, write_random
+from runs import command, losses, run
 from safetensors import safe_open
 from test_manifest import published_rows
 from test_networks import assert_same, theirs_of
@@ -222,3 +224,38 @@ def test_published_numbers_are_told_from_random_weights_at_full_size(family, fil
     for id in ids:
         with pytest.raises(AssertionError, match="times the tolerance"):
             agree(id, found(id, sd), FACTS[id]["expected"])
+
+
+# A run
+
+
+@pytest.mark.slow
+def test_two_steps_at_the_official_size_go_on_to_the_same_bits(files, photographs, tmp_path):
+    """UNet only, bf16, 128 pixels: whole, and stopped after its first step; each in less than 20 GB."""
+    how = "--no-train-text-encoder|--mixed-precision=bf16|--resolution=128|--num-class-images=1|--num-validation-images=1"
+    prompts = "--instance-prompt=a photo of sks dog|--class-prompt=a photo of a dog|--sample-steps=1|--guidance-scale=1"
+    base = ["--model", files("sd1")[0], "--instance-data-dir", photographs, *how.split("|"), *prompts.split("|")]
+    parts = ["--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / "parts"]
+    for flags in (
+        ["--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / "whole", "--max-train-steps", 2],
+        [*parts, "--max-train-steps", 1, "--checkpointing-steps", 1],
+        [*parts, "--max-train-steps", 2, "--resume-from-checkpoint", "latest"],
+    ):
+        run(command([*base, *flags]), tmp_path, OMP_NUM_THREADS="2")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        print(f"peak memory so far: {peak / 1e9:.1f} GB")
+        assert peak < 20e9
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    changed = 0
+    with (
+        safe_open(files("sd1")[0], "pt") as base,
+        safe_open(tmp_path / "whole" / "model.safetensors", "pt") as whole,
+        safe_open(tmp_path / "parts" / "model.safetensors", "pt") as parts,
+    ):
+        assert set(whole.keys()) == set(parts.keys()) == set(base.keys())
+        for name in whole.keys():
+            a, b, before = (file.get_tensor(name) for file in (whole, parts, base))
+            assert torch.equal(a, b)
+            assert name.startswith(names.UNET) or torch.equal(a, before)
+            changed += not torch.equal(a, before)
+    assert changed == 686  # each of the UNet's tensors
