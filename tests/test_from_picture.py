@@ -9,7 +9,7 @@ from PIL import Image
 
 import sample
 from ldm import InputError, data, samplers
-from ldm.model import guided
+from ldm.pictures import guided
 from ldm.samplers import SAMPLERS
 from ldm.schedule import Schedule
 

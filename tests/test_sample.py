@@ -126,12 +126,14 @@ def test_a_picture_does_not_depend_on_its_batch(sampler, sd):
 
 def test_guidance_is_one_batched_pass_and_at_1_half_of_it(sd, monkeypatch):
     """eps = eps("") + w (eps(prompt) - eps("")), Ho & Salimans 2022."""
+    monkeypatch.setitem(samplers.SAMPLERS, "one", lambda denoise, x, *_, **__: denoise(x, 300))
     sizes, forward = [], sd.unet.forward
     monkeypatch.setattr(sd.unet, "forward", lambda x, t, c: (sizes.append(len(x)), forward(x, t, c))[1])
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = dict(negative_prompt="fog", latents=x, sampler="one", output="latent")
+    eps = [sd.generate(["a cat", "snow", ""], guidance=w, **given) for w in (0.0, 1.0, 5.0)]
+    assert sizes == [6, 3, 6]
     with torch.no_grad():
-        eps = [sd.denoiser(["a cat", "snow", ""], "fog", w)(x, 300) for w in (0.0, 1.0, 5.0)]
-        assert sizes == [6, 3, 6]
         alone = forward(x, torch.full((3,), 300), sd.encode_prompt(["fog"] * 3))
     torch.testing.assert_close(eps[0], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
     scale = 1e-4 * eps[2].abs().max().item()
