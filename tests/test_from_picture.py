@@ -136,6 +136,15 @@ def test_strength_says_how_much_of_the_picture_is_left(sampler, sd, image):
     assert distances[0] < 1e-8 and distances[1] < 0.8 * distances[2]
 
 
+def test_a_picture_is_encoded_once_for_all_seeds(sd, image, monkeypatch):
+    encoded, encode = [], sd.vae.encode
+    monkeypatch.setattr(sd.vae, "encode", lambda images: encoded.append(len(images)) or encode(images))
+    start = {"init_image": data.to_tensor(image), "strength": 0.0, "output": "latent"}
+    batch = sd.generate("snow", seeds=[3, 4, 5], **start)
+    assert encoded == [1] and (batch[0] - batch[1]).abs().max() > 0.01
+    assert torch.equal(batch[1:2], sd.generate("snow", seeds=[4], **start))
+
+
 def test_guidance_rescale_gives_each_picture_the_spread_of_the_prompts_prediction():
     without, with_prompt = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = without + 9.0 * (with_prompt - without)
