@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.errors import InputError
+from ldm.errors import InputError, RunError
 from ldm.samplers import Denoise
 from ldm.schedule import Schedule
 
@@ -79,6 +79,8 @@ def paired(prompts: Sequence[str], seeds: Sequence[int], latents: int) -> tuple[
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures."""
+    """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures. Raises RunError for what is no colour."""
+    if not images.isfinite().all():
+        raise RunError("a picture came out as NaN or infinity; compute in bf16 or fp32, unless the model has diverged")
     array = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(image) for image in array.permute(0, 2, 3, 1).cpu().numpy()]

@@ -9,6 +9,7 @@ from PIL import Image
 
 import sample
 from ldm import StableDiffusion, samplers
+from ldm.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,12 @@ def test_guidance_is_one_batched_pass_and_at_1_half_of_it(sd, monkeypatch):
     scale = 1e-4 * eps[2].abs().max().item()
     torch.testing.assert_close(eps[2], eps[0] + 5.0 * (eps[1] - eps[0]), rtol=0, atol=scale)
     assert (eps[0] - eps[1]).abs().max() > 0.01
+
+
+def test_what_is_no_number_is_no_picture(sd):
+    diverged = torch.full((1, 4, 8, 8), float("nan"))
+    with pytest.raises(RunError, match="NaN or infinity; compute in bf16 or fp32"):
+        sd.generate("a cat", steps=1, latents=diverged)
 
 
 def test_lists_of_length_one_serve_all(sd):
