@@ -30,6 +30,7 @@ EMA = "model_ema."  # belongs to a training run, not to the tuned model: may be 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights, as files hold them
 PREDICTIONS = ("eps", "v")
+MODELSPEC_PREDICTIONS = folder.PREDICTIONS | {"v": "v"}  # it says epsilon or v; some write diffusers' word
 CHECKPOINT_MODEL = "model.safetensors"  # in a checkpoint folder of train.py
 
 
@@ -122,7 +123,7 @@ def _family(
             return config, Tokenizer.from_metadata(metadata["ldm.tokenizer"]), "the file's metadata"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
-    named = folder.PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
+    named = MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
     if names.TEXT + "text_model.embeddings.token_embedding.weight" in tensors:
         config, said = predicting(SD1, named or "eps"), "SD 1.x always does"
     elif names.OPENCLIP + "token_embedding.weight" in tensors:

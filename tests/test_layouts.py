@@ -236,10 +236,11 @@ def test_what_the_model_predicts_is_said_by_somebody_and_told(narrow, there):
     assert told.about.endswith("predicts eps (--prediction-type)") and str(file) in told.about
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
-    save_file(tensors, there / "named.safetensors", {"modelspec.prediction_type": "epsilon"})
-    named = StableDiffusion.load(there / "named.safetensors")
-    assert (named.config.schedule.prediction, named.config.resolution) == ("eps", 512)
-    assert named.about.endswith("predicts eps (the file's metadata)")
+    for word, said in {"epsilon": ("eps", 512), "v": ("v", 768), "v_prediction": ("v", 768)}.items():
+        save_file(tensors, there / "named.safetensors", {"modelspec.prediction_type": word})
+        named = StableDiffusion.load(there / "named.safetensors")
+        assert (named.config.schedule.prediction, named.config.resolution) == said
+        assert named.about.endswith(f"predicts {said[0]} (the file's metadata)")
     told.save(there / "ours.safetensors")
     assert StableDiffusion.load(there / "ours.safetensors").about.endswith("predicts eps (the file's metadata)")
     guessed.save(there / "folder", "diffusers")
