@@ -5,11 +5,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ldm import cli, names, weights
-from ldm.errors import InputError, RunError
-from ldm.files import insist_writable
+from ldm.errors import InputError
+from ldm.files import insist_writable, written
 from ldm.model import StableDiffusion
 
 SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
@@ -69,13 +67,11 @@ def convert(args: Namespace) -> None:
         args.path, dtype=None, ema=args.ema, prediction=args.prediction_type, variant=args.variant
     )
     print(sd.about)
-    try:
+    with written(output):
         left_out = sd.save(output, layout, cli.DTYPES[args.dtype] if args.dtype else None)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{output} can't be written: {error}") from None
     print(f"wrote {output}")
     if left_out:
-        print(f"not in it, as a {layout} folder has no place for them: {', '.join(left_out)}")
+        print(f"not in it: {weights.listed(left_out)}")
 
 
 def verify(args: Namespace) -> None:

@@ -30,6 +30,7 @@ class StableDiffusion:
         self.schedule = Schedule(config.schedule)
         self.about = "random weights"  # what was loaded, in words
         self._extra: weights.Tensors = {}  # of the official file, not computed with
+        self._dropped: list[str] = []  # names of what it had and is not saved
         self._read: Callable[[], weights.Source] | None = None  # reads again what was loaded
         self._frozen: weights.Tensors = {}  # what `freeze` has set aside, as it was
 
@@ -55,10 +56,10 @@ class StableDiffusion:
         read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
         source = read()
         sd = cls.without_weights(path, source)
-        sd.about, sd._extra, sd._read = f"{path}: {weights.describe(source)}", source.extra, read
+        sd.about, sd._read = f"{path}: {weights.describe(source)}", read
+        sd._extra, sd._dropped = source.extra, source.dropped
         if problems := sd.differences(source.tensors):
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise InputError(f"{path}: {problems[0]}{more}")
+            raise InputError(f"{path}: {weights.listed(problems, 1)}")
         for prefix, network in sd.networks().items():
             state = {}
             for name in network.state_dict():
@@ -90,13 +91,12 @@ class StableDiffusion:
         """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
 
         dtype: of the stored weights; as they are if None. metadata: more lines for the safetensors headers.
-        What is at `path` stays whole until the new one is. Returns the names of tensors that the source had beside the
-        three networks and that this layout has no place for.
+        What is at `path` stays whole until the new one is. Returns the names of the tensors beside the three networks
+        that the source had and that are not saved: EMA weights, and in a folder what it has no place for.
         """
         if layout not in weights.WRITERS:
             raise InputError(f"unknown layout {layout!r}; there are {' and '.join(weights.WRITERS)}")
-        weights.WRITERS[layout](path, self._now(dtype), metadata)
-        return sorted(self._extra) if layout == "diffusers" else []
+        return weights.WRITERS[layout](path, self._now(dtype), metadata)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights as they are stored where they were loaded from, or as they are if made here."""
@@ -106,7 +106,7 @@ class StableDiffusion:
         """The weights as they are at present, ready to be written."""
         state = self.state() | self._frozen
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
-        return weights.Source(self.config, tensors, self.tokenizer, self._extra)
+        return weights.Source(self.config, tensors, self.tokenizer, self._extra, self._dropped)
 
     def differences(self, tensors: weights.Tensors) -> list[str]:
         """What keeps these tensors from being this model's, a phrase each: rule 2, loading is strict."""

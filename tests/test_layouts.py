@@ -177,8 +177,9 @@ def test_of_a_full_checkpoint_either_unet_is_taken_and_the_average_is_never_writ
     last, averaged = StableDiffusion.load(path), StableDiffusion.load(path, ema=True)
     halved = {k: t * 0.5 if k.startswith("model.") else t for k, t in original.state().items()}
     assert same_bits(last.state(), original.state()) and same_bits(averaged.state(), halved)
-    for sd in (last, averaged):
-        sd.save(there / "saved.safetensors")
+    every = set(averages(original.state()))
+    for sd, dropped in ((last, every), (averaged, {EMA + "decay", EMA + "num_updates"})):
+        assert set(sd.save(there / "folder", "diffusers")) > dropped == set(sd.save(there / "saved.safetensors"))
         with safe_open(there / "saved.safetensors", "pt") as file:
             assert not any(name.startswith(EMA) for name in file.keys())
         assert same_bits(StableDiffusion.load(there / "saved.safetensors").state(), sd.state())
