@@ -66,6 +66,38 @@ def test_nothing_is_overwritten(run, tmp_path):
     assert "grid-00002.png" in run("--prompt", "c", "--grid")
 
 
+def test_a_name_that_another_run_has_taken_meanwhile_is_left_to_it(run, tmp_path, monkeypatch):
+    def meanwhile(*args, **kwargs):
+        (tmp_path / "samples" / "00001-1.png").write_bytes(b"another's")
+        return [Image.new("RGB", (32, 32))] * 2
+
+    monkeypatch.setattr(StableDiffusion, "generate", meanwhile)
+    with pytest.raises(RunError, match=r"samples/00001-1\.png has come up meanwhile; give each run an --output-dir"):
+        run("--prompt", "a", "--num-images", "2")
+    assert (tmp_path / "samples" / "00001-1.png").read_bytes() == b"another's"
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"00000-0.png", "00001-1.png"}
+
+
+def test_a_picture_is_there_whole_or_not_at_all(run, tmp_path, monkeypatch):
+    def cut_short(picture, path, **kwargs):
+        path.write_bytes(b"\x89PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", cut_short)
+    with pytest.raises(RunError, match=r"samples/00000-0\.png can't be written: .*No space left on device"):
+        run("--prompt", "a")
+    assert not list((tmp_path / "samples").iterdir())
+
+
+def test_too_many_pictures_at_once_are_one_line(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(StableDiffusion, "generate", full)
+    with pytest.raises(RunError, match="^cpu ran out of memory; lower --batch-size, or give --dtype bf16$"):
+        run("--prompt", "a")
+
+
 def test_prompts_come_from_flags_and_from_a_file(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\n  snow  \r\n", encoding="utf-8")
     names = run("--prompt", "a dog", "--prompts_file=prompts.txt", "--num-images", "2", "--batch_size", "3")
