@@ -81,6 +81,9 @@ def paired(prompts: Sequence[str], seeds: Sequence[int], latents: int) -> tuple[
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures. Raises RunError for what is no colour."""
     if not images.isfinite().all():
-        raise RunError("a picture came out as NaN or infinity; compute in bf16 or fp32, unless the model has diverged")
+        raise RunError(
+            "a picture came out as NaN or infinity: fp16 is too narrow for the model (take bf16 or fp32), the guidance "
+            "is too strong, or the model has diverged"
+        )
     array = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(image) for image in array.permute(0, 2, 3, 1).cpu().numpy()]

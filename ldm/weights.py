@@ -7,6 +7,7 @@ official files of SD2, are translated here.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -58,13 +59,15 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
     path = Path(path)
     if prediction not in (None, *PREDICTIONS):
         raise InputError(f"--prediction-type {prediction} is neither eps nor v")
-    if not _exists(path):
+    if not os.path.exists(path):  # unlike Path.exists, also for a name that no disk could hold
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise InputError(
                 f"{path} is no file or folder here; if it is a name on a model hub: nothing is downloaded by this "
                 "program, so fetch the model first (weights/README.md says what and where) and give its path"
             )
         raise InputError(f"{path}: no such model; give a .safetensors or .ckpt file, or a diffusers folder")
+    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        raise InputError(f"{path} is not for this user to read; chmod gives the permission")
     if path.is_dir() and not (path / "model_index.json").exists() and (path / CHECKPOINT_MODEL).exists():
         path = path / CHECKPOINT_MODEL
     if path.is_dir():
@@ -81,13 +84,6 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
         source.config = predicting(source.config, prediction)
         source.prediction_from = "--prediction-type"
     return source
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no disk could hold
-        return False
 
 
 def predicting(config: ModelConfig, prediction: str) -> ModelConfig:

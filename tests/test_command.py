@@ -106,6 +106,17 @@ def test_verify_knows_the_official_files_by_their_hash(run, tmp_path, monkeypatc
     assert run("verify", file) == [f"{file} is v1-5.safetensors (SHA-256 {digest})"]
     with pytest.raises(InputError, match="is no file; verify takes the official single files"):
         run("verify", tmp_path)
+    sums.unlink()
+    with pytest.raises(InputError, match=r"SHA256SUMS can't be read: No such file"):
+        run("verify", file)
+
+
+def test_what_this_user_may_not_read_is_one_line(run, file, narrow, monkeypatch):
+    narrow("sd1").save(file.parent / "folder", "diffusers")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for path in (file, file.parent / "folder"):
+        with pytest.raises(InputError, match=f"{path} is not for this user to read; chmod gives the permission"):
+            run("inspect", path)
 
 
 def test_the_list_of_hashes_is_one_that_sha256sum_reads():
