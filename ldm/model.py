@@ -224,7 +224,8 @@ class StableDiffusion:
         from noise is gone again, from 0, the picture as it is, to 1, nothing of it (SDEdit, Meng et al. 2022).
         progress: called after each evaluation of the UNet; `samplers.evaluations` tells how many there are.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
-        Raises InputError for sizes, steps, samplers, strengths and outputs that there are not.
+        Raises InputError for sizes, steps, samplers, strengths and outputs that there are not, and RunError if a
+        picture for PIL came out as NaN or infinity.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         prompts, seeds = pictures.paired(prompts, seeds, 1 if latents is None else len(latents))
