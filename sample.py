@@ -6,18 +6,18 @@ Picture i of each prompt has the seed --seed + i, so that a grid's columns share
 its prompt, seed, sampler, steps, guidance and the model's fingerprint as PNG text.
 """
 
-import io
 import math
-import os
 import re
 import tomllib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm import cli, data, distributed, files, samplers, sheet
@@ -25,6 +25,14 @@ from ldm.errors import InputError, RunError
 from ldm.model import StableDiffusion
 
 TINY = Path(__file__).parent / "weights" / "tiny"
+
+
+class Job(NamedTuple):
+    """A picture to make."""
+
+    path: Path
+    prompt: str
+    seed: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,78 +43,106 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     prompts = read_prompts(args)
     check(args)
-    folder = Path(args.output_dir)
-    files.insist_writable(folder, "--output-dir")
     world = distributed.start(args.device)
     with world.agreed():
-        sd = load(args, world.device)
-        _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
-        sd.schedule.spaced(args.steps)
-        init_image, steps = None, args.steps
-        if args.init_image is not None:
-            init_image = data.to_tensor(data.fit(args.init_image, width, height))
-            steps = samplers.taken(args.steps, args.strength)
-        fingerprint = sd.fingerprint()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output-dir {folder} can't be made: {error.strerror}") from None
+        sd, init_image = load(args, world.device)
+        how = recipe(args, sd)
+    jobs = world.on_main(lambda: plan(args, prompts))
+    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+    batches = batches[world.rank :: world.size]  # torchrun's processes share them
+    steps = args.steps if init_image is None else samplers.taken(args.steps, args.strength)
+    total = len(batches) * samplers.evaluations(args.sampler, steps)
 
     if world.main:
         print(sd.about)
-    index = world.share(first_free_index(folder))
-    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.num_images)]
-    jobs = [(folder / f"{index + k:05d}-{seed}.png", prompt, seed) for k, (prompt, seed) in enumerate(jobs)]
-    batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
-    batches = batches[world.rank :: world.size]  # torchrun's processes share them
-    total = len(batches) * samplers.evaluations(args.sampler, steps)
-    with tqdm(total=total, desc="sampling", unit="step", disable=not world.main) as bar:
+    with world.agreed(), tqdm(total=total, desc="sampling", unit="step", disable=not world.main) as bar:
         for batch in batches:
-            made = sd.generate(
-                [prompt for _, prompt, _ in batch],
-                negative_prompt=args.negative_prompt,
-                steps=args.steps,
-                guidance=args.guidance_scale,
-                guidance_rescale=args.guidance_rescale,
-                sampler=args.sampler,
-                eta=args.eta,
-                seeds=[seed for _, _, seed in batch],
-                height=args.height,
-                width=args.width,
-                init_image=init_image,
-                strength=args.strength,
-                progress=bar.update,
-            )
-            for (path, prompt, seed), picture in zip(batch, made, strict=True):
-                text = {
-                    "prompt": prompt,
-                    "negative_prompt": args.negative_prompt,
-                    "seed": seed,
-                    "sampler": args.sampler,
-                    "eta": args.eta,
-                    "steps": args.steps,
-                    "guidance_scale": args.guidance_scale,
-                    "guidance_rescale": args.guidance_rescale,
-                    "size": f"{picture.width}x{picture.height}",
-                    "model": fingerprint,
-                }
-                if init_image is not None:
-                    text |= {"init_image": Path(args.init_image).name, "strength": args.strength}
-                write_png(path, picture, text)
-    world.wait()
-    if world.main and args.grid:
-        n, pictures = args.num_images, [Image.open(path) for path, _, _ in jobs]
-        rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
-        number = first_free_index(folder, "grid-")
-        write_png(folder / f"grid-{number:05d}.png", sheet.grid(rows), {"model": fingerprint})
+            pictures = make(args, sd, init_image, batch, bar.update)
+            for job, picture in zip(batch, pictures, strict=True):
+                what = {"prompt": job.prompt, "seed": job.seed, "size": f"{picture.width}x{picture.height}"}
+                write_png(job.path, picture, what | how)
     if world.main:
-        print(f"{len(jobs)} pictures in {folder}")
+        if args.grid:
+            write_grid(prompts, jobs, how["model"])
+        print(f"{len(jobs)} pictures in {args.output_dir}")
     world.close()
 
 
-def load(args: Namespace, device: torch.device) -> StableDiffusion:
+def load(args: Namespace, device: torch.device) -> tuple[StableDiffusion, Tensor | None]:
+    """The model, and the picture to start from if one is given. Raises InputError for what does not suit the model."""
     source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
-    return StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype], **source)
+    sd = StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype], **source)
+    sd.schedule.spaced(args.steps)
+    _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
+    if args.init_image is None:
+        return sd, None
+    return sd, data.to_tensor(data.fit(args.init_image, width, height))
+
+
+def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
+    """How all pictures are made, for their files to tell."""
+    how = {
+        "negative_prompt": args.negative_prompt,
+        "sampler": args.sampler,
+        "eta": args.eta,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "guidance_rescale": args.guidance_rescale,
+        "model": sd.fingerprint(),
+    }
+    if args.init_image is not None:
+        how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
+    return how
+
+
+def plan(args: Namespace, prompts: list[str]) -> list[Job]:
+    """A job for each prompt and seed, under names that are free in the output folder, which is made."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {folder} can't be made: {error.strerror}") from None
+    first = first_free_index(folder)
+    pairs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.num_images)]
+    return [Job(folder / f"{first + k:05d}-{seed}.png", prompt, seed) for k, (prompt, seed) in enumerate(pairs)]
+
+
+def make(
+    args: Namespace,
+    sd: StableDiffusion,
+    init_image: Tensor | None,
+    batch: list[Job],
+    progress: Callable[[], object],
+) -> list[Image.Image]:
+    """The pictures of a batch of jobs. Raises RunError if they are too many at once for the device."""
+    try:
+        return sd.generate(
+            [job.prompt for job in batch],
+            negative_prompt=args.negative_prompt,
+            steps=args.steps,
+            guidance=args.guidance_scale,
+            guidance_rescale=args.guidance_rescale,
+            sampler=args.sampler,
+            eta=args.eta,
+            seeds=[job.seed for job in batch],
+            height=args.height,
+            width=args.width,
+            init_image=init_image,
+            strength=args.strength,
+            progress=progress,
+        )
+    except torch.OutOfMemoryError:
+        raise RunError(f"{sd.device} ran out of memory; lower --batch-size, or give --dtype bf16") from None
+
+
+def write_grid(prompts: list[str], jobs: list[Job], fingerprint: str) -> None:
+    """One sheet: a row for each prompt, a column for each seed."""
+    n = len(jobs) // len(prompts)
+    pictures = [Image.open(job.path).convert("RGB") for job in jobs]  # and so not more than one file is open
+    rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
+    folder = jobs[0].path.parent
+    number = first_free_index(folder, "grid-")
+    write_png(folder / f"grid-{number:05d}.png", sheet.grid(rows), {"model": fingerprint})
 
 
 def settle(args: Namespace) -> None:
@@ -157,6 +193,7 @@ def check(args: Namespace) -> None:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
+    files.insist_writable(Path(args.output_dir), "--output-dir")
 
 
 def read_prompts(args: Namespace) -> list[str]:
@@ -183,16 +220,12 @@ def write_png(path: Path, picture: Image.Image, text: dict[str, object]) -> None
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))
-    content = io.BytesIO()
-    picture.save(content, format="PNG", pnginfo=info)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.link(temporary, path)  # unlike a rename, it fails where something of that name has come up meanwhile
-    except OSError as error:
-        raise RunError(f"{path} can't be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.written(path), files.replacing(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            raise RunError(f"{path} has come up meanwhile; give each run an --output-dir of its own") from None
 
 
 if __name__ == "__main__":

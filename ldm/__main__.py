@@ -1,15 +1,14 @@
 """python -m ldm weights inspect|convert|verify PATH: what a file is; the same in another layout; is it official."""
 
 import hashlib
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ldm import cli, names, weights
-from ldm.errors import InputError, RunError
-from ldm.files import insist_writable
+from ldm.errors import InputError
+from ldm.files import insist_writable, written
 from ldm.model import StableDiffusion
 
 SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
@@ -69,26 +68,24 @@ def convert(args: Namespace) -> None:
         args.path, dtype=None, ema=args.ema, prediction=args.prediction_type, variant=args.variant
     )
     print(sd.about)
-    try:
+    with written(output):
         left_out = sd.save(output, layout, cli.DTYPES[args.dtype] if args.dtype else None)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{output} can't be written: {error}") from None
     print(f"wrote {output}")
     if left_out:
-        print(f"not in it, as a {layout} folder has no place for them: {', '.join(left_out)}")
+        print(f"not in it: {weights.listed(left_out)}")
 
 
 def verify(args: Namespace) -> None:
     path = Path(args.path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path} is no file; verify takes the official single files")
-    known = {}
-    for line in SUMS.read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            digest, name = line.split(maxsplit=1)
-            known[digest] = name
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        lines = SUMS.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{error.filename or path} can't be read: {error.strerror}") from None
+    known = dict(line.split(maxsplit=1) for line in lines if line and not line.startswith("#"))
     if found not in known:
         raise InputError(f"{path}: SHA-256 {found} is none of the official files in {SUMS}")
     print(f"{path} is {known[found]} (SHA-256 {found})")

@@ -51,11 +51,6 @@ class UNetConfig(Checked):
         """Attention heads of a layer `channels` wide."""
         return self.heads if self.heads is not None else channels // self.head_dim
 
-    @property
-    def factor(self) -> int:
-        """How often the coarsest level's size goes into the latents'."""
-        return 2 ** (len(self.channels) - 1)
-
 
 @dataclass(frozen=True)
 class VAEConfig(Checked):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import names, samplers, weights
+from ldm import names, pictures, samplers, weights
 from ldm.clip import TextEncoder
 from ldm.config import ModelConfig
 from ldm.errors import InputError
@@ -30,6 +30,7 @@ class StableDiffusion:
         self.schedule = Schedule(config.schedule)
         self.about = "random weights"  # what was loaded, in words
         self._extra: weights.Tensors = {}  # of the official file, not computed with
+        self._dropped: list[str] = []  # names of what it had and is not saved
         self._read: Callable[[], weights.Source] | None = None  # reads again what was loaded
         self._frozen: weights.Tensors = {}  # what `freeze` has set aside, as it was
 
@@ -55,10 +56,10 @@ class StableDiffusion:
         read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
         source = read()
         sd = cls.without_weights(path, source)
-        sd.about, sd._extra, sd._read = f"{path}: {weights.describe(source)}", source.extra, read
+        sd.about, sd._read = f"{path}: {weights.describe(source)}", read
+        sd._extra, sd._dropped = source.extra, source.dropped
         if problems := sd.differences(source.tensors):
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise InputError(f"{path}: {problems[0]}{more}")
+            raise InputError(f"{path}: {weights.listed(problems, 1)}")
         for prefix, network in sd.networks().items():
             state = {}
             for name in network.state_dict():
@@ -90,13 +91,12 @@ class StableDiffusion:
         """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
 
         dtype: of the stored weights; as they are if None. metadata: more lines for the safetensors headers.
-        What is at `path` stays whole until the new one is. Returns the names of tensors that the source had beside the
-        three networks and that this layout has no place for.
+        What is at `path` stays whole until the new one is. Returns the names of the tensors beside the three networks
+        that the source had and that are not saved: EMA weights, and in a folder what it has no place for.
         """
         if layout not in weights.WRITERS:
             raise InputError(f"unknown layout {layout!r}; there are {' and '.join(weights.WRITERS)}")
-        weights.WRITERS[layout](path, self._now(dtype), metadata)
-        return sorted(self._extra) if layout == "diffusers" else []
+        return weights.WRITERS[layout](path, self._now(dtype), metadata)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights as they are stored where they were loaded from, or as they are if made here."""
@@ -106,7 +106,7 @@ class StableDiffusion:
         """The weights as they are at present, ready to be written."""
         state = self.state() | self._frozen
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
-        return weights.Source(self.config, tensors, self.tokenizer, self._extra)
+        return weights.Source(self.config, tensors, self.tokenizer, self._extra, self._dropped)
 
     def differences(self, tensors: weights.Tensors) -> list[str]:
         """What keeps these tensors from being this model's, a phrase each: rule 2, loading is strict."""
@@ -224,64 +224,37 @@ class StableDiffusion:
         from noise is gone again, from 0, the picture as it is, to 1, nothing of it (SDEdit, Meng et al. 2022).
         progress: called after each evaluation of the UNet; `samplers.evaluations` tells how many there are.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
-        Raises InputError for sizes, steps, samplers, strengths and outputs that there are not.
+        Raises InputError for sizes, steps, samplers, strengths and outputs that there are not, and RunError if a
+        picture for PIL came out as NaN or infinity.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        prompts, seeds = _broadcast(prompts, list(seeds), 1 if latents is None else len(latents))
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts, seeds = pictures.paired(prompts, seeds, 1 if latents is None else len(latents))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
-        run = samplers.find(sampler)
-        times = samplers.times(sampler, self.schedule, steps)
-        start = 0
+        run, times = samplers.find(sampler), samplers.times(sampler, self.schedule, steps)
+        start = 0 if init_image is None else steps - samplers.taken(steps, strength)
         if init_image is not None:
-            start = steps - samplers.taken(steps, strength)
             height, width = init_image.shape[1:]
         shape = self.latent_shape(height, width) if latents is None else tuple(latents.shape[1:])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-        def noise() -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
-
-        if init_image is not None:  # each generator's first draw
-            image = init_image[None].to(self.device, next(self.vae.parameters()).dtype)
-            picture = torch.cat([self.encode_images(image, g) for g in generators]).float()
+        noise = pictures.Noise(seeds, shape, self.device)
+        picture = None if init_image is None else self._samples(init_image, noise.generators)  # each one's first draw
         x = noise() if latents is None else latents.to(self.device, torch.float32)
-        if init_image is not None:
+        if picture is not None:
             x = self.schedule.add_noise(picture, x, times[start]) if start < steps else picture
-        denoise = self.denoiser(prompts, negative_prompt, guidance, guidance_rescale, progress)
+        negative = [negative_prompt] * len(prompts) if guidance != 1.0 else []
+        context = self.encode_prompt(negative + prompts)
+        denoise = pictures.denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress)
         z = run(denoise, x, self.schedule, steps, eta=eta, noise=noise, start=start)
         if output == "latent":
             return z
         images = self.decode_latents(z).float()
-        return images if output == "tensor" else to_pil(images)
+        return images if output == "tensor" else pictures.to_pil(images)
 
-    def denoiser(
-        self,
-        prompts: Sequence[str],
-        negative_prompt: str,
-        guidance: float,
-        guidance_rescale: float = 0.0,
-        progress: Callable[[], object] | None = None,
-    ) -> samplers.Denoise:
-        """denoise(x, t) -> eps with classifier-free guidance, see `guided`; both halves go in one batch.
-
-        guidance 1 is the prompt alone, and costs half.
-        """
-        twice = guidance != 1.0
-        context = self.encode_prompt([negative_prompt] * len(prompts) + list(prompts) if twice else prompts)
-        dtype = next(self.unet.parameters()).dtype
-
-        def denoise(x: Tensor, t: float) -> Tensor:
-            inputs = torch.cat([x, x]) if twice else x
-            steps = torch.full((len(inputs),), round(t), device=x.device)  # it has seen whole steps only
-            prediction = self.unet(inputs.to(dtype), steps, context).to(x.dtype)
-            if twice:
-                prediction = guided(*prediction.chunk(2), guidance, guidance_rescale)
-            if progress is not None:
-                progress()
-            return self.schedule.eps(prediction, x, t)
-
-        return denoise
+    def _samples(self, image: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """(3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w): it is encoded once, and each generator draws of it."""
+        posterior = self.vae.encode(image[None].to(self.device, next(self.vae.parameters()).dtype))
+        z = torch.cat([posterior.sample(generator) for generator in generators])
+        return (z * self.config.vae.scale_factor).float()
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(4, h, w) for a picture of this size in pixels. Raises InputError if the autoencoder can't make it."""
@@ -292,32 +265,6 @@ class StableDiffusion:
                 near = max(factor, round(side / factor) * factor)
                 raise InputError(f"{name} {side} is not a positive multiple of {factor} pixels; take {near}")
         return self.config.unet.in_channels, sides["height"] // factor, sides["width"] // factor
-
-
-def guided(without: Tensor, with_prompt: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): away from one prediction, beyond the other (B, C, h, w).
-
-    rescale: how far each picture's spread, which that widens, is led back to the prompt's: 0 not, 1 all the way.
-    """
-    prediction = without + scale * (with_prompt - without)
-    if rescale == 0.0:
-        return prediction
-    # Lin et al. 2023, eq. 14 to 16
-    ratio = with_prompt.flatten(1).std(1) / prediction.flatten(1).std(1)  # (B,)
-    return prediction * (rescale * ratio + 1.0 - rescale).view(-1, 1, 1, 1)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures."""
-    array = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(image) for image in array.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def _broadcast(prompts: list[str], seeds: list[int], latents: int) -> tuple[list[str], list[int]]:
-    count = max(len(prompts), len(seeds), latents)
-    if any(length not in (1, count) for length in (len(prompts), len(seeds), latents)):
-        raise InputError(f"{len(prompts)} prompts, {len(seeds)} seeds and {latents} latents do not pair up")
-    return prompts * (count // len(prompts)), seeds * (count // len(seeds))
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -7,7 +7,9 @@ official files of SD2, are translated here.
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ EMA = "model_ema."  # belongs to a training run, not to the tuned model: may be 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights, as files hold them
 PREDICTIONS = ("eps", "v")
+MODELSPEC_PREDICTIONS = folder.PREDICTIONS | {"v": "v"}  # it says epsilon or v; some write diffusers' word
 CHECKPOINT_MODEL = "model.safetensors"  # in a checkpoint folder of train.py
 
 
@@ -41,6 +44,7 @@ class Source:
     tensors: Tensors  # the three networks
     tokenizer: Tokenizer
     extra: Tensors = field(default_factory=dict)  # known, not computed with, saved again in the official layout
+    dropped: list[str] = field(default_factory=list)  # names of EMA tensors, which are not saved again
     layout: str = "official"
     has_ema: bool = False
     prediction_from: str = "the configuration"  # what said whether the model predicts eps or v
@@ -55,13 +59,15 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
     path = Path(path)
     if prediction not in (None, *PREDICTIONS):
         raise InputError(f"--prediction-type {prediction} is neither eps nor v")
-    if not _exists(path):
+    if not os.path.exists(path):  # unlike Path.exists, also for a name that no disk could hold
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise InputError(
                 f"{path} is no file or folder here; if it is a name on a model hub: nothing is downloaded by this "
                 "program, so fetch the model first (weights/README.md says what and where) and give its path"
             )
         raise InputError(f"{path}: no such model; give a .safetensors or .ckpt file, or a diffusers folder")
+    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        raise InputError(f"{path} is not for this user to read; chmod gives the permission")
     if path.is_dir() and not (path / "model_index.json").exists() and (path / CHECKPOINT_MODEL).exists():
         path = path / CHECKPOINT_MODEL
     if path.is_dir():
@@ -80,13 +86,6 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
     return source
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no disk could hold
-        return False
-
-
 def predicting(config: ModelConfig, prediction: str) -> ModelConfig:
     return replace(config, schedule=replace(config.schedule, prediction=prediction))
 
@@ -98,10 +97,11 @@ def _read_single(path: Path, ema: bool, prediction: str | None) -> Source:
     unet = [key for key in tensors if key.startswith(names.UNET)]
     flat = {key: key.removeprefix("model.").replace(".", "") for key in unet}  # LitEma drops the dots
     has_ema = any(name in averaged for name in flat.values())
-    if ema:
-        if absent := [key for key, name in flat.items() if name not in averaged]:
-            raise InputError(f"{path} has no EMA weights for {_some(absent)}; leave --ema out")
-        tensors |= {key: averaged[name] for key, name in flat.items()}
+    taken = flat if ema else {}
+    if absent := [key for key, name in taken.items() if name not in averaged]:
+        raise InputError(f"{path} has no EMA weights for {listed(absent, 1)}; leave --ema out")
+    tensors |= {key: averaged[name] for key, name in taken.items()}
+    dropped = [EMA + name for name in averaged.keys() - set(taken.values())]
 
     extra = {key: tensors.pop(key) for key in list(tensors) if CARRIED.fullmatch(key)}
     if config.text.openclip:
@@ -109,7 +109,7 @@ def _read_single(path: Path, ema: bool, prediction: str | None) -> Source:
         extra |= {key: tensors.pop(key) for key in list(tensors) if key.startswith(last)}
         text = names.from_openclip(_take(tensors, names.OPENCLIP), config.text)
         tensors |= {names.TEXT + key: tensor for key, tensor in text.items()}
-    return Source(config, tensors, tokenizer, extra, "official", has_ema, prediction_from)
+    return Source(config, tensors, tokenizer, extra, dropped, "official", has_ema, prediction_from)
 
 
 def _family(
@@ -122,7 +122,7 @@ def _family(
             return config, Tokenizer.from_metadata(metadata["ldm.tokenizer"]), "the file's metadata"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
-    named = folder.PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
+    named = MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
     if names.TEXT + "text_model.embeddings.token_embedding.weight" in tensors:
         config, said = predicting(SD1, named or "eps"), "SD 1.x always does"
     elif names.OPENCLIP + "token_embedding.weight" in tensors:
@@ -174,6 +174,13 @@ def _shaped_like(config: ModelConfig, preset: ModelConfig) -> bool:
     return (config.unet, config.vae, config.text) == (preset.unet, preset.vae, preset.text)
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Names of tensors in a phrase: averages by their number, of others `most` in full, and how many more."""
+    others = [name for name in names if not name.startswith(EMA)]
+    words = [f"{count} EMA tensors"] if (count := len(names) - len(others)) else []
+    return ", ".join(words + others[:most]) + (f" and {len(others) - most} more" if len(others) > most else "")
+
+
 def official(source: Source) -> Tensors:
     """The three networks as an official file names and shapes them."""
     if not source.config.text.openclip:
@@ -183,11 +190,12 @@ def official(source: Source) -> Tensors:
     return tensors | {names.OPENCLIP + key: tensor for key, tensor in text.items()}
 
 
-def write_single(path: str | Path, source: Source, metadata: dict[str, str] | None = None) -> None:
+def write_single(path: str | Path, source: Source, metadata: dict[str, str] | None = None) -> list[str]:
     """Writes an official single file whose header carries the configuration, so that any width loads back.
 
     Tables that the original's classes expect and a source (a diffusers folder) lacks are computed; what of OpenCLIP
-    lies beyond the layers that run is filled with zeros. Raises InputError for a name that `read` would not know.
+    lies beyond the layers that run is filled with zeros. Returns the names of the source's tensors that are not in it.
+    Raises InputError for a name that `read` would not know.
     """
     if Path(path).suffix != ".safetensors":
         raise InputError(f"{path}: the name of a single file to save should end in .safetensors")
@@ -199,10 +207,11 @@ def write_single(path: str | Path, source: Source, metadata: dict[str, str] | No
     }
     with replacing(Path(path)) as temporary:
         save_tensors(temporary, filled | source.extra | official(source), header | (metadata or {}))
+    return sorted(source.dropped)
 
 
-def write_folder(path: str | Path, source: Source, metadata: dict[str, str] | None = None) -> None:
-    """Writes a diffusers folder. What such a folder has no place for (`extra`) is left out."""
+def write_folder(path: str | Path, source: Source, metadata: dict[str, str] | None = None) -> list[str]:
+    """Writes a diffusers folder. Returns the names of the source's tensors that it has no place for, `extra` too."""
     if Path(path).is_file():
         raise InputError(f"{path} is a file, and a diffusers model is a folder; give another name")
     config, tokenizer = source.config, source.tokenizer
@@ -226,6 +235,7 @@ def write_folder(path: str | Path, source: Source, metadata: dict[str, str] | No
             file = temporary / part / f"{folder.PARTS[part]}.safetensors"
             save_tensors(file, part_tensors, {"format": "pt"} | (metadata or {}))
         tokenizer.save(temporary / "tokenizer")
+    return sorted([*source.dropped, *source.extra])
 
 
 WRITERS = {"official": write_single, "diffusers": write_folder}
@@ -248,7 +258,3 @@ def _take(tensors: Tensors, prefix: str) -> Tensors:
 def _is_matrix(name: str, tensor: torch.Tensor) -> bool:
     """The autoencoder's attention: 1x1 convolutions in the official file, matrices in a diffusers folder."""
     return ".attn_1." in name and tensor.ndim > 1
-
-
-def _some(keys: list[str]) -> str:
-    return keys[0] + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")

@@ -115,6 +115,28 @@ def saved(random_model, tmp_path_factory) -> dict[str, Path]:
     return paths
 
 
+@pytest.fixture(scope="session")
+def scheduler_of_diffusers():
+    """scheduler_of_diffusers(sampler, config): what our sampler of this name is called there, of that configuration."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
+    names = {
+        "ddpm": "DDPMScheduler",
+        "ddim": "DDIMScheduler",
+        "plms": "PNDMScheduler",
+        "euler": "EulerDiscreteScheduler",
+        "euler_a": "EulerAncestralDiscreteScheduler",
+        "heun": "HeunDiscreteScheduler",
+        "dpmpp_2m": "DPMSolverMultistepScheduler",
+        "dpmpp_2m_karras": "DPMSolverMultistepScheduler",
+    }
+
+    def make(sampler: str, config):
+        karras = {"use_karras_sigmas": True} if sampler == "dpmpp_2m_karras" else {}
+        return getattr(diffusers, names[sampler]).from_config(config, **karras)
+
+    return make
+
+
 @pytest.fixture
 def photographs(tmp_path) -> Path:
     """A folder with three photographs, no two of a size."""

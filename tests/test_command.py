@@ -73,7 +73,7 @@ def test_convert_goes_to_a_folder_and_back_in_the_type_that_is_asked_for(run, fi
     folder, back = file.parent / "folder", file.parent / "back.safetensors"
     lines = run("convert", file, folder, "--dtype", "fp16")
     assert lines[0].endswith("predicts eps (SD 1.x always does)") and lines[1] == f"wrote {folder}"
-    assert lines[2].startswith("not in it, as a diffusers folder has no place for them: alphas_cumprod, ")
+    assert lines[2:] == ["not in it: 686 EMA tensors, alphas_cumprod, alphas_cumprod_prev, betas and 10 more"]
     assert run("convert", folder, back) == [
         f"{folder}: Stable Diffusion 1, diffusers folder, float16, predicts eps (the scheduler's JSON)",
         f"wrote {back}",
@@ -81,9 +81,10 @@ def test_convert_goes_to_a_folder_and_back_in_the_type_that_is_asked_for(run, fi
     expected = narrow("sd1").state()
     found = StableDiffusion.load(back, dtype=None).state()
     assert all(torch.equal(found[name], tensor.half()) for name, tensor in expected.items())
-    run("convert", file, back, "--ema")
+    assert run("convert", file, back, "--ema")[1:] == [f"wrote {back}"]
     found = StableDiffusion.load(back, dtype=None).state()
     assert all(torch.equal(found[k], t * 2 if k.startswith("model.") else t) for k, t in expected.items())
+    assert run("convert", file, back)[1:] == [f"wrote {back}", "not in it: 686 EMA tensors"]
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt"])
@@ -105,6 +106,17 @@ def test_verify_knows_the_official_files_by_their_hash(run, tmp_path, monkeypatc
     assert run("verify", file) == [f"{file} is v1-5.safetensors (SHA-256 {digest})"]
     with pytest.raises(InputError, match="is no file; verify takes the official single files"):
         run("verify", tmp_path)
+    sums.unlink()
+    with pytest.raises(InputError, match=r"SHA256SUMS can't be read: No such file"):
+        run("verify", file)
+
+
+def test_what_this_user_may_not_read_is_one_line(run, file, narrow, monkeypatch):
+    narrow("sd1").save(file.parent / "folder", "diffusers")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for path in (file, file.parent / "folder"):
+        with pytest.raises(InputError, match=f"{path} is not for this user to read; chmod gives the permission"):
+            run("inspect", path)
 
 
 def test_the_list_of_hashes_is_one_that_sha256sum_reads():

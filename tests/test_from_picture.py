@@ -9,21 +9,11 @@ from PIL import Image
 
 import sample
 from ldm import InputError, data, samplers
-from ldm.model import guided
+from ldm.pictures import guided
 from ldm.samplers import SAMPLERS
 from ldm.schedule import Schedule
 
 PROMPTS, SEEDS = ["a photo of a red cat", "snow"], [3, 14]
-THEIRS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "plms": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_2m_karras": "DPMSolverMultistepScheduler",
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +40,26 @@ def folders(sd, zero_snr, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def with_diffusers(folders, scheduler_of_diffusers):
+    """with_diffusers(kind, model, sampler, options...): the pictures that a pipeline of this kind makes."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
+
+    def make(kind: str, model: str, sampler: str, **options) -> list[Image.Image]:
+        pipe = getattr(diffusers, kind).from_pretrained(folders / model)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = scheduler_of_diffusers(sampler, pipe.scheduler.config)
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        return pipe(PROMPTS, generator=generators, negative_prompt=["a blur"] * 2, **options).images
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def image() -> Image.Image:
     """Soft patches of colour, 32x32."""
     noise = torch.randint(256, (5, 5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return Image.fromarray(noise.numpy()).resize((32, 32), Image.Resampling.BICUBIC)
-
-
-def with_diffusers(kind: str, folder, sampler: str, **options) -> list[Image.Image]:
-    diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
-    pipe = getattr(diffusers, kind).from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    karras = {"use_karras_sigmas": True} if sampler == "dpmpp_2m_karras" else {}
-    pipe.scheduler = getattr(diffusers, THEIRS[sampler]).from_config(pipe.scheduler.config, **karras)
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    return pipe(PROMPTS, generator=generators, negative_prompt=["a blur"] * 2, **options).images
 
 
 def assert_same(ours: list[Image.Image], theirs: list[Image.Image]):
@@ -74,16 +69,14 @@ def assert_same(ours: list[Image.Image], theirs: list[Image.Image]):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_pictures_equal_those_of_diffusers(sampler, sd, folders):
-    theirs = with_diffusers("StableDiffusionPipeline", folders / "eps", sampler, num_inference_steps=8)
+def test_pictures_equal_those_of_diffusers(sampler, sd, with_diffusers):
+    theirs = with_diffusers("StableDiffusionPipeline", "eps", sampler, num_inference_steps=8)
     assert_same(sd.generate(PROMPTS, negative_prompt="a blur", steps=8, sampler=sampler, seeds=SEEDS), theirs)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler", "dpmpp_2m", "dpmpp_2m_karras"])
-def test_zero_terminal_snr_and_guidance_rescale_equal_those_of_diffusers(sampler, zero_snr, folders):
-    theirs = with_diffusers(
-        "StableDiffusionPipeline", folders / "v", sampler, num_inference_steps=8, guidance_rescale=0.7
-    )
+def test_zero_terminal_snr_and_guidance_rescale_equal_those_of_diffusers(sampler, zero_snr, with_diffusers):
+    theirs = with_diffusers("StableDiffusionPipeline", "v", sampler, num_inference_steps=8, guidance_rescale=0.7)
     ours = zero_snr.generate(
         PROMPTS, negative_prompt="a blur", steps=8, sampler=sampler, seeds=SEEDS, guidance_rescale=0.7
     )
@@ -93,10 +86,10 @@ def test_zero_terminal_snr_and_guidance_rescale_equal_those_of_diffusers(sampler
 # All but plms, which diffusers starts at the wrong step: its list of steps has one twice, and is cut by their number.
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
-def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd, folders, image):
+def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd, with_diffusers, image):
     theirs = with_diffusers(
         "StableDiffusionImg2ImgPipeline",
-        folders / "eps",
+        "eps",
         sampler,
         image=image,
         strength=strength,
@@ -134,6 +127,15 @@ def test_strength_says_how_much_of_the_picture_is_left(sampler, sd, image):
         assert len(calls) == samplers.evaluations(sampler, round(10 * strength))
         distances.append((made - kept).square().mean().item())
     assert distances[0] < 1e-8 and distances[1] < 0.8 * distances[2]
+
+
+def test_a_picture_is_encoded_once_for_all_seeds(sd, image, monkeypatch):
+    encoded, encode = [], sd.vae.encode
+    monkeypatch.setattr(sd.vae, "encode", lambda images: encoded.append(len(images)) or encode(images))
+    start = {"init_image": data.to_tensor(image), "strength": 0.0, "output": "latent"}
+    batch = sd.generate("snow", seeds=[3, 4, 5], **start)
+    assert encoded == [1] and (batch[0] - batch[1]).abs().max() > 0.01
+    assert torch.equal(batch[1:2], sd.generate("snow", seeds=[4], **start))
 
 
 def test_guidance_rescale_gives_each_picture_the_spread_of_the_prompts_prediction():

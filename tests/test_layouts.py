@@ -177,8 +177,9 @@ def test_of_a_full_checkpoint_either_unet_is_taken_and_the_average_is_never_writ
     last, averaged = StableDiffusion.load(path), StableDiffusion.load(path, ema=True)
     halved = {k: t * 0.5 if k.startswith("model.") else t for k, t in original.state().items()}
     assert same_bits(last.state(), original.state()) and same_bits(averaged.state(), halved)
-    for sd in (last, averaged):
-        sd.save(there / "saved.safetensors")
+    every = set(averages(original.state()))
+    for sd, dropped in ((last, every), (averaged, {EMA + "decay", EMA + "num_updates"})):
+        assert set(sd.save(there / "folder", "diffusers")) > dropped == set(sd.save(there / "saved.safetensors"))
         with safe_open(there / "saved.safetensors", "pt") as file:
             assert not any(name.startswith(EMA) for name in file.keys())
         assert same_bits(StableDiffusion.load(there / "saved.safetensors").state(), sd.state())
@@ -236,10 +237,11 @@ def test_what_the_model_predicts_is_said_by_somebody_and_told(narrow, there):
     assert told.about.endswith("predicts eps (--prediction-type)") and str(file) in told.about
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
-    save_file(tensors, there / "named.safetensors", {"modelspec.prediction_type": "epsilon"})
-    named = StableDiffusion.load(there / "named.safetensors")
-    assert (named.config.schedule.prediction, named.config.resolution) == ("eps", 512)
-    assert named.about.endswith("predicts eps (the file's metadata)")
+    for word, said in {"epsilon": ("eps", 512), "v": ("v", 768), "v_prediction": ("v", 768)}.items():
+        save_file(tensors, there / "named.safetensors", {"modelspec.prediction_type": word})
+        named = StableDiffusion.load(there / "named.safetensors")
+        assert (named.config.schedule.prediction, named.config.resolution) == said
+        assert named.about.endswith(f"predicts {said[0]} (the file's metadata)")
     told.save(there / "ours.safetensors")
     assert StableDiffusion.load(there / "ours.safetensors").about.endswith("predicts eps (the file's metadata)")
     guessed.save(there / "folder", "diffusers")

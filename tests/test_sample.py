@@ -9,6 +9,7 @@ from PIL import Image
 
 import sample
 from ldm import StableDiffusion, samplers
+from ldm.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,38 @@ def test_nothing_is_overwritten(run, tmp_path):
     assert all((tmp_path / "samples" / name).read_bytes() == content for name, content in before.items())
     (tmp_path / "samples" / "grid-00000.png").unlink()
     assert "grid-00002.png" in run("--prompt", "c", "--grid")
+
+
+def test_a_name_that_another_run_has_taken_meanwhile_is_left_to_it(run, tmp_path, monkeypatch):
+    def meanwhile(*args, **kwargs):
+        (tmp_path / "samples" / "00001-1.png").write_bytes(b"another's")
+        return [Image.new("RGB", (32, 32))] * 2
+
+    monkeypatch.setattr(StableDiffusion, "generate", meanwhile)
+    with pytest.raises(RunError, match=r"samples/00001-1\.png has come up meanwhile; give each run an --output-dir"):
+        run("--prompt", "a", "--num-images", "2")
+    assert (tmp_path / "samples" / "00001-1.png").read_bytes() == b"another's"
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"00000-0.png", "00001-1.png"}
+
+
+def test_a_picture_is_there_whole_or_not_at_all(run, tmp_path, monkeypatch):
+    def cut_short(picture, path, **kwargs):
+        path.write_bytes(b"\x89PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", cut_short)
+    with pytest.raises(RunError, match=r"samples/00000-0\.png can't be written: .*No space left on device"):
+        run("--prompt", "a")
+    assert not list((tmp_path / "samples").iterdir())
+
+
+def test_too_many_pictures_at_once_are_one_line(run, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(StableDiffusion, "generate", full)
+    with pytest.raises(RunError, match="^cpu ran out of memory; lower --batch-size, or give --dtype bf16$"):
+        run("--prompt", "a")
 
 
 def test_prompts_come_from_flags_and_from_a_file(run, tmp_path):
@@ -126,17 +159,25 @@ def test_a_picture_does_not_depend_on_its_batch(sampler, sd):
 
 def test_guidance_is_one_batched_pass_and_at_1_half_of_it(sd, monkeypatch):
     """eps = eps("") + w (eps(prompt) - eps("")), Ho & Salimans 2022."""
+    monkeypatch.setitem(samplers.SAMPLERS, "one", lambda denoise, x, *_, **__: denoise(x, 300))
     sizes, forward = [], sd.unet.forward
     monkeypatch.setattr(sd.unet, "forward", lambda x, t, c: (sizes.append(len(x)), forward(x, t, c))[1])
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = dict(negative_prompt="fog", latents=x, sampler="one", output="latent")
+    eps = [sd.generate(["a cat", "snow", ""], guidance=w, **given) for w in (0.0, 1.0, 5.0)]
+    assert sizes == [6, 3, 6]
     with torch.no_grad():
-        eps = [sd.denoiser(["a cat", "snow", ""], "fog", w)(x, 300) for w in (0.0, 1.0, 5.0)]
-        assert sizes == [6, 3, 6]
         alone = forward(x, torch.full((3,), 300), sd.encode_prompt(["fog"] * 3))
     torch.testing.assert_close(eps[0], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
     scale = 1e-4 * eps[2].abs().max().item()
     torch.testing.assert_close(eps[2], eps[0] + 5.0 * (eps[1] - eps[0]), rtol=0, atol=scale)
     assert (eps[0] - eps[1]).abs().max() > 0.01
+
+
+def test_what_is_no_number_is_no_picture(sd):
+    diverged = torch.full((1, 4, 8, 8), float("nan"))
+    with pytest.raises(RunError, match=r"NaN or infinity: fp16 is too narrow for the model \(take bf16 or fp32\)"):
+        sd.generate("a cat", steps=1, latents=diverged)
 
 
 def test_lists_of_length_one_serve_all(sd):

@@ -31,16 +31,6 @@ SD = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-THEIRS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "plms": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_2m_karras": "DPMSolverMultistepScheduler",
-}
 EXACT = ("ddpm", "ddim", "plms")  # their table can be replaced by one of float64
 
 
@@ -75,21 +65,24 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 # Against diffusers
 
 
-def diffusers_scheduler(name: str, schedule: Schedule, steps: int, **settings):
-    diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
-    # PNDM there combines predictions of v; the official code, and ours, those of eps
-    v = schedule.config.prediction == "v" and name != "plms"
-    settings = SD | {"prediction_type": "v_prediction" if v else "epsilon"} | settings
-    scheduler = getattr(diffusers, THEIRS[name]).from_config(settings)
-    if name == "dpmpp_2m_karras":
-        scheduler = type(scheduler).from_config(scheduler.config, use_karras_sigmas=True)
-    if name in EXACT:
-        scheduler.alphas_cumprod = schedule.alphas_cumprod
-        scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
-    if name == "heun" and schedule.config.zero_terminal_snr:  # which it does not know there
-        scheduler.alphas_cumprod = schedule.alphas_cumprod.float()
-    scheduler.set_timesteps(steps)
-    return scheduler
+@pytest.fixture
+def set_up(scheduler_of_diffusers):
+    """set_up(sampler, schedule, steps, settings...): the scheduler of diffusers with our table, ready to step."""
+
+    def make(name: str, schedule: Schedule, steps: int, **settings):
+        # PNDM there combines predictions of v; the official code, and ours, those of eps
+        v = schedule.config.prediction == "v" and name != "plms"
+        settings = SD | {"prediction_type": "v_prediction" if v else "epsilon"} | settings
+        scheduler = scheduler_of_diffusers(name, settings)
+        if name in EXACT:
+            scheduler.alphas_cumprod = schedule.alphas_cumprod
+            scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
+        if name == "heun" and schedule.config.zero_terminal_snr:  # which it does not know there
+            scheduler.alphas_cumprod = schedule.alphas_cumprod.float()
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    return make
 
 
 def sample_with_diffusers(name: str, scheduler, schedule: Schedule, **options) -> Tensor:
@@ -108,9 +101,9 @@ def sample_with_diffusers(name: str, scheduler, schedule: Schedule, **options) -
 @pytest.mark.parametrize("steps", [10, 20, 47, 50])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_equals_diffusers(name, prediction, steps):
+def test_equals_diffusers(name, prediction, steps, set_up):
     schedule, calls = Schedule(ScheduleConfig(prediction=prediction)), []
-    scheduler = diffusers_scheduler(name, schedule, steps)
+    scheduler = set_up(name, schedule, steps)
     ours = sample(name, schedule, steps, calls)
     theirs = sample_with_diffusers(name, scheduler, schedule)
     assert [round(t) for t in calls] == scheduler.timesteps.tolist()
@@ -118,29 +111,29 @@ def test_equals_diffusers(name, prediction, steps):
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
-def test_ddim_with_noise_equals_diffusers(eta):
+def test_ddim_with_noise_equals_diffusers(eta, set_up):
     schedule = Schedule(ScheduleConfig())
-    scheduler = diffusers_scheduler("ddim", schedule, 20)
+    scheduler = set_up("ddim", schedule, 20)
     theirs = sample_with_diffusers("ddim", scheduler, schedule, eta=eta)
     assert difference(sample("ddim", schedule, 20, eta=eta), theirs) <= 1e-9
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_zero_terminal_snr_with_trailing_steps_equals_diffusers(name):
+def test_zero_terminal_snr_with_trailing_steps_equals_diffusers(name, set_up):
     schedule = Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"))
     settings = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
-    scheduler = diffusers_scheduler(name, schedule, 20, **settings)
+    scheduler = set_up(name, schedule, 20, **settings)
     ours, theirs = sample(name, schedule, 20), sample_with_diffusers(name, scheduler, schedule)
     # float32 loses more from a sigma of 4096
     assert difference(ours, theirs) <= (1e-9 if name in EXACT else 2e-5)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_the_floor_under_alpha_bar_is_not_seen(name):
+def test_the_floor_under_alpha_bar_is_not_seen(name, set_up):
     """diffusers' DDPM and DDIM take x_0 from v, and so can have abar = 0; we stop at 2**-24."""
     schedule = Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"))
     settings = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
-    scheduler = diffusers_scheduler(name, schedule, 20, **settings)
+    scheduler = set_up(name, schedule, 20, **settings)
     scheduler.alphas_cumprod = torch.cumprod(1.0 - schedule.betas, dim=0)
     assert scheduler.alphas_cumprod[-1] == 0.0
     theirs = sample_with_diffusers(name, scheduler, schedule)

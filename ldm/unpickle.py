@@ -1,0 +1,217 @@
+"""A pickle machine that runs nothing.
+
+The threat. A pickle is a program for a small stack machine, and Python's machine imports and calls whatever the
+program names: to unpickle a stranger's file is to run it.
+
+The answer. `Machine` is a machine of our own: what `_step` does not list does not happen. It builds containers,
+numbers and strings. A name in the file stays a name, in a `Stub`; called, it gives another stub. Nothing is imported,
+looked up or called on the file's behalf. Whoever knows better what some names mean overrides `named`, `call` and
+`refer`, with code of its own and not of the file's.
+
+Sizes are checked before they are used, so memory is bounded by the limits below.
+"""
+
+import pickletools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.archive import show
+from ldm.errors import InputError
+
+MAX_OPCODES = 1 << 19  # a tensor takes 32: enough for 16,000
+MAX_ODD_KEYS = 1 << 12  # dictionary keys that are not strings: their hashes can be made to collide
+MAX_DEPTH = 64  # containers within containers
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class Stub:
+    """Something that a file names and we do not have: its name, what it was to be called with, and its state.
+
+    It may contain itself. What was to be appended to it, or stored in it by key, is dropped.
+    """
+
+    name: str
+    args: Any = ()
+    state: Any = None
+
+    def __repr__(self) -> str:
+        return f"<stub {show(self.name)}>"
+
+
+KEYS = (str, bytes, int, float, type(None), Stub)  # of dictionaries; all quickly hashed
+
+
+class Machine:
+    """Runs one pickle, on a stack of stacks: MARK opens one, and the opcode that takes the marked items closes it."""
+
+    def __init__(self):
+        self.stacks: list[list] = [[]]
+        self.memo: dict[int, Any] = {}
+        self.odd_keys = 0
+
+    def run(self, pickle: bytes) -> Any:
+        """The object that the pickle builds. Raises InputError for what is not a whole pickle, or asks for more."""
+        for count, (opcode, argument, _) in enumerate(_decode(pickle)):
+            if count == MAX_OPCODES:
+                raise InputError(f"its pickle has more than {MAX_OPCODES} opcodes")
+            self._step(opcode.name, argument)
+        if len(self.stacks) > 1 or len(self.stacks[0]) != 1:
+            raise InputError("its pickle does not end with one object")
+        _insist_shallow(self._top())
+        return self._top()
+
+    def named(self, name: str) -> Any:
+        """What a name, "module.attribute", stands for."""
+        return Stub(name)
+
+    def call(self, name: str, arguments: Any) -> Any:
+        """What comes of calling what a Stub names."""
+        return Stub(name, arguments)
+
+    def refer(self, reference: Any) -> Any:
+        """What a persistent id, which points outside the pickle, stands for."""
+        raise InputError("its pickle refers to something outside it")
+
+    def _step(self, opcode: str, argument: Any) -> None:
+        """One opcode. This is all that a file can make us do."""
+        push, pop, marked = self._push, self._pop, self._marked
+        match opcode:
+            case "PROTO" | "FRAME" | "STOP":  # a frame's length only helps those who read from a stream
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                push(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
+                push(argument)
+            case "MARK":
+                self.stacks.append([])
+            case "POP":
+                pop(1)
+            case "POP_MARK" | "ADDITEMS":
+                marked()
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self._top()
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self._top()
+            case "BINGET" | "LONG_BINGET":
+                push(self._recall(argument))
+            case "EMPTY_TUPLE":
+                push(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                push(tuple(pop(int(opcode[-1]))))
+            case "TUPLE":
+                push(tuple(marked()))
+            case "EMPTY_LIST":
+                push([])
+            case "APPEND":
+                self._extend(pop(1))
+            case "APPENDS":
+                self._extend(marked())
+            case "EMPTY_DICT":
+                push({})
+            case "SETITEM":
+                self._set(pop(2))
+            case "SETITEMS":
+                self._set(marked())
+            case "EMPTY_SET":
+                push(Stub("builtins.set"))
+            case "FROZENSET":
+                push(Stub("builtins.frozenset", tuple(marked())))
+            case "GLOBAL":
+                push(self._name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                push(self._name(*pop(2)))
+            case "REDUCE" | "NEWOBJ":
+                push(self._call(*pop(2)))
+            case "NEWOBJ_EX":
+                push(self._call(*pop(3)[:2]))
+            case "BUILD":
+                self._build(*pop(1))
+            case "BINPERSID":
+                push(self.refer(*pop(1)))
+            case _:
+                raise InputError(f"uses the pickle opcode {opcode}, which torch.save does not")
+
+    def _name(self, module: Any, name: Any) -> Any:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise InputError("its pickle has a name that is no string")
+        return self.named(f"{module}.{name}")
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(function, Stub):
+            raise InputError("its pickle calls something that is not a name")
+        return self.call(function.name, arguments)
+
+    def _build(self, state: Any) -> None:
+        """Sets the state of the object on top; an OrderedDict's, where modules keep a version, is dropped."""
+        if isinstance(self._top(), Stub):
+            self._top().state = state
+
+    def _extend(self, items: list) -> None:
+        target = self._top()
+        if isinstance(target, list):
+            target.extend(items)
+        elif not isinstance(target, Stub):
+            raise InputError("its pickle appends to something that is no list")
+
+    def _set(self, pairs: list) -> None:
+        target = self._top()
+        if isinstance(target, Stub):
+            return
+        if not isinstance(target, dict) or len(pairs) % 2:
+            raise InputError("its pickle sets items of something that is no dictionary, or half an item")
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            parts = key if type(key) is tuple and len(key) <= 8 else (key,)
+            self.odd_keys += type(key) is not str
+            if not all(isinstance(part, KEYS) for part in parts):
+                raise InputError(f"has a {type(key).__name__} as the key of a dictionary")
+            if self.odd_keys > MAX_ODD_KEYS:
+                raise InputError(f"has over {MAX_ODD_KEYS} keys that are not strings")
+            if key in target:
+                raise InputError(f"has the key {show(key)} twice in one dictionary")
+            target[key] = value
+
+    def _recall(self, index: int) -> Any:
+        if index not in self.memo:
+            raise InputError(f"its pickle recalls entry {index}, which it never made")
+        return self.memo[index]
+
+    def _push(self, value: Any) -> None:
+        self.stacks[-1].append(value)
+
+    def _top(self) -> Any:
+        if not self.stacks[-1]:
+            raise InputError("its pickle uses an object that is not there")
+        return self.stacks[-1][-1]
+
+    def _pop(self, count: int) -> list:
+        stack = self.stacks[-1]
+        if len(stack) < count:
+            raise InputError("its pickle uses an object that is not there")
+        taken, stack[-count:] = stack[-count:], []
+        return taken
+
+    def _marked(self) -> list:
+        if len(self.stacks) < 2:
+            raise InputError("its pickle closes a mark that it never set")
+        return self.stacks.pop()
+
+
+def _decode(pickle: bytes) -> Iterator[tuple]:
+    """(opcode, argument, position) by the standard library's disassembler, which runs nothing."""
+    try:
+        yield from pickletools.genops(pickle)
+    except ValueError as error:
+        raise InputError(f"its pickle is broken: {show(str(error))}") from None
+
+
+def _insist_shallow(root: Any) -> None:
+    """Refuses containers nested so deeply, or within themselves, that whoever walks them would not come back."""
+    level = {0: [root]}
+    for _ in range(MAX_DEPTH + 1):
+        inner = (item for box in level.values() for item in (box.values() if isinstance(box, dict) else box))
+        level = {id(item): item for item in inner if isinstance(item, (dict, list, tuple))}
+    if level:
+        raise InputError(f"has containers nested over {MAX_DEPTH} deep, or within themselves")
