@@ -1,4 +1,4 @@
-"""What the training scripts share: a budget of minutes, the learning rate over it, an average, a checkpoint."""
+"""What the training scripts share: a budget of minutes, the learning rate over it, a checkpoint."""
 
 import math
 import os
@@ -32,13 +32,6 @@ class Budget:
 def set_rate(optimizer, rate):
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-@torch.no_grad()
-def update_average(average, model, step, decay=0.999):
-    """Exponential moving average of the weights, in place; starts quickly, as LDM's LitEma does."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
 
 
 def save(path, state):

@@ -25,17 +25,18 @@ import torch.nn.functional as F
 import world
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training import Budget, save, set_rate, to_tensor, update_average
+from training import Budget, save, set_rate, to_tensor
 
 from ldm import StableDiffusion
 from ldm.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.ema import EMA
 from ldm.tokenizer import Tokenizer
 
 UNET = UNetConfig(
     channels=(64, 96, 128), attention=(False, True, False), blocks=1, heads=4, context_dim=128, norm_groups=16
 )
 SCHEDULE = ScheduleConfig(prediction="v", beta_end=0.02)
-BATCH, PEAK_RATE, EMPTY = 48, 1e-3, 0.1
+BATCH, PEAK_RATE, EMPTY, DECAY = 48, 1e-3, 0.1, 0.999
 
 
 def assemble(folder):
@@ -84,26 +85,10 @@ def training_batch(sd, moments, pictures, step):
     return sd.schedule.add_noise(x0, noise, t), t, sd.encode_prompt(captions), sd.schedule.target(x0, noise, t)
 
 
-def export(sd, average, path):
+def export(sd, ema, path):
     """Writes the model with the averaged weights, as a diffusers folder in float16."""
-    with swapped(sd.unet, average):
+    with ema.applied():
         sd.save(path, layout="diffusers", dtype=torch.float16)
-
-
-class swapped:
-    """While inside, the network has the averaged weights."""
-
-    def __init__(self, network, average):
-        self.network, self.average = network, average
-
-    def __enter__(self):
-        self.own = {name: p.data for name, p in self.network.named_parameters()}
-        for name, p in self.network.named_parameters():
-            p.data = self.average[name]
-
-    def __exit__(self, *_):
-        for name, p in self.network.named_parameters():
-            p.data = self.own[name]
 
 
 def main():
@@ -119,13 +104,14 @@ def main():
     moments, pictures = encode_all(sd, args.work_dir), dataset.read(args.work_dir / "world")[1]
     sd.unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(sd.unet.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    average = {name: p.detach().clone() for name, p in sd.unet.named_parameters()}
+    ema = EMA(dict(sd.unet.named_parameters()), DECAY)
     budget, first, checkpoint = Budget(args.minutes), 0, args.work_dir / "unet.pt"
     if args.resume:
         state = torch.load(checkpoint)
         sd.unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
-        average, budget.spent, first = state["average"], state["spent"], state["step"]
+        ema.averages, ema.updates = state["averages"], state["step"]
+        budget.spent, first = state["spent"], state["step"]
 
     losses, saved, looked = [], time.time(), budget.elapsed
     for step in itertools.count(first):
@@ -138,26 +124,26 @@ def main():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sd.unet.parameters(), 1.0)
         optimizer.step()
-        update_average(average, sd.unet, step)
+        ema.update()
         losses.append(loss.item())
 
         done = budget.fraction == 1
         if step % 100 == 0 or done:
             print(f"{step:6d}  {budget.elapsed / 60:5.1f} min  loss {np.mean(losses[-300:]):.4f}", flush=True)
         if time.time() - saved > 120 or done:
-            networks = {"unet": sd.unet.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            networks = {"unet": sd.unet.state_dict(), "optimizer": optimizer.state_dict(), "averages": ema.averages}
             save(checkpoint, {**networks, "spent": budget.elapsed, "step": step + 1})
             saved = time.time()
         if budget.elapsed - looked > args.look_every * 60 or done:
             looked = budget.elapsed
-            with swapped(sd.unet, average):
+            with ema.applied():
                 right, images, _ = score.score(sd, 64, steps=25, guidance=4.0)
             print(f"{step:6d}  {right}", flush=True)
             world.sheet(list(images)).save(args.work_dir / f"sheet_{step:06d}.png")
-            export(sd, average, args.work_dir / "base")
+            export(sd, ema, args.work_dir / "base")
         if done:
             break
-    export(sd, average, Path(__file__).parent / "base")
+    export(sd, ema, Path(__file__).parent / "base")
 
 
 if __name__ == "__main__":
