@@ -27,6 +27,7 @@ from ldm.vae import Autoencoder
 
 CONFIG = VAEConfig(channels=(32, 64, 64), blocks=1, latent_channels=4, norm_groups=8, scale_factor=1.0)
 KL_WEIGHT = 2e-3  # per number of the latent, against a mean over pixels
+PEAK_RATE = 8e-4
 
 
 def reconstruction_loss(made, true):
@@ -63,14 +64,13 @@ def main():
     parser = argparse.ArgumentParser(description="Train the autoencoder.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     images, wide = dataset.read(args.work_dir / "world")[0], dataset.read(args.work_dir / "wide")[0]
     model = Autoencoder(CONFIG).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     budget, first, checkpoint = Budget(args.minutes), 0, args.work_dir / "autoencoder.pt"
     if args.resume:
         state = torch.load(checkpoint)
@@ -80,7 +80,7 @@ def main():
 
     for step in itertools.count(first):
         rng = random.Random(f"autoencoder {step}")
-        set_rate(optimizer, budget.learning_rate(args.learning_rate))
+        set_rate(optimizer, budget.learning_rate(PEAK_RATE))
         x = batch(images, wide, rng, crop=budget.fraction < 0.5)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(x)

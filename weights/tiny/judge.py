@@ -78,7 +78,7 @@ def load():
     return judge.eval()
 
 
-def blur(x, rng):
+def blur(x):
     """What the autoencoder and the sampler do to a picture, roughly: blur, noise, another contrast."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, soft, torch.rand(len(x), 1, 1, 1) * 1.2)
@@ -114,10 +114,7 @@ def main():
     parser = argparse.ArgumentParser(description="Train the judge.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--minutes", type=float, default=6)
-    parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
 
     torch.manual_seed(0)
     folders = [dataset.read(args.work_dir / name) for name in ("world", "wide")]
@@ -133,7 +130,7 @@ def main():
         rng = random.Random(f"judge {step}")
         set_rate(optimizer, budget.learning_rate(2e-3))
         rows = np.sort(rng.sample(range(len(images)), 96))
-        x, y = blur(to_tensor(images[rows]), rng).contiguous(memory_format=torch.channels_last), truth[rows]
+        x, y = blur(to_tensor(images[rows])).contiguous(memory_format=torch.channels_last), truth[rows]
         logits = judge(x)[1]
         loss = sum(F.cross_entropy(logits[name], y[:, i], ignore_index=-1) for i, name in enumerate(HEADS))
         optimizer.zero_grad()

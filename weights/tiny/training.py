@@ -44,8 +44,3 @@ def save(path, state):
 def to_tensor(images):
     """(B, 64, 64, 3) uint8 array -> (B, 3, 64, 64) in [-1, 1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(images):
-    """(B, 3, 64, 64) in [-1, 1] -> (B, 64, 64, 3) uint8 array."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()

@@ -37,6 +37,7 @@ UNET = UNetConfig(
 )
 SCHEDULE = ScheduleConfig(prediction="v", beta_end=0.02)
 BATCH, PEAK_RATE, EMPTY, DECAY = 48, 1e-3, 0.1, 0.999
+SAVE_EVERY, LOOK_EVERY = 2 * 60, 15 * 60  # seconds
 
 
 def assemble(folder):
@@ -95,7 +96,6 @@ def main():
     parser = argparse.ArgumentParser(description="Train the UNet and write the model.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--minutes", type=float, default=90)
-    parser.add_argument("--look-every", type=float, default=15, help="minutes between scores and sheets")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
 
@@ -130,11 +130,11 @@ def main():
         done = budget.fraction == 1
         if step % 100 == 0 or done:
             print(f"{step:6d}  {budget.elapsed / 60:5.1f} min  loss {np.mean(losses[-300:]):.4f}", flush=True)
-        if time.time() - saved > 120 or done:
+        if time.time() - saved > SAVE_EVERY or done:
             networks = {"unet": sd.unet.state_dict(), "optimizer": optimizer.state_dict(), "averages": ema.averages}
             save(checkpoint, {**networks, "spent": budget.elapsed, "step": step + 1})
             saved = time.time()
-        if budget.elapsed - looked > args.look_every * 60 or done:
+        if budget.elapsed - looked > LOOK_EVERY or done:
             looked = budget.elapsed
             with ema.applied():
                 right, images, _ = score.score(sd, 64, steps=25, guidance=4.0)
