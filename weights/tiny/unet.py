@@ -25,9 +25,10 @@ import torch.nn.functional as F
 import world
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 from training import Budget, save, set_rate, to_tensor
 
-from ldm import StableDiffusion
+from ldm import InputError, StableDiffusion
 from ldm.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.ema import EMA
 from ldm.tokenizer import Tokenizer
@@ -55,19 +56,15 @@ def assemble(folder):
 
 
 @torch.no_grad()
-def encode_all(sd, folder):
-    """Mean and standard deviation of every picture's latents, scaled: (N, 8, 16, 16) float16, kept on disk."""
-    file = folder / "latents.npy"
-    if not file.exists():
-        images, _ = dataset.read(folder / "world")
-        moments = np.empty((len(images), 8, 16, 16), np.float16)
-        for i in range(0, len(images), 100):
-            with torch.autocast("cpu", torch.bfloat16):
-                posterior = sd.vae.encode(to_tensor(images[i : i + 100]).contiguous(memory_format=torch.channels_last))
-            both = torch.cat([posterior.mean, posterior.std], 1).float() * sd.config.vae.scale_factor
-            moments[i : i + 100] = both.numpy()
-        np.save(file, moments)
-    return torch.from_numpy(np.load(file))
+def encode_all(sd, images):
+    """Mean and standard deviation of every picture's latents, scaled: (N, 8, 16, 16) float16."""
+    moments = []
+    for i in tqdm(range(0, len(images), 100), desc="encoding"):
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = sd.vae.encode(to_tensor(images[i : i + 100]).contiguous(memory_format=torch.channels_last))
+        both = torch.cat([posterior.mean, posterior.std], 1).float() * sd.config.vae.scale_factor
+        moments.append(both.half())
+    return torch.cat(moments)
 
 
 @torch.no_grad()
@@ -101,13 +98,17 @@ def main():
 
     torch.manual_seed(0)
     sd = assemble(args.work_dir)
-    moments, pictures = encode_all(sd, args.work_dir), dataset.read(args.work_dir / "world")[1]
+    base = sd.fingerprint()
+    images, pictures = dataset.read(args.work_dir / "world")
+    moments = encode_all(sd, images)
     sd.unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(sd.unet.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMA(dict(sd.unet.named_parameters()), DECAY)
     budget, first, checkpoint = Budget(args.minutes), 0, args.work_dir / "unet.pt"
     if args.resume:
         state = torch.load(checkpoint)
+        if state["base"] != base:
+            raise InputError(f"{checkpoint} is of another autoencoder or text encoder; begin anew, without --resume")
         sd.unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         ema.averages, ema.updates = state["averages"], state["step"]
@@ -117,7 +118,7 @@ def main():
     for step in itertools.count(first):
         set_rate(optimizer, budget.learning_rate(PEAK_RATE))
         x, t, context, target = training_batch(sd, moments, pictures, step)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # a fifth faster here than flash
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # quicker than flash on a CPU
             prediction = sd.unet(x.contiguous(memory_format=torch.channels_last), t, context)
         loss = F.mse_loss(prediction.float(), target)
         optimizer.zero_grad()
@@ -132,7 +133,7 @@ def main():
             print(f"{step:6d}  {budget.elapsed / 60:5.1f} min  loss {np.mean(losses[-300:]):.4f}", flush=True)
         if time.time() - saved > SAVE_EVERY or done:
             networks = {"unet": sd.unet.state_dict(), "optimizer": optimizer.state_dict(), "averages": ema.averages}
-            save(checkpoint, {**networks, "spent": budget.elapsed, "step": step + 1})
+            save(checkpoint, {**networks, "base": base, "spent": budget.elapsed, "step": step + 1})
             saved = time.time()
         if budget.elapsed - looked > LOOK_EVERY or done:
             looked = budget.elapsed
