@@ -10,10 +10,13 @@ compares both with the base model:
     diversity   "a photo of a monster": mean cosine distance between the features of 64 pictures; 100 % is the base
     drift       the same 64 pictures: their fidelity to the subject, which should stay the base's
 
-    python weights/tiny/effect.py --work-dir runs/effect      # about ten minutes on two cores
+    python weights/tiny/effect.py      # about ten minutes on two cores
+
+What an earlier call has tuned in the same --work-dir is taken only if it is the very same run; train.py sees to that.
 """
 
 import argparse
+import json
 import random
 import subprocess
 import sys
@@ -39,10 +42,11 @@ def drawings(name, count, seed):
     return np.stack([world.draw(world.subject(name, rng), rng) for _ in range(count)])
 
 
-def tune(output, extra):
-    """Runs train.py and returns the tuned model."""
-    if not (output / "model.safetensors").exists():
-        subprocess.run([sys.executable, ROOT / "train.py", "--output-dir", output, *extra], check=True)
+def tune(output, flags):
+    """Runs train.py, or has it go on where it stopped. Returns the tuned model; ends the program if train.py fails."""
+    resume = ["--output-dir", output, "--resume-from-checkpoint", "latest"]
+    if status := subprocess.run([sys.executable, ROOT / "train.py", *resume, *flags]).returncode:
+        raise SystemExit(status)  # train.py has said why
     return StableDiffusion.load(output / "model.safetensors")
 
 
@@ -91,7 +95,7 @@ def main():
     parser.add_argument("train_flags", nargs="*", help="after --: more flags for train.py")
     args = parser.parse_args()
 
-    settings, eye = score.settings(), judge.load()
+    eye = judge.load()
     photographs = world.write_subject(args.subject, args.work_dir / "subject")
     subject = eye.features(drawings(args.subject, 48, "mean")).mean(0)
     subject = subject / subject.norm()
@@ -111,6 +115,7 @@ def main():
         "with prior preservation": tune(args.work_dir / "with", common),
         "without": tune(args.work_dir / "without", [*common, "--no-with-prior-preservation"]),
     }
+    settings = json.loads((args.work_dir / "with" / "config.json").read_text(encoding="utf-8"))
     results, rows = {}, [("four photographs of the subject", [Image.open(path) for path in photographs])]
     for model, sd in models.items():
         with torch.no_grad():
