@@ -8,8 +8,9 @@ to show, and tell apart, things that the UNet has not met. The UNet sees only th
 """
 
 import argparse
-import pickle
+import json
 import random
+from dataclasses import asdict
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -34,17 +35,18 @@ def widen(rng):
 
 
 def write(folder, count, wide):
-    """folder/{images.npy, pictures.pkl}: (count, 64, 64, 3) uint8 and the list of Pictures."""
+    """folder/{images.npy, pictures.json}: (count, 64, 64, 3) uint8 and what each Picture is."""
     folder.mkdir(parents=True, exist_ok=True)
     with Pool() as pool:
         drawn = pool.map(draw_one, [(wide, i) for i in range(count)], chunksize=200)
     np.save(folder / "images.npy", np.stack([image for _, image in drawn]))
-    (folder / "pictures.pkl").write_bytes(pickle.dumps([picture for picture, _ in drawn]))
+    (folder / "pictures.json").write_text(json.dumps([asdict(picture) for picture, _ in drawn]))
 
 
 def read(folder):
     """(images, memory-mapped; Pictures)"""
-    return np.load(folder / "images.npy", mmap_mode="r"), pickle.loads((folder / "pictures.pkl").read_bytes())
+    rows = json.loads((folder / "pictures.json").read_text())
+    return np.load(folder / "images.npy", mmap_mode="r"), [world.Picture(**row) for row in rows]
 
 
 if __name__ == "__main__":
