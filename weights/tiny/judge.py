@@ -5,7 +5,7 @@ shows what the prompt asked for, and its features say how alike two things are. 
 from generated pictures. Heads: kind, colour, pattern, scene; for monsters also shape, eyes, crown, mouth and the
 second colour. Blur and noise in training make it forgiving of the autoencoder.
 
-    python weights/tiny/judge.py --work-dir runs/tiny --minutes 6     # trains, writes weights/tiny/judge.safetensors
+    python weights/tiny/judge.py --work-dir runs/tiny --minutes 6
 """
 
 import argparse
@@ -18,9 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from training import Budget, set_rate, to_tensor
+
+from ldm import files
 
 HEADS = {
     "kind": world.KINDS,
@@ -33,7 +35,7 @@ HEADS = {
     "mouth": world.MOUTHS,
     "second": ("white", *world.RARE_SECONDS),
 }
-FILE = Path(__file__).parent / "judge.safetensors"
+FILE = "judge.safetensors"
 
 
 class Judge(nn.Module):
@@ -72,9 +74,10 @@ class Judge(nn.Module):
         return [{name: HEADS[name][best[name][i]] for name in HEADS} for i in range(len(images))]
 
 
-def load():
+def load(folder=Path(__file__).parent):
+    """The judge that lies in a folder; the shipped one, if none is named."""
     judge = Judge()
-    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(FILE).items()})
+    judge.load_state_dict(load_file(folder / FILE))
     return judge.eval()
 
 
@@ -146,8 +149,9 @@ def main():
     monsters = np.array([image for image, p in zip(held_images, held_pictures, strict=True) if p.kind == "monster"])
     with torch.no_grad():
         judge.centre.copy_(judge(to_tensor(monsters))[0].mean(0))
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in judge.state_dict().items()}, FILE)
-    print(f"{step} steps, as shipped: {accuracy(load(), held_images, held_pictures)}")
+    state = {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
+    files.save_tensors(args.work_dir / FILE, state, {})
+    print(f"{step} steps, as saved: {accuracy(load(args.work_dir), held_images, held_pictures)}")
 
 
 if __name__ == "__main__":

@@ -49,12 +49,12 @@ def pictures(sd, prompts, seeds, steps, guidance, batch=36):
     return np.stack([np.asarray(image) for image in made])
 
 
-def score(sd, count, steps, guidance, seed=0):
-    """({"kind": share right, ...}, the pictures, the prompts)"""
+def score(sd, eye, count, steps, guidance, seed=0):
+    """({"kind": share that the judge `eye` finds right, ...}, the pictures, the prompts)"""
     asked = questions(count, seed)
     prompts = [prompt(question) for question in asked]
     images = pictures(sd, prompts, [seed * count + i for i in range(count)], steps, guidance)
-    given = judge.load().answers(images)
+    given = eye.answers(images)
     right = {name: sum(g[name] == q[name] for g, q in zip(given, asked, strict=True)) / count for name in asked[0]}
     return right, images, prompts
 
@@ -74,15 +74,14 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
-    right, images, prompts = score(
-        StableDiffusion.load(args.model), args.count, args.steps, args.guidance_scale, args.seed
-    )
+    sd, eye = StableDiffusion.load(args.model), judge.load()
+    right, images, prompts = score(sd, eye, args.count, args.steps, args.guidance_scale, args.seed)
     print(f"{args.count} pictures, {args.steps} steps, guidance {args.guidance_scale:g}: share that shows the prompt's")
     print("  ".join(f"{name} {share:.1%}" for name, share in right.items()))
 
     rng = random.Random("fresh")
     drawn = [world.sample(rng) for _ in range(1000)]
-    given = judge.load().answers(np.stack([world.draw(picture, rng) for picture in drawn]))
+    given = eye.answers(np.stack([world.draw(picture, rng) for picture in drawn]))
     print("the judge itself, on 1000 drawings:")
     print(
         "  ".join(

@@ -7,7 +7,7 @@ other noise. Two things differ beside size: it predicts v, as SD2's 768-v, since
 strongest and there eps says almost nothing about the picture; and beta ends at 0.02, since with SD's 0.012 the last
 step still shows the picture's mean colour, which the sampler, starting from pure noise, then gets wrong.
 
-    python weights/tiny/unet.py --work-dir runs/tiny --minutes 90 [--resume]     # writes weights/tiny/base
+    python weights/tiny/unet.py --work-dir runs/tiny --minutes 90 [--resume]
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import dataset
+import judge
 import numpy as np
 import score
 import torch
@@ -83,10 +84,14 @@ def training_batch(sd, moments, pictures, step):
     return sd.schedule.add_noise(x0, noise, t), t, sd.encode_prompt(captions), sd.schedule.target(x0, noise, t)
 
 
-def export(sd, ema, path):
-    """Writes the model with the averaged weights, as a diffusers folder in float16."""
-    with ema.applied():
-        sd.save(path, layout="diffusers", dtype=torch.float16)
+@torch.no_grad()
+def look(sd, eye, folder, step):
+    """Scores 64 pictures of the model and keeps them as a sheet, and the model as a diffusers folder in float16."""
+    shipped = score.settings()
+    right, images, _ = score.score(sd, eye, 64, shipped["sample_steps"], shipped["guidance_scale"])
+    print(f"{step:6d}  {right}", flush=True)
+    world.sheet(images).save(folder / f"sheet_{step:06d}.png")
+    sd.save(folder / "base", layout="diffusers", dtype=torch.float16)
 
 
 def main():
@@ -97,7 +102,7 @@ def main():
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    sd = assemble(args.work_dir)
+    sd, eye = assemble(args.work_dir), judge.load(args.work_dir)
     base = sd.fingerprint()
     images, pictures = dataset.read(args.work_dir / "world")
     moments = encode_all(sd, images)
@@ -138,13 +143,9 @@ def main():
         if budget.elapsed - looked > LOOK_EVERY or done:
             looked = budget.elapsed
             with ema.applied():
-                right, images, _ = score.score(sd, 64, steps=25, guidance=4.0)
-            print(f"{step:6d}  {right}", flush=True)
-            world.sheet(list(images)).save(args.work_dir / f"sheet_{step:06d}.png")
-            export(sd, ema, args.work_dir / "base")
+                look(sd, eye, args.work_dir, step)
         if done:
             break
-    export(sd, ema, Path(__file__).parent / "base")
 
 
 if __name__ == "__main__":
