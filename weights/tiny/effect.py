@@ -15,7 +15,6 @@ compares both with the base model:
 What an earlier call has tuned in the same --work-dir is taken only if it is the very same run; train.py sees to that.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -29,7 +28,7 @@ import torch
 import world
 from PIL import Image
 
-from ldm import StableDiffusion, sheet
+from ldm import StableDiffusion, cli, sheet
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -88,10 +87,10 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure the effect of DreamBooth on the embedded model.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/effect"))
-    parser.add_argument("--subject", default="baron", choices=world.SUBJECTS)
-    parser.add_argument("--model", type=Path, default=HERE / "base")
+    parser = cli.Parser(description="Measure the effect of DreamBooth on the embedded model.")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/effect"), help="for the two runs and the sheet")
+    parser.add_argument("--subject", default="baron", choices=world.SUBJECTS, help="one of world.py's")
+    parser.add_argument("--model", type=Path, default=HERE / "base", help="the base model")
     parser.add_argument("train_flags", nargs="*", help="after --: more flags for train.py")
     args = parser.parse_args()
 
@@ -101,15 +100,8 @@ def main():
     subject = subject / subject.norm()
     real = float((eye.features(drawings(args.subject, 48, "real")) @ subject).mean())
 
-    common = [
-        "--instance-data-dir",
-        args.work_dir / "subject",
-        "--config",
-        HERE / "train.toml",
-        "--model",
-        args.model,
-        *args.train_flags,
-    ]
+    common = ["--config", HERE / "train.toml", "--model", args.model]
+    common += ["--instance-data-dir", args.work_dir / "subject", *args.train_flags]
     models = {
         "base": StableDiffusion.load(args.model),
         "with prior preservation": tune(args.work_dir / "with", common),
@@ -131,4 +123,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with cli.reported("effect.py"):
+        main()

@@ -7,15 +7,13 @@ other noise. Two things differ beside size: it predicts v, as SD2's 768-v, since
 strongest and there eps says almost nothing about the picture; and beta ends at 0.02, since with SD's 0.012 the last
 step still shows the picture's mean colour, which the sampler, starting from pure noise, then gets wrong.
 
-    python weights/tiny/unet.py --work-dir runs/tiny --minutes 90 [--resume]
+    python weights/tiny/unet.py [--resume]
 """
 
-import argparse
 import itertools
 import json
 import random
-import time
-from pathlib import Path
+from collections import deque
 
 import dataset
 import judge
@@ -27,9 +25,9 @@ import world
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from training import Budget, save, set_rate, to_tensor
+from training import Budget, flags, need, save, set_rate, to_tensor
 
-from ldm import InputError, StableDiffusion
+from ldm import InputError, StableDiffusion, cli
 from ldm.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.ema import EMA
 from ldm.tokenizer import Tokenizer
@@ -43,10 +41,13 @@ SAVE_EVERY, LOOK_EVERY = 2 * 60, 15 * 60  # seconds
 
 
 def assemble(folder):
-    """The model with its trained autoencoder, text encoder and tokenizer; the UNet is new."""
-    vae = json.loads((folder / "autoencoder.json").read_text())
+    """The model with its trained autoencoder, text encoder and tokenizer; the UNet is new.
+
+    Raises InputError if one is missing.
+    """
+    vae = json.loads(need(folder / "autoencoder.json", "autoencoder.py").read_text())
     vae = VAEConfig(**vae | {"channels": tuple(vae["channels"])})
-    text = TextConfig(**json.loads((folder / "text_encoder.json").read_text()))
+    text = TextConfig(**json.loads(need(folder / "text_encoder.json", "text_encoder.py").read_text()))
     config = ModelConfig(unet=UNET, vae=vae, text=text, schedule=SCHEDULE, sample_size=world.SIZE // vae.factor)
     sd = StableDiffusion(config, Tokenizer.from_folder(folder / "tokenizer"))
     sd.vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
@@ -95,31 +96,30 @@ def look(sd, eye, folder, step):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the UNet and write the model.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--minutes", type=float, default=90)
-    parser.add_argument("--resume", action="store_true")
+    parser = flags("Train the UNet and write the model.", minutes=70)
+    parser.add_argument("--resume", action="store_true", help="go on after an interruption")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     sd, eye = assemble(args.work_dir), judge.load(args.work_dir)
-    base = sd.fingerprint()
     images, pictures = dataset.read(args.work_dir / "world")
-    moments = encode_all(sd, images)
+    base = sd.fingerprint()
     sd.unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(sd.unet.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMA(dict(sd.unet.named_parameters()), DECAY)
-    budget, first, checkpoint = Budget(args.minutes), 0, args.work_dir / "unet.pt"
+    first, spent, checkpoint = 0, 0.0, args.work_dir / "unet.pt"
     if args.resume:
-        state = torch.load(checkpoint)
+        state = torch.load(need(checkpoint, "unet.py without --resume"))
         if state["base"] != base:
             raise InputError(f"{checkpoint} is of another autoencoder or text encoder; begin anew, without --resume")
         sd.unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         ema.averages, ema.updates = state["averages"], state["step"]
-        budget.spent, first = state["spent"], state["step"]
+        first, spent = state["step"], state["spent"]
 
-    losses, saved, looked = [], time.time(), budget.elapsed
+    moments = encode_all(sd, images)
+    budget, losses = Budget(args.minutes, spent), deque(maxlen=300)
+    saved = looked = budget.elapsed
     for step in itertools.count(first):
         set_rate(optimizer, budget.learning_rate(PEAK_RATE))
         x, t, context, target = training_batch(sd, moments, pictures, step)
@@ -135,11 +135,11 @@ def main():
 
         done = budget.fraction == 1
         if step % 100 == 0 or done:
-            print(f"{step:6d}  {budget.elapsed / 60:5.1f} min  loss {np.mean(losses[-300:]):.4f}", flush=True)
-        if time.time() - saved > SAVE_EVERY or done:
+            print(f"{step:6d}  {budget.elapsed / 60:5.1f} min  loss {np.mean(losses):.4f}", flush=True)
+        if budget.elapsed - saved > SAVE_EVERY or done:
+            saved = budget.elapsed
             networks = {"unet": sd.unet.state_dict(), "optimizer": optimizer.state_dict(), "averages": ema.averages}
-            save(checkpoint, {**networks, "base": base, "spent": budget.elapsed, "step": step + 1})
-            saved = time.time()
+            save(checkpoint, networks | {"base": base, "step": step + 1, "spent": saved})
         if budget.elapsed - looked > LOOK_EVERY or done:
             looked = budget.elapsed
             with ema.applied():
@@ -149,4 +149,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with cli.reported("unet.py"):
+        main()
