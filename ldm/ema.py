@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Averages of named parameters, fp32, with the warm-up of the original's LitEma."""
+    """Averages of named parameters, fp32, with the warm-up of the original's LitEma.
+
+    updates and averages are all that there is to save, and to put back.
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
         self.parameters, self.decay, self.updates = parameters, decay, 0
@@ -16,6 +19,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        """After each step of the optimizer: the averages follow the weights, at first quickly."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in self.parameters.items():

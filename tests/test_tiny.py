@@ -1,6 +1,7 @@
-"""The embedded model: golden numbers by diffusers, the same numbers live, and train.py as README has it."""
+"""The embedded model: golden numbers by diffusers and live, the scripts that made it, train.py as README has it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,41 @@ def test_what_is_shipped_is_small(root):
     if shipped.returncode != 0:
         pytest.skip("not a git checkout")
     assert sum((root / name).stat().st_size for name in shipped.stdout.splitlines()) < 14e6
+
+
+@pytest.mark.slow
+def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
+    """In the order of weights/tiny/README.md, with few drawings and a step of training each."""
+    scripts = root / "weights" / "tiny"
+
+    def call(script: str, *flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, scripts / script, "--work-dir", tmp_path, "--minutes", "0.001", *flags]
+        environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    for script, earlier in {"text_encoder.py": "dataset.py", "unet.py": "autoencoder.py"}.items():
+        early = call(script)
+        assert early.returncode == 2 and f"first run weights/tiny/{earlier}" in early.stderr, early.stderr
+        assert len(early.stderr.splitlines()) == 1
+
+    monkeypatch.syspath_prepend(scripts)
+    import dataset
+
+    dataset.write(tmp_path / "world", 600, wide=False)
+    dataset.write(tmp_path / "wide", 20, wide=True)
+    made = []
+    order = "autoencoder.py, autoencoder.py --resume, text_encoder.py, judge.py, unet.py, unet.py --resume"
+    for command in order.split(", "):
+        done = call(*command.split())
+        assert done.returncode == 0, done.stderr
+        if command.startswith("unet.py"):
+            made.append(StableDiffusion.load(tmp_path / "base").fingerprint())
+    assert made[0] != made[1]
+    assert StableDiffusion.load(BASE).fingerprint() == GOLDENS["model"], "what is shipped has changed"
+
+    assert call("text_encoder.py").returncode == 0
+    refused = call("unet.py", "--resume")
+    assert refused.returncode == 2 and "another autoencoder or text encoder" in refused.stderr
 
 
 @pytest.mark.slow

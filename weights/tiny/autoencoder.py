@@ -5,28 +5,28 @@ and from step 50,001 a patch discriminator, then frozen for good. Ours sees draw
 and the L1 of the picture's gradients (edges) are enough, and has a stronger KL: smooth latents are easier to learn.
 First on 32 x 32 crops, which are four times as many for the same work, then on whole pictures.
 
-    python weights/tiny/autoencoder.py --work-dir runs/tiny --minutes 20
+    python weights/tiny/autoencoder.py [--resume]
 """
 
-import argparse
 import itertools
 import json
 import random
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import dataset
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from training import Budget, save, set_rate, to_tensor
+from training import Budget, flags, need, save, set_rate, to_tensor
 
+from ldm import cli, files
 from ldm.config import VAEConfig
 from ldm.vae import Autoencoder
 
 CONFIG = VAEConfig(channels=(32, 64, 64), blocks=1, latent_channels=4, norm_groups=8, scale_factor=1.0)
 KL_WEIGHT = 2e-3  # per number of the latent, against a mean over pixels
+PEAK_RATE = 8e-4
+KEPT_BACK = 500  # pictures at the end that it is not trained on
 
 
 def reconstruction_loss(made, true):
@@ -36,14 +36,14 @@ def reconstruction_loss(made, true):
 
 
 def batch(images, wide, rng, crop):
-    """Random pictures, a quarter of them from the wider world, half of those with the colour channels swapped."""
+    """Random pictures, some of them from the wider world, half of those with the colour channels swapped.
+
+    Returns (16, 3, 64, 64), or (32, 3, 32, 32) crops, in [-1, 1].
+    """
     size, n_wide = (32, 12) if crop else (16, 4)
-    x = np.concatenate(
-        [
-            images[sorted(rng.sample(range(len(images) - 500), size - n_wide))],
-            wide[sorted(rng.sample(range(len(wide)), n_wide))],
-        ]
-    )
+    rows = sorted(rng.sample(range(len(images) - KEPT_BACK), size - n_wide))
+    wide_rows = sorted(rng.sample(range(len(wide)), n_wide))
+    x = np.concatenate([images[rows], wide[wide_rows]])
     x[-n_wide // 2 :] = x[-n_wide // 2 :][..., rng.sample(range(3), 3)]
     if crop:
         top, left = rng.randint(0, 32), rng.randint(0, 32)
@@ -53,34 +53,32 @@ def batch(images, wide, rng, crop):
 
 @torch.no_grad()
 def psnr(model, images):
-    """Peak signal to noise in dB, on pictures kept back."""
-    x = to_tensor(images[-500:-400])
+    """Peak signal to noise in dB, on 100 of the pictures kept back."""
+    x = to_tensor(images[-KEPT_BACK:][:100])
     error = (model.decode(model.encode(x).mode()).clamp(-1, 1) - x).square().mean((1, 2, 3)) / 4
     return float((-10 * error.log10()).mean())
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the autoencoder.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
-    parser.add_argument("--resume", action="store_true")
+    parser = flags("Train the autoencoder.", minutes=18)
+    parser.add_argument("--resume", action="store_true", help="go on after an interruption")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     images, wide = dataset.read(args.work_dir / "world")[0], dataset.read(args.work_dir / "wide")[0]
     model = Autoencoder(CONFIG).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    budget, first, checkpoint = Budget(args.minutes), 0, args.work_dir / "autoencoder.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    first, spent, checkpoint = 0, 0.0, args.work_dir / "autoencoder.pt"
     if args.resume:
-        state = torch.load(checkpoint)
+        state = torch.load(need(checkpoint, "autoencoder.py without --resume"))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        budget.spent, first = state["spent"], state["step"]
+        first, spent = state["step"], state["spent"]
 
+    budget = Budget(args.minutes, spent)
     for step in itertools.count(first):
         rng = random.Random(f"autoencoder {step}")
-        set_rate(optimizer, budget.learning_rate(args.learning_rate))
+        set_rate(optimizer, budget.learning_rate(PEAK_RATE))
         x = batch(images, wide, rng, crop=budget.fraction < 0.5)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(x)
@@ -92,12 +90,13 @@ def main():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        if step % 200 == 0 or budget.fraction == 1:
+        done = budget.fraction == 1
+        if step % 200 == 0 or done:
             minutes, quality = budget.elapsed / 60, psnr(model, images)
             print(f"{step:6d}  {minutes:5.1f} min  loss {loss:.4f}  kl {kl:.2f}  {quality:.2f} dB", flush=True)
             both = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(checkpoint, {**both, "spent": budget.elapsed, "step": step + 1})
-        if budget.fraction == 1:
+        if done:
             break
 
     # scale_factor = 1 / standard deviation of the latents, so that the UNet works on numbers of about unit size
@@ -105,12 +104,10 @@ def main():
         std = model.encode(to_tensor(images[:512])).sample().std()
     config = replace(CONFIG, scale_factor=round(float(1 / std), 5))
     (args.work_dir / "autoencoder.json").write_text(json.dumps(asdict(config)))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-        args.work_dir / "autoencoder.safetensors",
-    )
+    files.save_tensors(args.work_dir / "autoencoder.safetensors", model.state_dict(), {})
     print(config)
 
 
 if __name__ == "__main__":
-    main()
+    with cli.reported("autoencoder.py"):
+        main()

@@ -4,20 +4,23 @@ The wider world has what the captioned one has not: hats, leaves, and stripes of
 judge see it too, as the real autoencoder (OpenImages) and CLIP saw far more than any one data set: they must be able
 to show, and tell apart, things that the UNet has not met. The UNet sees only the captioned world.
 
-    python weights/tiny/dataset.py --work-dir runs/tiny
+    python weights/tiny/dataset.py
 """
 
-import argparse
-import pickle
+import json
 import random
+from dataclasses import asdict
 from multiprocessing import Pool
-from pathlib import Path
 
 import numpy as np
 import world
+from training import flags, need
+
+from ldm import cli
 
 
 def draw_one(job):
+    """(whether of the wider world, its seed) -> (Picture, (64, 64, 3) uint8)"""
     wide, seed = job
     rng = random.Random(f"{'wide' if wide else 'world'} {seed}")
     picture = world.sample(rng, **(widen(rng) if wide else {}))
@@ -34,22 +37,26 @@ def widen(rng):
 
 
 def write(folder, count, wide):
-    """folder/{images.npy, pictures.pkl}: (count, 64, 64, 3) uint8 and the list of Pictures."""
+    """folder/{images.npy, pictures.json}: (count, 64, 64, 3) uint8 and what each Picture is."""
     folder.mkdir(parents=True, exist_ok=True)
     with Pool() as pool:
         drawn = pool.map(draw_one, [(wide, i) for i in range(count)], chunksize=200)
     np.save(folder / "images.npy", np.stack([image for _, image in drawn]))
-    (folder / "pictures.pkl").write_bytes(pickle.dumps([picture for picture, _ in drawn]))
+    (folder / "pictures.json").write_text(json.dumps([asdict(picture) for picture, _ in drawn]))
 
 
 def read(folder):
-    """(images, memory-mapped; Pictures)"""
-    return np.load(folder / "images.npy", mmap_mode="r"), pickle.loads((folder / "pictures.pkl").read_bytes())
+    """(images, memory-mapped; Pictures). Raises InputError if there are none yet."""
+    rows = json.loads(need(folder / "pictures.json", "dataset.py").read_text())
+    return np.load(folder / "images.npy", mmap_mode="r"), [world.Picture(**row) for row in rows]
+
+
+def main():
+    args = flags("Draw the training pictures.").parse_args()
+    write(args.work_dir / "world", 48_000, wide=False)
+    write(args.work_dir / "wide", 8_000, wide=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw the training pictures.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
-    args = parser.parse_args()
-    write(args.work_dir / "world", 48_000, wide=False)
-    write(args.work_dir / "wide", 8_000, wide=True)
+    with cli.reported("dataset.py"):
+        main()

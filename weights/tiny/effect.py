@@ -10,10 +10,12 @@ compares both with the base model:
     diversity   "a photo of a monster": mean cosine distance between the features of 64 pictures; 100 % is the base
     drift       the same 64 pictures: their fidelity to the subject, which should stay the base's
 
-    python weights/tiny/effect.py --work-dir runs/effect      # about ten minutes on two cores
+    python weights/tiny/effect.py      # about ten minutes on two cores
+
+What an earlier call has tuned in the same --work-dir is taken only if it is the very same run; train.py sees to that.
 """
 
-import argparse
+import json
 import random
 import subprocess
 import sys
@@ -26,7 +28,7 @@ import torch
 import world
 from PIL import Image
 
-from ldm import StableDiffusion, sheet
+from ldm import StableDiffusion, cli, sheet
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -39,10 +41,11 @@ def drawings(name, count, seed):
     return np.stack([world.draw(world.subject(name, rng), rng) for _ in range(count)])
 
 
-def tune(output, extra):
-    """Runs train.py and returns the tuned model."""
-    if not (output / "model.safetensors").exists():
-        subprocess.run([sys.executable, ROOT / "train.py", "--output-dir", output, *extra], check=True)
+def tune(output, flags):
+    """Runs train.py, or has it go on where it stopped. Returns the tuned model; ends the program if train.py fails."""
+    resume = ["--output-dir", output, "--resume-from-checkpoint", "latest"]
+    if status := subprocess.run([sys.executable, ROOT / "train.py", *resume, *flags]).returncode:
+        raise SystemExit(status)  # train.py has said why
     return StableDiffusion.load(output / "model.safetensors")
 
 
@@ -84,33 +87,27 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure the effect of DreamBooth on the embedded model.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/effect"))
-    parser.add_argument("--subject", default="baron", choices=world.SUBJECTS)
-    parser.add_argument("--model", type=Path, default=HERE / "base")
+    parser = cli.Parser(description="Measure the effect of DreamBooth on the embedded model.")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/effect"), help="for the two runs and the sheet")
+    parser.add_argument("--subject", default="baron", choices=world.SUBJECTS, help="one of world.py's")
+    parser.add_argument("--model", type=Path, default=HERE / "base", help="the base model")
     parser.add_argument("train_flags", nargs="*", help="after --: more flags for train.py")
     args = parser.parse_args()
 
-    settings, eye = score.settings(), judge.load()
+    eye = judge.load()
     photographs = world.write_subject(args.subject, args.work_dir / "subject")
     subject = eye.features(drawings(args.subject, 48, "mean")).mean(0)
     subject = subject / subject.norm()
     real = float((eye.features(drawings(args.subject, 48, "real")) @ subject).mean())
 
-    common = [
-        "--instance-data-dir",
-        args.work_dir / "subject",
-        "--config",
-        HERE / "train.toml",
-        "--model",
-        args.model,
-        *args.train_flags,
-    ]
+    common = ["--config", HERE / "train.toml", "--model", args.model]
+    common += ["--instance-data-dir", args.work_dir / "subject", *args.train_flags]
     models = {
         "base": StableDiffusion.load(args.model),
         "with prior preservation": tune(args.work_dir / "with", common),
         "without": tune(args.work_dir / "without", [*common, "--no-with-prior-preservation"]),
     }
+    settings = json.loads((args.work_dir / "with" / "config.json").read_text(encoding="utf-8"))
     results, rows = {}, [("four photographs of the subject", [Image.open(path) for path in photographs])]
     for model, sd in models.items():
         with torch.no_grad():
@@ -126,4 +123,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with cli.reported("effect.py"):
+        main()

@@ -5,10 +5,9 @@ shows what the prompt asked for, and its features say how alike two things are. 
 from generated pictures. Heads: kind, colour, pattern, scene; for monsters also shape, eyes, crown, mouth and the
 second colour. Blur and noise in training make it forgiving of the autoencoder.
 
-    python weights/tiny/judge.py --work-dir runs/tiny --minutes 6     # trains, writes weights/tiny/judge.safetensors
+    python weights/tiny/judge.py
 """
 
-import argparse
 import itertools
 import random
 from pathlib import Path
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from training import Budget, set_rate, to_tensor
+from training import Budget, flags, need, set_rate, to_tensor
+
+from ldm import cli, files
 
 HEADS = {
     "kind": world.KINDS,
@@ -33,7 +34,8 @@ HEADS = {
     "mouth": world.MOUTHS,
     "second": ("white", *world.RARE_SECONDS),
 }
-FILE = Path(__file__).parent / "judge.safetensors"
+FILE = "judge.safetensors"
+BATCH, PEAK_RATE = 96, 2e-3
 
 
 class Judge(nn.Module):
@@ -72,13 +74,14 @@ class Judge(nn.Module):
         return [{name: HEADS[name][best[name][i]] for name in HEADS} for i in range(len(images))]
 
 
-def load():
+def load(folder=Path(__file__).parent):
+    """The judge that lies in a folder; the shipped one, if none is named. Raises InputError if there is none."""
     judge = Judge()
-    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(FILE).items()})
+    judge.load_state_dict(load_file(need(folder / FILE, "judge.py")))
     return judge.eval()
 
 
-def blur(x, rng):
+def blur(x):
     """What the autoencoder and the sampler do to a picture, roughly: blur, noise, another contrast."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, soft, torch.rand(len(x), 1, 1, 1) * 1.2)
@@ -101,6 +104,7 @@ def labels(pictures):
 
 @torch.no_grad()
 def accuracy(judge, images, pictures):
+    """{head: share right}, and leaves the judge in training."""
     judge.eval()
     logits, truth = judge(to_tensor(images))[1], labels(pictures)
     judge.train()
@@ -111,13 +115,7 @@ def accuracy(judge, images, pictures):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the judge.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--minutes", type=float, default=6)
-    parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = flags("Train the judge.", minutes=3).parse_args()
 
     torch.manual_seed(0)
     folders = [dataset.read(args.work_dir / name) for name in ("world", "wide")]
@@ -127,14 +125,14 @@ def main():
     held_images, held_pictures = np.stack([image for _, image in held]), [picture for picture, _ in held]
 
     judge = Judge().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=1e-2)
     budget = Budget(args.minutes)
     for step in itertools.count():
         rng = random.Random(f"judge {step}")
-        set_rate(optimizer, budget.learning_rate(2e-3))
-        rows = np.sort(rng.sample(range(len(images)), 96))
-        x, y = blur(to_tensor(images[rows]), rng).contiguous(memory_format=torch.channels_last), truth[rows]
-        logits = judge(x)[1]
+        set_rate(optimizer, budget.learning_rate(PEAK_RATE))
+        rows = sorted(rng.sample(range(len(images)), BATCH))
+        x, y = blur(to_tensor(images[rows])), truth[rows]
+        logits = judge(x.contiguous(memory_format=torch.channels_last))[1]
         loss = sum(F.cross_entropy(logits[name], y[:, i], ignore_index=-1) for i, name in enumerate(HEADS))
         optimizer.zero_grad()
         loss.backward()
@@ -149,9 +147,11 @@ def main():
     monsters = np.array([image for image, p in zip(held_images, held_pictures, strict=True) if p.kind == "monster"])
     with torch.no_grad():
         judge.centre.copy_(judge(to_tensor(monsters))[0].mean(0))
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in judge.state_dict().items()}, FILE)
-    print(f"{step} steps, as shipped: {accuracy(load(), held_images, held_pictures)}")
+    state = {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
+    files.save_tensors(args.work_dir / FILE, state, {})
+    print(f"{step} steps, as saved: {accuracy(load(args.work_dir), held_images, held_pictures)}")
 
 
 if __name__ == "__main__":
-    main()
+    with cli.reported("judge.py"):
+        main()

@@ -5,7 +5,6 @@ python weights/tiny/score.py --guidance-scale 3 --steps 50  # others
 python weights/tiny/score.py --sheet runs/sheet.jpg         # and 64 of them to look at
 """
 
-import argparse
 import random
 import tomllib
 from pathlib import Path
@@ -14,7 +13,7 @@ import judge
 import numpy as np
 import world
 
-from ldm import StableDiffusion
+from ldm import StableDiffusion, cli
 
 HERE = Path(__file__).parent
 
@@ -49,51 +48,49 @@ def pictures(sd, prompts, seeds, steps, guidance, batch=36):
     return np.stack([np.asarray(image) for image in made])
 
 
-def score(sd, count, steps, guidance, seed=0):
-    """({"kind": share right, ...}, the pictures, the prompts)"""
+def score(sd, eye, count, steps, guidance, seed=0):
+    """({"kind": share that the judge `eye` finds right, ...}, the pictures, the prompts)"""
     asked = questions(count, seed)
     prompts = [prompt(question) for question in asked]
     images = pictures(sd, prompts, [seed * count + i for i in range(count)], steps, guidance)
-    given = judge.load().answers(images)
+    given = eye.answers(images)
     right = {name: sum(g[name] == q[name] for g, q in zip(given, asked, strict=True)) / count for name in asked[0]}
     return right, images, prompts
 
 
 def settings():
     """train.toml, which has the sampling steps and guidance scale that the shipped model is used with."""
-    return tomllib.loads((HERE / "train.toml").read_text())
+    return tomllib.loads((HERE / "train.toml").read_text(encoding="utf-8"))
 
 
 def main():
     shipped = settings()
-    parser = argparse.ArgumentParser(description="Score a base model with the judge.")
-    parser.add_argument("--model", type=Path, default=HERE / "base")
-    parser.add_argument("--count", type=int, default=216)
-    parser.add_argument("--steps", type=int, default=shipped["sample_steps"])
-    parser.add_argument("--guidance-scale", type=float, default=shipped["guidance_scale"])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--sheet", type=Path)
+    parser = cli.Parser(description="Score a base model with the judge.")
+    parser.add_argument("--model", type=Path, default=HERE / "base", help="a model that knows the drawn world")
+    parser.add_argument("--count", type=cli.positive, default=216, help="pictures to score")
+    parser.add_argument("--steps", type=cli.positive, default=shipped["sample_steps"], help="sampling steps")
+    parser.add_argument("--guidance-scale", type=float, default=shipped["guidance_scale"], help="1 is off")
+    parser.add_argument("--seed", type=int, default=1, help="of the prompts and of the pictures")
+    parser.add_argument("--sheet", type=Path, help="write 64 of the pictures to this file")
     args = parser.parse_args()
-    right, images, prompts = score(
-        StableDiffusion.load(args.model), args.count, args.steps, args.guidance_scale, args.seed
-    )
+
+    sd, eye = StableDiffusion.load(args.model), judge.load()
+    right, images, prompts = score(sd, eye, args.count, args.steps, args.guidance_scale, args.seed)
     print(f"{args.count} pictures, {args.steps} steps, guidance {args.guidance_scale:g}: share that shows the prompt's")
     print("  ".join(f"{name} {share:.1%}" for name, share in right.items()))
 
     rng = random.Random("fresh")
     drawn = [world.sample(rng) for _ in range(1000)]
-    given = judge.load().answers(np.stack([world.draw(picture, rng) for picture in drawn]))
+    given = eye.answers(np.stack([world.draw(picture, rng) for picture in drawn]))
+    itself = {name: np.mean([g[name] == getattr(p, name) for g, p in zip(given, drawn, strict=True)]) for name in right}
     print("the judge itself, on 1000 drawings:")
-    print(
-        "  ".join(
-            f"{name} {sum(g[name] == getattr(p, name) for g, p in zip(given, drawn, strict=True)) / 1000:.1%}"
-            for name in right
-        )
-    )
+    print("  ".join(f"{name} {share:.1%}" for name, share in itself.items()))
     if args.sheet:
-        world.sheet(list(images[:64])).save(args.sheet, quality=90)
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        world.sheet(images[:64]).save(args.sheet, quality=90)
         print("\n".join(f"row {i // 8 + 1}, column {i % 8 + 1}: {text}" for i, text in enumerate(prompts[:64])))
 
 
 if __name__ == "__main__":
-    main()
+    with cli.reported("score.py"):
+        main()

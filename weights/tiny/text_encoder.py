@@ -4,30 +4,29 @@ The real one (Radford et al. 2021) learned from 400 million pairs of the web, wi
 keeps its text half, frozen. Ours has 2 layers instead of 12, a byte-pair vocabulary learned from our own captions, and
 an image tower of five convolutions, thrown away at the end. As CLIP's, the text's vector is the one at end-of-text.
 
-    python weights/tiny/text_encoder.py --work-dir runs/tiny --minutes 5
+    python weights/tiny/text_encoder.py
 """
 
-import argparse
 import itertools
 import json
 import random
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 
 import dataset
 import torch
 import torch.nn.functional as F
 import world
-from safetensors.torch import save_file
 from torch import nn
-from training import Budget, set_rate, to_tensor
+from training import Budget, flags, set_rate, to_tensor
 
+from ldm import cli, files
 from ldm.clip import TextEncoder
 from ldm.config import TextConfig
 from ldm.tokenizer import Tokenizer
 
-CONTEXT_LENGTH, BATCH, VECTOR = 32, 256, 64
+CONTEXT_LENGTH, VECTOR = 32, 64
+BATCH, PEAK_RATE = 256, 1.5e-3
 
 
 def learn_merges(words):
@@ -57,9 +56,7 @@ def learn_merges(words):
 def learn_tokenizer(captions):
     """CLIP's 512 byte tokens, then our merges, then the two specials: any text can be spelled, our words are tokens."""
     counts = Counter(word for caption in captions for word in caption.split())
-    merges = learn_merges(
-        Counter({word: n for word, n in counts.items() if n > 100})
-    )  # leaves out the meaningless words
+    merges = learn_merges(Counter({word: n for word, n in counts.items() if n > 100}))  # not the meaningless words
     clip = Tokenizer.clip().vocab
     tokens = [*sorted(clip, key=clip.get)[:512], *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
     return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, CONTEXT_LENGTH, pad_id=len(tokens) - 1)
@@ -82,6 +79,8 @@ class ImageTower(nn.Module):
 
 
 class Clip(nn.Module):
+    """Both halves, and what compares them."""
+
     def __init__(self, config):
         super().__init__()
         self.text, self.image = TextEncoder(config), ImageTower()
@@ -96,10 +95,7 @@ class Clip(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the text encoder.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--minutes", type=float, default=5)
-    args = parser.parse_args()
+    args = flags("Train the text encoder.", minutes=4).parse_args()
 
     torch.manual_seed(0)
     images, pictures = dataset.read(args.work_dir / "world")
@@ -116,11 +112,11 @@ def main():
     )
     model = Clip(config)
     model.image.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     budget = Budget(args.minutes)
     for step in itertools.count():
         rng = random.Random(f"text {step}")
-        set_rate(optimizer, budget.learning_rate(1.5e-3))
+        set_rate(optimizer, budget.learning_rate(PEAK_RATE))
         rows = sorted(rng.sample(range(len(images)), BATCH))
         ids = tokenizer([world.caption(pictures[row], rng) for row in rows])
         end = (ids == tokenizer.eos_id).int().argmax(1)  # the first: padding is end-of-text too
@@ -132,21 +128,17 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 100 == 0 or budget.fraction == 1:
-            found = (logits.argmax(1) == truth).float().mean()
-            print(
-                f"{step:5d}  {budget.elapsed / 60:.1f} min  loss {loss:.3f}  found among {BATCH}: {found:.2f}",
-                flush=True,
-            )
-        if budget.fraction == 1:
+        done = budget.fraction == 1
+        if step % 100 == 0 or done:
+            minutes, found = budget.elapsed / 60, (logits.argmax(1) == truth).float().mean()
+            print(f"{step:5d}  {minutes:.1f} min  loss {loss:.3f}  found among {BATCH}: {found:.2f}", flush=True)
+        if done:
             break
 
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.text.state_dict().items()},
-        args.work_dir / "text_encoder.safetensors",
-    )
+    files.save_tensors(args.work_dir / "text_encoder.safetensors", model.text.state_dict(), {})
     (args.work_dir / "text_encoder.json").write_text(json.dumps(asdict(config)))
 
 
 if __name__ == "__main__":
-    main()
+    with cli.reported("text_encoder.py"):
+        main()

@@ -1,18 +1,47 @@
-"""What the training scripts share: a budget of minutes, the learning rate over it, an average, a checkpoint."""
+"""What the training scripts share: flags, a budget of minutes, the learning rate over it, checkpoints."""
 
+import argparse
 import math
-import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from ldm import InputError, files
+from ldm.cli import Parser
+
+
+def flags(description, minutes=None):
+    """A parser with the flags that the scripts share. minutes: for those that train, what the shipped weights took."""
+    parser = Parser(description=description)
+    about = "folder of the drawings and of all that is trained on them"
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"), help=about)
+    if minutes is not None:
+        parser.add_argument("--minutes", type=duration, default=minutes, help="how long to train")
+    return parser
+
+
+def duration(text):
+    """An argparse type: minutes, more than none."""
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return minutes
+
+
+def need(path, script):
+    """The path of what an earlier script has made. Raises InputError if it is not there."""
+    if not path.exists():
+        raise InputError(f"{path} is missing; first run weights/tiny/{script} with the same --work-dir")
+    return path
+
 
 class Budget:
-    """Minutes to train for. Machines differ; a schedule over time ends well on each. Resumes where it stopped."""
+    """Minutes to train for. Machines differ; a schedule over time ends well on each. spent: seconds before a resume."""
 
-    def __init__(self, minutes):
-        self.seconds, self.spent, self.started = minutes * 60, 0.0, time.time()
+    def __init__(self, minutes, spent=0.0):
+        self.seconds, self.spent, self.started = minutes * 60, spent, time.time()
 
     @property
     def elapsed(self):
@@ -24,9 +53,10 @@ class Budget:
 
     def learning_rate(self, peak, warmup=0.02):
         """Linear warm-up, then a half cosine down to 2 % of the peak."""
-        if self.fraction < warmup:
-            return peak * max(self.fraction / warmup, 0.01)
-        return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (self.fraction - warmup) / (1 - warmup))))
+        fraction = self.fraction
+        if fraction < warmup:
+            return peak * max(fraction / warmup, 0.01)
+        return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup))))
 
 
 def set_rate(optimizer, rate):
@@ -34,25 +64,12 @@ def set_rate(optimizer, rate):
         group["lr"] = rate
 
 
-@torch.no_grad()
-def update_average(average, model, step, decay=0.999):
-    """Exponential moving average of the weights, in place; starts quickly, as LDM's LitEma does."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
-
-
 def save(path, state):
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    """A checkpoint, written whole or not at all."""
+    with files.replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def to_tensor(images):
     """(B, 64, 64, 3) uint8 array -> (B, 3, 64, 64) in [-1, 1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(images):
-    """(B, 3, 64, 64) in [-1, 1] -> (B, 64, 64, 3) uint8 array."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()

@@ -7,17 +7,16 @@ other noise. Two things differ beside size: it predicts v, as SD2's 768-v, since
 strongest and there eps says almost nothing about the picture; and beta ends at 0.02, since with SD's 0.012 the last
 step still shows the picture's mean colour, which the sampler, starting from pure noise, then gets wrong.
 
-    python weights/tiny/unet.py --work-dir runs/tiny --minutes 90 [--resume]     # writes weights/tiny/base
+    python weights/tiny/unet.py [--resume]
 """
 
-import argparse
 import itertools
 import json
 import random
-import time
-from pathlib import Path
+from collections import deque
 
 import dataset
+import judge
 import numpy as np
 import score
 import torch
@@ -25,24 +24,30 @@ import torch.nn.functional as F
 import world
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training import Budget, save, set_rate, to_tensor, update_average
+from tqdm import tqdm
+from training import Budget, flags, need, save, set_rate, to_tensor
 
-from ldm import StableDiffusion
+from ldm import InputError, StableDiffusion, cli
 from ldm.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.ema import EMA
 from ldm.tokenizer import Tokenizer
 
 UNET = UNetConfig(
     channels=(64, 96, 128), attention=(False, True, False), blocks=1, heads=4, context_dim=128, norm_groups=16
 )
 SCHEDULE = ScheduleConfig(prediction="v", beta_end=0.02)
-BATCH, PEAK_RATE, EMPTY = 48, 1e-3, 0.1
+BATCH, PEAK_RATE, EMPTY, DECAY = 48, 1e-3, 0.1, 0.999
+SAVE_EVERY, LOOK_EVERY = 2 * 60, 15 * 60  # seconds
 
 
 def assemble(folder):
-    """The model with its trained autoencoder, text encoder and tokenizer; the UNet is new."""
-    vae = json.loads((folder / "autoencoder.json").read_text())
+    """The model with its trained autoencoder, text encoder and tokenizer; the UNet is new.
+
+    Raises InputError if one is missing.
+    """
+    vae = json.loads(need(folder / "autoencoder.json", "autoencoder.py").read_text())
     vae = VAEConfig(**vae | {"channels": tuple(vae["channels"])})
-    text = TextConfig(**json.loads((folder / "text_encoder.json").read_text()))
+    text = TextConfig(**json.loads(need(folder / "text_encoder.json", "text_encoder.py").read_text()))
     config = ModelConfig(unet=UNET, vae=vae, text=text, schedule=SCHEDULE, sample_size=world.SIZE // vae.factor)
     sd = StableDiffusion(config, Tokenizer.from_folder(folder / "tokenizer"))
     sd.vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
@@ -53,19 +58,15 @@ def assemble(folder):
 
 
 @torch.no_grad()
-def encode_all(sd, folder):
-    """Mean and standard deviation of every picture's latents, scaled: (N, 8, 16, 16) float16, kept on disk."""
-    file = folder / "latents.npy"
-    if not file.exists():
-        images, _ = dataset.read(folder / "world")
-        moments = np.empty((len(images), 8, 16, 16), np.float16)
-        for i in range(0, len(images), 100):
-            with torch.autocast("cpu", torch.bfloat16):
-                posterior = sd.vae.encode(to_tensor(images[i : i + 100]).contiguous(memory_format=torch.channels_last))
-            both = torch.cat([posterior.mean, posterior.std], 1).float() * sd.config.vae.scale_factor
-            moments[i : i + 100] = both.numpy()
-        np.save(file, moments)
-    return torch.from_numpy(np.load(file))
+def encode_all(sd, images):
+    """Mean and standard deviation of every picture's latents, scaled: (N, 8, 16, 16) float16."""
+    moments = []
+    for i in tqdm(range(0, len(images), 100), desc="encoding"):
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = sd.vae.encode(to_tensor(images[i : i + 100]).contiguous(memory_format=torch.channels_last))
+        both = torch.cat([posterior.mean, posterior.std], 1).float() * sd.config.vae.scale_factor
+        moments.append(both.half())
+    return torch.cat(moments)
 
 
 @torch.no_grad()
@@ -84,81 +85,69 @@ def training_batch(sd, moments, pictures, step):
     return sd.schedule.add_noise(x0, noise, t), t, sd.encode_prompt(captions), sd.schedule.target(x0, noise, t)
 
 
-def export(sd, average, path):
-    """Writes the model with the averaged weights, as a diffusers folder in float16."""
-    with swapped(sd.unet, average):
-        sd.save(path, layout="diffusers", dtype=torch.float16)
-
-
-class swapped:
-    """While inside, the network has the averaged weights."""
-
-    def __init__(self, network, average):
-        self.network, self.average = network, average
-
-    def __enter__(self):
-        self.own = {name: p.data for name, p in self.network.named_parameters()}
-        for name, p in self.network.named_parameters():
-            p.data = self.average[name]
-
-    def __exit__(self, *_):
-        for name, p in self.network.named_parameters():
-            p.data = self.own[name]
+@torch.no_grad()
+def look(sd, eye, folder, step):
+    """Scores 64 pictures of the model and keeps them as a sheet, and the model as a diffusers folder in float16."""
+    shipped = score.settings()
+    right, images, _ = score.score(sd, eye, 64, shipped["sample_steps"], shipped["guidance_scale"])
+    print(f"{step:6d}  {right}", flush=True)
+    world.sheet(images).save(folder / f"sheet_{step:06d}.png")
+    sd.save(folder / "base", layout="diffusers", dtype=torch.float16)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the UNet and write the model.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--minutes", type=float, default=90)
-    parser.add_argument("--look-every", type=float, default=15, help="minutes between scores and sheets")
-    parser.add_argument("--resume", action="store_true")
+    parser = flags("Train the UNet and write the model.", minutes=70)
+    parser.add_argument("--resume", action="store_true", help="go on after an interruption")
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    sd = assemble(args.work_dir)
-    moments, pictures = encode_all(sd, args.work_dir), dataset.read(args.work_dir / "world")[1]
+    sd, eye = assemble(args.work_dir), judge.load(args.work_dir)
+    images, pictures = dataset.read(args.work_dir / "world")
+    base = sd.fingerprint()
     sd.unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(sd.unet.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    average = {name: p.detach().clone() for name, p in sd.unet.named_parameters()}
-    budget, first, checkpoint = Budget(args.minutes), 0, args.work_dir / "unet.pt"
+    ema = EMA(dict(sd.unet.named_parameters()), DECAY)
+    first, spent, checkpoint = 0, 0.0, args.work_dir / "unet.pt"
     if args.resume:
-        state = torch.load(checkpoint)
+        state = torch.load(need(checkpoint, "unet.py without --resume"))
+        if state["base"] != base:
+            raise InputError(f"{checkpoint} is of another autoencoder or text encoder; begin anew, without --resume")
         sd.unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
-        average, budget.spent, first = state["average"], state["spent"], state["step"]
+        ema.averages, ema.updates = state["averages"], state["step"]
+        first, spent = state["step"], state["spent"]
 
-    losses, saved, looked = [], time.time(), budget.elapsed
+    moments = encode_all(sd, images)
+    budget, losses = Budget(args.minutes, spent), deque(maxlen=300)
+    saved = looked = budget.elapsed
     for step in itertools.count(first):
         set_rate(optimizer, budget.learning_rate(PEAK_RATE))
         x, t, context, target = training_batch(sd, moments, pictures, step)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # a fifth faster here than flash
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # quicker than flash on a CPU
             prediction = sd.unet(x.contiguous(memory_format=torch.channels_last), t, context)
         loss = F.mse_loss(prediction.float(), target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sd.unet.parameters(), 1.0)
         optimizer.step()
-        update_average(average, sd.unet, step)
+        ema.update()
         losses.append(loss.item())
 
         done = budget.fraction == 1
         if step % 100 == 0 or done:
-            print(f"{step:6d}  {budget.elapsed / 60:5.1f} min  loss {np.mean(losses[-300:]):.4f}", flush=True)
-        if time.time() - saved > 120 or done:
-            networks = {"unet": sd.unet.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            save(checkpoint, {**networks, "spent": budget.elapsed, "step": step + 1})
-            saved = time.time()
-        if budget.elapsed - looked > args.look_every * 60 or done:
+            print(f"{step:6d}  {budget.elapsed / 60:5.1f} min  loss {np.mean(losses):.4f}", flush=True)
+        if budget.elapsed - saved > SAVE_EVERY or done:
+            saved = budget.elapsed
+            networks = {"unet": sd.unet.state_dict(), "optimizer": optimizer.state_dict(), "averages": ema.averages}
+            save(checkpoint, networks | {"base": base, "step": step + 1, "spent": saved})
+        if budget.elapsed - looked > LOOK_EVERY or done:
             looked = budget.elapsed
-            with swapped(sd.unet, average):
-                right, images, _ = score.score(sd, 64, steps=25, guidance=4.0)
-            print(f"{step:6d}  {right}", flush=True)
-            world.sheet(list(images)).save(args.work_dir / f"sheet_{step:06d}.png")
-            export(sd, average, args.work_dir / "base")
+            with ema.applied():
+                look(sd, eye, args.work_dir, step)
         if done:
             break
-    export(sd, average, Path(__file__).parent / "base")
 
 
 if __name__ == "__main__":
-    main()
+    with cli.reported("unet.py"):
+        main()

@@ -10,12 +10,10 @@ A picture shows one thing in one scene. It is described by a `Picture`, drawn by
 Captions leave things out at random, as people do, so that "a photo of a monster" means every monster there is.
 Everything is drawn as polygons on a canvas four times as wide, then averaged down.
 
-    python weights/tiny/world.py sheet.png      # a sheet to look at
-    python weights/tiny/world.py --subjects     # writes the four photographs of the shipped subject
+    python weights/tiny/world.py sheet.png     # 64 pictures to look at
 """
 
 import random
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +22,8 @@ from PIL import Image, ImageChops, ImageDraw
 from scenes import CANVAS, scene
 from shapes import grow
 from things import FLOOR, INK, THINGS, WHITE
+
+from ldm import cli
 
 SIZE = 64
 
@@ -226,9 +226,14 @@ def write_subject(name, folder):
     return paths
 
 
+def main():
+    parser = cli.Parser(description="Draw 64 pictures of the little world.")
+    parser.add_argument("sheet", type=Path, help="the file to write")
+    args = parser.parse_args()
+    rng = random.Random(0)
+    sheet([draw(sample(rng), rng) for _ in range(64)]).save(args.sheet)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--subjects"]:
-        write_subject("baron", Path(__file__).parent / "subject")
-    else:
-        rng = random.Random(0)
-        sheet([draw(sample(rng), rng) for _ in range(64)]).save(sys.argv[1])
+    with cli.reported("world.py"):
+        main()
