@@ -72,6 +72,7 @@ def load(args: Namespace, device: torch.device) -> tuple[StableDiffusion, Tensor
     """The model, and the picture to start from if one is given. Raises InputError for what does not suit the model."""
     source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
     sd = StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype], **source)
+    sd.insist_finite()
     sd.schedule.spaced(args.steps)
     _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
     if args.init_image is None:

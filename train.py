@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm import cli, data, distributed, dreambooth, optim, sheet
+from ldm import cli, data, distributed, dreambooth, optim, sheet, weights
 from ldm.distributed import World
 from ldm.errors import RunError
 from ldm.model import StableDiffusion
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with world.agreed():
         photographs = data.find_pictures(settings.instance_data_dir, "--instance-data-dir")
         sd = load(settings, world)
+        if world.main:
+            sd.insist_finite()
     base = world.on_main(sd.fingerprint)
     with world.agreed():
         class_pictures = plan(sd, settings, run, photographs, base)
@@ -68,7 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows, conditioning = prepare(sd, settings, world, precision, photographs, class_pictures)
             if checkpoint is not None:
                 state.restore(*run.load(checkpoint))
-            train(settings, world, run, precision, state, trainee, rows, conditioning, stop)
+            try:
+                train(settings, world, run, precision, state, trainee, rows, conditioning, stop)
+            except torch.OutOfMemoryError:
+                hints = (
+                    "--gradient-checkpointing, --mixed-precision bf16, --use-8bit-adam or a lower --train-batch-size"
+                )
+                raise RunError(f"{world.device} ran out of memory at step {state.step + 1}; give {hints}") from None
         if state.step == settings.max_train_steps:
             finish(sd, settings, world, run, precision, photographs, state)
         else:
@@ -239,7 +247,8 @@ def finish(
     if not world.main:
         return
     with state.averaged(), precision.autocast():
-        run.save_model(state)
+        if left_out := run.save_model(state):
+            print(f"not in the model: {weights.listed(left_out)}")
         after = sheet.grid(samples(sd, settings, "after"))
     run.save_sheet("after", after)
     squares = [data.square(path, settings.resolution) for path in photographs]

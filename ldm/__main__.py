@@ -53,9 +53,14 @@ def inspect(args: Namespace) -> None:
         print(f"{part}: {sum(t.numel() for t in tensors):,} parameters in {len(tensors)} tensors")
     print(f"EMA weights: {'yes' if source.has_ema else 'no'}; tensors carried along: {len(source.extra)}")
     problems = sd.differences(source.tensors)
+    problems += [f"{name} holds NaN or infinity" for name in weights.not_finite(source.tensors)]
     for problem in problems:
         print(problem)
-    print(f"{len(problems)} problems" if problems else "complete: every tensor is there with its shape")
+    print(
+        f"{len(problems)} problems"
+        if problems
+        else "complete: every tensor is there with its shape, and all numbers are finite"
+    )
 
 
 def convert(args: Namespace) -> None:
@@ -67,6 +72,7 @@ def convert(args: Namespace) -> None:
     sd = StableDiffusion.load(
         args.path, dtype=None, ema=args.ema, prediction=args.prediction_type, variant=args.variant
     )
+    sd.insist_finite()
     print(sd.about)
     with written(output):
         left_out = sd.save(output, layout, cli.DTYPES[args.dtype] if args.dtype else None)

@@ -57,30 +57,31 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 def reported(program: str) -> Iterator[None]:
     """Turns an error that is not the program's own into one line on standard error, and so each warning.
 
-    InputError ends the program with status 2, RunError with 1. Of several processes the first speaks for all: the
-    others wait for it to have spoken, since torchrun ends all of them as soon as one ends.
+    InputError ends the program with status 2, RunError with 1. Of several processes the first of each machine speaks
+    for all. The others wait, since torchrun ends all as soon as one ends, and speak if that does not come.
     """
-    main = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def say(text: object) -> None:
-        if main:
-            print(f"{program}: {' '.join(str(text).splitlines())}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(text).splitlines())}", file=sys.stderr)
 
-    def end(status: int) -> NoReturn:
-        if not main:
+    def end(text: str, status: int) -> NoReturn:
+        if not first:
             time.sleep(5)
-        raise SystemExit(status) from None
+        say(text)
+        raise SystemExit(status)
 
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *where: say(f"warning: {message}")
+        warnings.showwarning = lambda message, *where: say(f"warning: {message}") if first else None
         try:
             yield
         except (InputError, RunError) as error:
-            say(f"error: {error}")
-            end(2 if isinstance(error, InputError) else 1)
+            end(f"error: {error}", 2 if isinstance(error, InputError) else 1)
         except KeyboardInterrupt:
-            say("interrupted")
-            end(130)
+            end("interrupted", 130)
+        except BrokenPipeError:  # of `| head`: nobody listens any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
 
 
 def device(name: str | None) -> torch.device:

@@ -46,14 +46,19 @@ class TextTransformer(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.context_length, config.width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as CLIP was initialised
-        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        self.token_embedding = embedding(config.vocab_size, config.width, std=0.02)  # as CLIP was initialised
+        self.position_embedding = embedding(config.context_length, config.width, std=0.01)
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
         return self.token_embedding(ids) + self.position_embedding(positions)
+
+
+def embedding(rows: int, width: int, std: float) -> nn.Embedding:
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:  # there it would draw nothing, and yet take a second: torch imports its compiler for it
+        nn.init.normal_(weight, std=std)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 class Block(nn.Module):

@@ -100,10 +100,10 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None
 
 def insist_writable(folder: Path, flag: str) -> None:
     """Raises InputError, which names the flag, if nothing could be written in this folder, there already or not."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{flag} {folder} is a file; give a folder")
     there = folder.absolute()
-    while not there.exists():
+    while not os.path.exists(there):  # unlike Path's, it is no error where this user may not look
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{flag} {folder} can't be written: {there} is no folder that this user may write in")

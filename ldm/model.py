@@ -51,7 +51,8 @@ class StableDiffusion:
 
         The networks adopt the file's memory-mapped tensors; only what has another type or device is copied.
         dtype: of the networks; as stored if None. ema, prediction, variant: see `weights.read`.
-        Raises InputError, which names the tensor, if one is missing, unknown, of another shape or not finite.
+        Raises InputError, which names the tensor, if one is missing, unknown or of another shape. The numbers are not
+        looked at, and so not read from the disk before they are needed: `insist_finite` does.
         """
         read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
         source = read()
@@ -61,11 +62,7 @@ class StableDiffusion:
         if problems := sd.differences(source.tensors):
             raise InputError(f"{path}: {weights.listed(problems, 1)}")
         for prefix, network in sd.networks().items():
-            state = {}
-            for name in network.state_dict():
-                state[name] = source.tensors[prefix + name].to(device, dtype)
-                if not _is_finite(state[name]):
-                    raise InputError(f"{path}: {prefix + name} holds NaN or infinity; the file is damaged or diverged")
+            state = {name: source.tensors[prefix + name].to(device, dtype) for name in network.state_dict()}
             network.load_state_dict(state, assign=True)
             network.eval()
         return sd
@@ -121,15 +118,25 @@ class StableDiffusion:
                 problems.append(f"{name} holds {found.dtype}, and should hold fp32, fp16 or bf16 numbers")
         return problems
 
+    def insist_finite(self) -> None:
+        """Raises InputError, which names the tensors, if weights are NaN or infinity. Reads all of them."""
+        if bad := weights.not_finite(self.state()):
+            what = weights.listed(bad, 1)
+            raise InputError(f"{what} holds NaN or infinity; the model's file is damaged, or the model has diverged")
+
     @torch.no_grad()
     def rehearse(self) -> None:
-        """Runs the three networks once for a small picture; on the meta device, which knows shapes only, at no cost.
+        """Runs the three networks once for a small picture, unless their sizes are the official ones, known to run.
+
+        On the meta device, which knows shapes only, it costs next to nothing.
 
         Raises whatever comes up where they do not fit each other, the tokenizer or this program.
         """
         text, tokenizer = self.config.text, self.tokenizer
         if tokenizer.context_length != text.context_length or max(tokenizer.vocab.values()) >= text.vocab_size:
             raise ValueError("the tokenizer is not the text encoder's")
+        if weights.family(self.config) is not None:
+            return
         context = self.text_encoder(torch.zeros(1, text.context_length, dtype=torch.long))
         image = torch.zeros(1, 3, self.config.vae.factor, self.config.vae.factor)
         z = self.vae.encode(image).mode() * self.config.vae.scale_factor
@@ -265,8 +272,3 @@ class StableDiffusion:
                 near = max(factor, round(side / factor) * factor)
                 raise InputError(f"{name} {side} is not a positive multiple of {factor} pixels; take {near}")
         return self.config.unet.in_channels, sides["height"] // factor, sides["width"] // factor
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite; the sum, which is quick, tells unless it overflows by itself."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

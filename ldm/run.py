@@ -206,11 +206,11 @@ class Run:
         with files.written(self.sheet(name)), files.replacing(self.sheet(name)) as path:
             sheet.save(path, format="PNG")
 
-    def save_model(self, state: TrainingState) -> None:
-        """Writes the model that all this was for."""
+    def save_model(self, state: TrainingState) -> list[str]:
+        """Writes the model that all this was for. Returns the names of tensors that its layout has no place for."""
         with files.written(self.model_path):
             state.insist_finite()
-            state.sd.save(self.model_path, self.settings.layout, metadata=state.metadata())
+            return state.sd.save(self.model_path, self.settings.layout, metadata=state.metadata())
 
     @property
     def model_path(self) -> Path:

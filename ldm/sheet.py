@@ -4,16 +4,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 Row = tuple[str, list[Image.Image]]
 
+SMALLEST = 128  # pixels along a cell
 MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
 
 
-def grid(rows: list[Row], smallest: int = 128) -> Image.Image:
-    """One sheet of rows (label, pictures), all cells of the first picture's size; small pictures are enlarged.
-
-    smallest: cells below this many pixels are magnified by a whole factor.
-    """
+def grid(rows: list[Row]) -> Image.Image:
+    """One sheet of rows (label, pictures), all cells of the first picture's size, magnified if that is small."""
     first = rows[0][1][0]
-    factor = max(1, -(-smallest // min(first.size)))
+    factor = max(1, -(-SMALLEST // min(first.size)))
     width, height = first.width * factor, first.height * factor
     font = ImageFont.load_default(size=max(13, height // 12))
     label = font.size + 2 * MARGIN

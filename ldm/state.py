@@ -91,18 +91,18 @@ class TrainingState:
 
     @torch.no_grad()
     def restore(self, model: Tensors, training: Tensors, numbers: dict[str, Any]) -> None:
-        """The inverse of `save_model`, `tensors` and `numbers`."""
+        """The inverse of `save_model`, `tensors` and `numbers`. The training tensors are adopted, not copied."""
         for name, parameter in self.parameters.items():
             parameter.copy_(model[name])
         for name, tensor in training.items():
             owner, _, rest = name.partition(".")
             if owner == "ema":
-                self.ema.averages[rest].copy_(tensor)
+                self.ema.averages[rest] = tensor.to(self.parameters[rest].device)
             else:
                 key, _, rest = rest.partition(".")
                 parameter = self.parameters[rest]
                 # AdamW counts steps on the CPU unless fused on a GPU; its moments lie beside their parameter
-                self.optimizer.state[parameter][key] = tensor.clone().to(parameter.device)
+                self.optimizer.state[parameter][key] = tensor.to(parameter.device)
         for name, values in numbers["optimizer"].items():
             self.optimizer.state[self.parameters[name]].update(values)
         self.step, self.draws = numbers["step"], numbers["draws"]

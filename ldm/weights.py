@@ -159,19 +159,19 @@ def _read_folder(path: Path, variant: str | None) -> Source:
 def describe(source: Source) -> str:
     """Family, layout, type and what the model predicts, and how that is known: one line."""
     types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in source.tensors.values()})
-    family = next(
-        (name for name, preset in FAMILIES.items() if _shaped_like(source.config, preset)), "a model of its own size"
-    )
+    name = family(source.config) or "a model of its own size"
     layout = {"official": "official single file", "diffusers": "diffusers folder"}[source.layout]
     predicts = f"predicts {source.config.schedule.prediction} ({source.prediction_from})"
-    return f"{family}, {layout}, {'/'.join(types)}, {predicts}"
+    return f"{name}, {layout}, {'/'.join(types)}, {predicts}"
 
 
 FAMILIES = {"Stable Diffusion 1": SD1, "Stable Diffusion 2": SD2}
 
 
-def _shaped_like(config: ModelConfig, preset: ModelConfig) -> bool:
-    return (config.unet, config.vae, config.text) == (preset.unet, preset.vae, preset.text)
+def family(config: ModelConfig) -> str | None:
+    """The family whose sizes a model has; None if it has its own."""
+    ours = config.unet, config.vae, config.text
+    return next((name for name, it in FAMILIES.items() if ours == (it.unet, it.vae, it.text)), None)
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -179,6 +179,16 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     others = [name for name in names if not name.startswith(EMA)]
     words = [f"{count} EMA tensors"] if (count := len(names) - len(others)) else []
     return ", ".join(words + others[:most]) + (f" and {len(others) - most} more" if len(others) > most else "")
+
+
+def not_finite(tensors: Tensors) -> list[str]:
+    """The names of tensors that hold NaN or infinity."""
+    return sorted(name for name, tensor in tensors.items() if not _is_finite(tensor))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite; the sum, which is quick, tells unless it overflows by itself."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def official(source: Source) -> Tensors:

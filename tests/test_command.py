@@ -43,14 +43,14 @@ def test_inspect_tells_what_a_file_is(run, file, narrow):
         f"autoencoder: {counts[1]:,} parameters in 248 tensors",
         f"text encoder: {counts[2]:,} parameters in {2 + 2 * 16 + 2} tensors",
         "EMA weights: yes; tensors carried along: 13",
-        "complete: every tensor is there with its shape",
+        "complete: every tensor is there with its shape, and all numbers are finite",
     ]
     sd.save(file.parent / "folder", "diffusers", torch.bfloat16)
     lines = run("inspect", file.parent / "folder")
     assert lines[0].endswith("Stable Diffusion 1, diffusers folder, bfloat16, predicts eps (the scheduler's JSON)")
     assert lines[-2:] == [
         "EMA weights: no; tensors carried along: 0",
-        "complete: every tensor is there with its shape",
+        "complete: every tensor is there with its shape, and all numbers are finite",
     ]
 
 

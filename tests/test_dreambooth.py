@@ -16,6 +16,8 @@ from ldm.dreambooth import Trainee, dreambooth_loss, training_rows
 from ldm.prior import FLAGS, ClassPictures
 from ldm.stop import Stop
 
+pytestmark = pytest.mark.filterwarnings("ignore:skipped")
+
 RECIPE = {
     "prompt": "a photo of a dog",
     "sampler": "ddim",

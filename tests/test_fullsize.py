@@ -5,6 +5,7 @@ Most of it takes minutes and gigabytes and is marked slow; the same on thin mode
 
 import resource
 import shutil
+import statistics
 
 import numpy as np
 import pytest
@@ -176,6 +177,17 @@ def test_loading_takes_no_second_copy(family, files):
 
 
 @pytest.mark.slow
+def test_loading_is_no_slower_than_diffusers(files):
+    times = {who: [] for who in ("ours", "diffusers")}
+    for _ in range(4):
+        for who, runs in times.items():
+            runs.append(measure(who, *files("sd1"))["seconds"])
+    ours, theirs = (statistics.median(runs[1:]) for runs in times.values())
+    print(f"{ours / theirs:.2f} of the time")
+    assert ours <= theirs
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_steps_at_256_pixels_give_diffusers_picture_of_the_same_file(family, files):
     same_picture(*files(family), size=256)
@@ -232,9 +244,10 @@ def test_published_numbers_are_told_from_random_weights_at_full_size(family, fil
 @pytest.mark.slow
 def test_two_steps_at_the_official_size_go_on_to_the_same_bits(files, photographs, tmp_path):
     """UNet only, bf16, 128 pixels: whole, and stopped after its first step; each in less than 20 GB."""
-    how = "--no-train-text-encoder|--mixed-precision=bf16|--resolution=128|--num-class-images=1|--num-validation-images=1"
-    prompts = "--instance-prompt=a photo of sks dog|--class-prompt=a photo of a dog|--sample-steps=1|--guidance-scale=1"
-    base = ["--model", files("sd1")[0], "--instance-data-dir", photographs, *how.split("|"), *prompts.split("|")]
+    how = ["--no-train-text-encoder", "--mixed-precision", "bf16", "--resolution", 128, "--num-class-images", 1]
+    how += ["--num-validation-images", 1, "--sample-steps", 1, "--guidance-scale", 1]
+    how += ["--instance-prompt", "a photo of sks dog", "--class-prompt", "a photo of a dog"]
+    base = ["--model", files("sd1")[0], "--instance-data-dir", photographs, *how]
     parts = ["--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / "parts"]
     for flags in (
         ["--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / "whole", "--max-train-steps", 2],

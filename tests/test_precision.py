@@ -110,16 +110,17 @@ def test_an_overflow_is_skipped_and_moves_neither_step_nor_schedule(steep, base,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_endless_overflow_is_an_error(random_model, base, tmp_path):
+def test_a_model_that_fp16_cannot_hold_is_told_before_training(random_model, base, tmp_path):
     sd = random_model()
     with torch.no_grad():
         sd.unet.out[2].weight.mul_(1e9)
         sd.unet.out[0].weight.mul_(1e-9)
         sd.unet.out[0].bias.mul_(1e-9)
-    sd.save(tmp_path / "hopeless.safetensors")
-    flags = ("--model", tmp_path / "hopeless.safetensors", "--mixed-precision", "fp16")
-    message = failed(*base, *flags, "--output-dir", tmp_path / "run")
-    assert "at step 1" in message and ("overflowed 50 times in a row" in message or "the loss is" in message)
+    sd.save(tmp_path / "wide.safetensors")
+    flags = ("--model", tmp_path / "wide.safetensors", "--output-dir", tmp_path / "run")
+    assert "fp16 is too narrow for the model (take bf16" in failed(*base, *flags, "--mixed-precision", "fp16")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    call(*base, *flags, "--mixed-precision", "bf16", "--output-dir", tmp_path / "bf16")
 
 
 def test_a_diverged_run_stops_before_it_saves_anything_of_it(base, tmp_path):
