@@ -92,9 +92,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Writes a .safetensors file. One tensor under two names, which the format does not know, is written twice."""
+    apart, begins = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        if tensor.data_ptr() in begins:
+            tensor = tensor.clone()
+        begins.add(tensor.data_ptr())
+        apart[name] = tensor
     path.touch()
     mode = path.stat().st_mode  # any new file's; safetensors makes its files for the owner's eyes only
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    save_file(apart, path, metadata)
     path.chmod(mode)
 
 

@@ -1,4 +1,4 @@
-"""Running train.py from the command line, in processes of its own, and reading what it leaves behind."""
+"""Running train.py, and sample.py, from the command line, in processes of its own, and reading what it leaves behind."""
 
 import gc
 import hashlib
@@ -74,9 +74,11 @@ def refused(*arguments: object) -> str:
     return message
 
 
-def command(arguments: Sequence[object], processes: int = 1, torchrun: Sequence[str] = ()) -> list[str]:
+def command(
+    arguments: Sequence[object], processes: int = 1, torchrun: Sequence[str] = (), script: str = "train.py"
+) -> list[str]:
     """The command line of train.py with these arguments, or of torchrun with it."""
-    program = [str(ROOT / "train.py"), *map(str, arguments)]
+    program = [str(ROOT / script), *map(str, arguments)]
     if processes == 1 and not torchrun:
         return [sys.executable, *program]
     where = () if any(flag.startswith("--rdzv") for flag in torchrun) else ("--standalone",)

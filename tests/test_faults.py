@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -288,12 +289,8 @@ def test_a_base_model_with_a_weight_that_is_no_number(number, random_model, base
     assert not (tmp_path / "run").exists()
 
 
-def test_eight_bit_adam_asks_for_what_it_needs(base, tmp_path):
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        message = refused(*base, "--use-8bit-adam", "--output-dir", tmp_path / "run")
-        assert message == '--use-8bit-adam needs bitsandbytes: pip install -e ".[bitsandbytes]"'
-        assert not (tmp_path / "run").exists()
-    else:
-        pytest.skip("bitsandbytes is installed here")
+def test_eight_bit_adam_asks_for_what_it_needs(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    message = refused(*base, "--use-8bit-adam", "--output-dir", tmp_path / "run")
+    assert message == '--use-8bit-adam needs bitsandbytes: pip install -e ".[bitsandbytes]"'
+    assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import SMALL, call, checkpoints, command, leftovers, losses, metrics, photograph, refused, run, weights
+from safetensors.torch import load_file
 
 import sample
 from ldm.clip import TextEncoder
@@ -92,6 +93,17 @@ def test_two_processes_with_accumulation(precision, base, tmp_path):
     assert losses(tmp_path / "alone") == pytest.approx(losses(whole), rel=1e-6 if precision == "no" else 1e-2)
     message = refused(*base, "--train-batch-size", 4, "--output-dir", tmp_path / "alone", *LATEST)
     assert "global_batch was 6 and is 12" in message
+
+
+def test_moments_in_eight_bits_go_on_too(base, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs the bitsandbytes extra")
+    base = (*base, "--use-8bit-adam", "--learning-rate", "1e-3")
+    call(*base, "--output-dir", tmp_path / "whole")
+    call(*base, "--output-dir", tmp_path / "parts", "--max-train-steps", 2, "--checkpointing-steps", 2)
+    call(*base, "--output-dir", tmp_path / "parts", *LATEST)
+    insist_same(tmp_path / "whole", tmp_path / "parts")
+    training = load_file(tmp_path / "parts" / "checkpoints" / "checkpoint-000002" / "training.safetensors")
+    assert torch.uint8 in {tensor.dtype for tensor in training.values()}
 
 
 def test_sd2_goes_on_with_its_text_encoder(random_model, base, tmp_path):

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import runs
 import torch
 from PIL import Image
 
@@ -115,6 +116,16 @@ def test_the_pictures_are_those_of_generate_in_batches_of_any_size(run, sd, tmp_
     for i, picture in enumerate(direct):
         one, four = (pixels(tmp_path / "samples" / f"{i + k:05d}-{seeds[i]}.png") for k in (0, 6))
         assert np.abs(one - four).max() <= 1 and np.abs(one - np.asarray(picture).astype(int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pictures(saved, tmp_path):
+    flags = ["--model", saved["official"], "--steps", 2, "--prompt", "a dog", "--prompt", "snow", "--num-images", 3]
+    flags += ["--batch-size", 2, "--grid", "--output-dir"]
+    runs.run(runs.command([*flags, tmp_path / "two"], 2, script="sample.py"), tmp_path)
+    runs.run(runs.command([*flags, tmp_path / "one"], script="sample.py"), tmp_path)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()} for folder in ("one", "two"))
+    assert len(one) == 7 and two == one
 
 
 def test_a_grid_has_a_row_for_each_prompt_and_a_column_for_each_seed(run, tmp_path):
