@@ -1,4 +1,4 @@
-"""Running train.py, and sample.py, from the command line, in processes of its own, and reading what it leaves behind."""
+"""Running train.py and sample.py from the command line, in processes of their own, and reading what is left behind."""
 
 import gc
 import hashlib
