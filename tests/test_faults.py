@@ -290,7 +290,8 @@ def test_a_base_model_with_a_weight_that_is_no_number(number, random_model, base
 
 
 def test_eight_bit_adam_asks_for_what_it_needs(base, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     message = refused(*base, "--use-8bit-adam", "--output-dir", tmp_path / "run")
     assert message == '--use-8bit-adam needs bitsandbytes: pip install -e ".[bitsandbytes]"'
     assert not (tmp_path / "run").exists()
