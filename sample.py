@@ -73,6 +73,8 @@ def load(args: Namespace, device: torch.device) -> tuple[StableDiffusion, Tensor
     source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
     sd = StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype], **source)
     sd.insist_finite()
+    if args.zero_terminal_snr:
+        sd.reschedule(zero_terminal_snr=True, spacing="trailing")
     sd.schedule.spaced(args.steps)
     _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
     if args.init_image is None:
@@ -89,6 +91,7 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "guidance_rescale": args.guidance_rescale,
+        "zero_terminal_snr": sd.config.schedule.zero_terminal_snr,
         "model": sd.fingerprint(),
     }
     if args.init_image is not None:
@@ -167,6 +170,9 @@ def parser() -> cli.Parser:
     p.add_argument("--steps", type=int, help="sampling steps, 1 to 999; 50 if not given")
     p.add_argument("--guidance-scale", type=float, help="how strongly to follow the prompt; 1 is off, 7.5 if not given")
     p.add_argument("--guidance-rescale", type=float, default=0.0, help="undoes its excess of contrast, 0 to 1")
+    p.add_argument(
+        "--zero-terminal-snr", action="store_true", help="begin at pure noise; for models that predict v and learned so"
+    )
     p.add_argument("--sampler", default="ddim", help=f"{', '.join(samplers.SAMPLERS)}; or help, for a line on each")
     p.add_argument("--eta", type=float, default=0.0, help="noise in DDIM, from 0 to 1")
     p.add_argument("--seed", type=int, default=0, help="of each prompt's first picture; the i-th has seed + i")

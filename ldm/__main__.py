@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm import cli, names, weights
 from ldm.errors import InputError
-from ldm.files import insist_writable, written
+from ldm.files import PICKLED, insist_writable, written
 from ldm.model import StableDiffusion
 
 SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
@@ -66,7 +66,7 @@ def inspect(args: Namespace) -> None:
 def convert(args: Namespace) -> None:
     output = Path(args.output)
     layout = args.layout or ("official" if output.suffix == ".safetensors" else "diffusers")
-    if output.suffix in (".ckpt", ".bin", ".pt"):
+    if output.suffix in PICKLED:
         raise InputError(f"{output}: pickled files are read, never written; give a name that ends in .safetensors")
     insist_writable(output.parent, "output")
     sd = StableDiffusion.load(

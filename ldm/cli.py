@@ -91,7 +91,7 @@ def device(name: str | None) -> torch.device:
     try:
         found = torch.device(name)
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise InputError(f"--device {name}: there is no such device here; try --device cpu") from None
     return found
 

@@ -8,23 +8,27 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+MOST_LAYERS, MOST_LEVELS, LARGEST = 64, 16, 2**20  # more than any Stable Diffusion has; each costs memory
+
 
 class Checked:
-    """Fields hold what they are declared to: a configuration that comes from a file can say anything."""
+    """Fields hold what they are declared to, within bounds: a configuration that comes from a file can say anything."""
 
     def __post_init__(self):
         for f in fields(self):
-            if not _fits(value := getattr(self, f.name), f.type):
+            value = getattr(self, f.name)
+            if not _fits(value, f.type) or (f.name in ("blocks", "layers") and value > MOST_LAYERS):
                 raise ValueError(f"{type(self).__name__}.{f.name} can't be {value!r}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a declared type; whole numbers count from 0, and no tuple is empty."""
+    """Whether a value is of a declared type; whole numbers count from 0, and no tuple is empty or long."""
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and value != () and all(_fits(item, get_args(kind)[0]) for item in value)
+        short = isinstance(value, tuple) and 0 < len(value) <= MOST_LEVELS
+        return short and all(_fits(item, get_args(kind)[0]) for item in value)
     if isinstance(kind, UnionType):
         return any(_fits(value, one) for one in get_args(kind))
-    return type(value) in ((int, float) if kind is float else (kind,)) and (kind is not int or value >= 0)
+    return type(value) in ((int, float) if kind is float else (kind,)) and (kind is not int or 0 <= value <= LARGEST)
 
 
 @dataclass(frozen=True)

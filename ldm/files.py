@@ -36,10 +36,23 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             tree = tree["state_dict"]
         if not isinstance(tree, dict):
             raise InputError(f"{path} holds no state_dict")
+        if not all(isinstance(name, str) for name in tree):
+            raise InputError(f"{path} holds something under a name that is no text; no model has that")
         return {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}, {}
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
+
+
+def open_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file, nothing if there is no such file. Raises InputError if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
 

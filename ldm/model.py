@@ -1,8 +1,10 @@
 """Stable Diffusion: three networks, a tokenizer and a schedule, and what they do together."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,6 +33,7 @@ class StableDiffusion:
         self.about = "random weights"  # what was loaded, in words
         self._extra: weights.Tensors = {}  # of the official file, not computed with
         self._dropped: list[str] = []  # names of what it had and is not saved
+        self._origin: dict[str, str] = {}  # what its metadata said of where it comes from
         self._read: Callable[[], weights.Source] | None = None  # reads again what was loaded
         self._frozen: weights.Tensors = {}  # what `freeze` has set aside, as it was
 
@@ -58,7 +61,7 @@ class StableDiffusion:
         source = read()
         sd = cls.without_weights(path, source)
         sd.about, sd._read = f"{path}: {weights.describe(source)}", read
-        sd._extra, sd._dropped = source.extra, source.dropped
+        sd._extra, sd._dropped, sd._origin = source.extra, source.dropped, source.origin
         if problems := sd.differences(source.tensors):
             raise InputError(f"{path}: {weights.listed(problems, 1)}")
         for prefix, network in sd.networks().items():
@@ -87,7 +90,8 @@ class StableDiffusion:
     ) -> list[str]:
         """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
 
-        dtype: of the stored weights; as they are if None. metadata: more lines for the safetensors headers.
+        dtype: of the stored weights; as they are if None. metadata: more lines for the safetensors headers;
+        if None, those that tell where the loaded model came from.
         What is at `path` stays whole until the new one is. Returns the names of the tensors beside the three networks
         that the source had and that are not saved: EMA weights, and in a folder what it has no place for.
         """
@@ -103,7 +107,7 @@ class StableDiffusion:
         """The weights as they are at present, ready to be written."""
         state = self.state() | self._frozen
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
-        return weights.Source(self.config, tensors, self.tokenizer, self._extra, self._dropped)
+        return weights.Source(self.config, tensors, self.tokenizer, self._extra, self._dropped, origin=self._origin)
 
     def differences(self, tensors: weights.Tensors) -> list[str]:
         """What keeps these tensors from being this model's, a phrase each: rule 2, loading is strict."""
@@ -142,6 +146,11 @@ class StableDiffusion:
         z = self.vae.encode(image).mode() * self.config.vae.scale_factor
         if self.unet(z, torch.zeros(1), context).shape != z.shape or self.vae.decode(z).shape != image.shape:
             raise ValueError("what it makes of latents or pictures is not of their size")
+
+    def reschedule(self, **changes: Any) -> None:
+        """Changes entries of `config.schedule`. Raises InputError for those that do not go together."""
+        self.schedule = Schedule(replace(self.config.schedule, **changes))
+        self.config = replace(self.config, schedule=self.schedule.config)
 
     def networks(self) -> dict[str, nn.Module]:
         """The three networks by the prefix that their tensors have in an official file."""

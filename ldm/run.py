@@ -18,7 +18,7 @@ from PIL import Image
 from ldm import checkpoint, files
 from ldm.checkpoint import METRICS
 from ldm.distributed import World, launch, restarted
-from ldm.errors import InputError
+from ldm.errors import InputError, RunError
 from ldm.files import Tensors
 from ldm.settings import Settings
 from ldm.state import TrainingState
@@ -111,6 +111,7 @@ class Run:
 
     def _start(self, bytes_to_save: int) -> Path | None:
         with files.written(self.folder):
+            new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / LOCK).open("w")
             try:
@@ -120,9 +121,14 @@ class Run:
                     f"--output-dir {self.folder}: another run is at work there; wait, or give another"
                 ) from None
             self._tidy()
-            found = self._find()
-            self._insist_same_run(found)
-            checkpoint.check_space(self.folder, bytes_to_save)
+            try:
+                found = self._find()
+                self._insist_same_run(found)
+                checkpoint.check_space(self.folder, bytes_to_save)
+            except (InputError, RunError):
+                if new:  # and ours: nobody else has the lock
+                    checkpoint.remove(self.folder)
+                raise
             with files.replacing(self.folder / CONFIG) as path:
                 path.write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
             with files.replacing(self.folder / METRICS) as path:

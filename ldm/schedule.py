@@ -25,11 +25,14 @@ class Schedule:
     2**-24 instead, as in diffusers' Euler and DPM-Solver++. In float32, x0 = (x - sqrt(1 - abar) eps) / sqrt(abar)
     loses about 2**-24 / sqrt(abar) to rounding, and the floor itself shifts it by sqrt(abar): 2**-12 makes them equal.
 
-    Raises InputError for a spacing that there is not, and for zero terminal SNR with a model that predicts eps.
+    Raises InputError for a spacing that there is not, and for zero terminal SNR with a model that predicts eps, or
+    with leading steps.
     """
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
+        if config.timesteps < 2:
+            raise InputError(f"a schedule of {config.timesteps} timesteps has no steps to sample; 1000 are usual")
         if not 0.0 < config.beta_start <= config.beta_end < 1.0:
             raise InputError(f"betas from {config.beta_start} to {config.beta_end} are not between 0 and 1")
         # "scaled linear": linear in the square root of beta, as the official code has it
@@ -42,6 +45,8 @@ class Schedule:
                 raise InputError(
                     "zero terminal SNR needs a model that predicts v: the eps of pure noise says nothing of a picture"
                 )
+            if config.spacing != "trailing":
+                raise InputError("zero terminal SNR needs trailing steps: leading ones never begin at the last")
             self.betas = _zero_terminal_snr(self.betas)
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0).clamp(min=FLOOR)
 

@@ -91,6 +91,9 @@ class Settings:
             return '--instance-prompt is missing: it names the subject by a rare word, "a photo of sks dog"'
         if self.with_prior_preservation and not self.class_prompt:
             return '--class-prompt is missing ("a photo of a dog"); or give --no-with-prior-preservation'
+        folders = [Path(folder).resolve() for folder in (self.class_data_dir, self.instance_data_dir) if folder]
+        if self.with_prior_preservation and len(set(folders)) < len(folders):
+            return f"--class-data-dir {self.class_data_dir} is --instance-data-dir too; give class pictures their own"
         for name in ("learning_rate", "text_encoder_learning_rate", "max_grad_norm", "snr_gamma"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

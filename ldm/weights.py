@@ -18,7 +18,7 @@ import torch
 from ldm import folder, names
 from ldm.config import SD1, SD2, SD2_V, ModelConfig
 from ldm.errors import InputError
-from ldm.files import PICKLED, Tensors, open_part, open_tensors, replacing, save_tensors
+from ldm.files import PICKLED, Tensors, open_metadata, open_part, open_tensors, replacing, save_tensors
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 
@@ -32,6 +32,7 @@ EMA = "model_ema."  # belongs to a training run, not to the tuned model: may be 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of weights, as files hold them
 PREDICTIONS = ("eps", "v")
+CONFIG, TOKENIZER = "ldm.config", "ldm.tokenizer"  # in the metadata of the files that we write
 MODELSPEC_PREDICTIONS = folder.PREDICTIONS | {"v": "v"}  # it says epsilon or v; some write diffusers' word
 CHECKPOINT_MODEL = "model.safetensors"  # in a checkpoint folder of train.py
 
@@ -48,6 +49,7 @@ class Source:
     layout: str = "official"
     has_ema: bool = False
     prediction_from: str = "the configuration"  # what said whether the model predicts eps or v
+    origin: dict[str, str] = field(default_factory=dict)  # metadata that say where a tuned model comes from
 
 
 def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, variant: str | None = None) -> Source:
@@ -57,10 +59,11 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
     prediction: "eps" or "v", over what the file says. variant: "fp16" for the folder's files of that name.
     """
     path = Path(path)
+    prediction = folder.PREDICTIONS.get(prediction, prediction)
     if prediction not in (None, *PREDICTIONS):
         raise InputError(f"--prediction-type {prediction} is neither eps nor v")
     if not os.path.exists(path):  # unlike Path.exists, also for a name that no disk could hold
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        if re.fullmatch(r"https?:.*|[\w.-]+/[\w.-]+", str(path)):
             raise InputError(
                 f"{path} is no file or folder here; if it is a name on a model hub: nothing is downloaded by this "
                 "program, so fetch the model first (weights/README.md says what and where) and give its path"
@@ -109,17 +112,18 @@ def _read_single(path: Path, ema: bool, prediction: str | None) -> Source:
         extra |= {key: tensors.pop(key) for key in list(tensors) if key.startswith(last)}
         text = names.from_openclip(_take(tensors, names.OPENCLIP), config.text)
         tensors |= {names.TEXT + key: tensor for key, tensor in text.items()}
-    return Source(config, tensors, tokenizer, extra, dropped, "official", has_ema, prediction_from)
+    origin = _origin(metadata)
+    return Source(config, tensors, tokenizer, extra, dropped, "official", has_ema, prediction_from, origin)
 
 
 def _family(
     path: Path, tensors: Tensors, metadata: dict[str, str], prediction: str | None
 ) -> tuple[ModelConfig, Tokenizer, str]:
     """Whose file this is: our own metadata says it, or the text encoder's names do."""
-    if "ldm.config" in metadata:
+    if CONFIG in metadata:
         try:
-            config = ModelConfig.from_dict(json.loads(metadata["ldm.config"]))
-            return config, Tokenizer.from_metadata(metadata["ldm.tokenizer"]), "the file's metadata"
+            config = ModelConfig.from_dict(json.loads(metadata[CONFIG]))
+            return config, Tokenizer.from_metadata(metadata[TOKENIZER]), "the file's metadata"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
     named = MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
@@ -153,7 +157,14 @@ def _read_folder(path: Path, variant: str | None) -> Source:
     for key, tensor in open_part(path / "text_encoder", folder.PARTS["text_encoder"], variant).items():
         if not key.endswith("position_ids"):
             tensors[names.TEXT + (key if key.startswith("text_model.") else "text_model." + key)] = tensor
-    return Source(config, tensors, tokenizer, layout="diffusers", prediction_from="the scheduler's JSON")
+    origin = _origin(open_metadata(path / "unet" / f"{folder.PARTS['unet']}.safetensors"))
+    said = "the scheduler's JSON"
+    return Source(config, tensors, tokenizer, layout="diffusers", prediction_from=said, origin=origin)
+
+
+def _origin(metadata: dict[str, str]) -> dict[str, str]:
+    """Of a file's metadata our own lines, but those that describe the model."""
+    return {key: text for key, text in metadata.items() if key.startswith("ldm.") and key not in (CONFIG, TOKENIZER)}
 
 
 def describe(source: Source) -> str:
@@ -212,11 +223,12 @@ def write_single(path: str | Path, source: Source, metadata: dict[str, str] | No
     filled = Schedule(source.config.schedule).official_buffers() | names.unused_text(source.config.text)
     header = {
         "format": "pt",
-        "ldm.config": json.dumps(source.config.to_dict()),
-        "ldm.tokenizer": source.tokenizer.to_metadata(),
+        CONFIG: json.dumps(source.config.to_dict()),
+        TOKENIZER: source.tokenizer.to_metadata(),
     }
+    header |= source.origin if metadata is None else metadata
     with replacing(Path(path)) as temporary:
-        save_tensors(temporary, filled | source.extra | official(source), header | (metadata or {}))
+        save_tensors(temporary, filled | source.extra | official(source), header)
     return sorted(source.dropped)
 
 
@@ -243,7 +255,7 @@ def write_folder(path: str | Path, source: Source, metadata: dict[str, str] | No
             (temporary / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         for part, part_tensors in parts.items():
             file = temporary / part / f"{folder.PARTS[part]}.safetensors"
-            save_tensors(file, part_tensors, {"format": "pt"} | (metadata or {}))
+            save_tensors(file, part_tensors, {"format": "pt"} | (source.origin if metadata is None else metadata))
         tokenizer.save(temporary / "tokenizer")
     return sorted([*source.dropped, *source.extra])
 

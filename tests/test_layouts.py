@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -250,8 +251,8 @@ def test_what_the_model_predicts_is_said_by_somebody_and_told(narrow, there):
     assert overruled.about.endswith("predicts eps (--prediction-type)")
     first = safetensors(narrow("sd1"), there, None)
     assert "Stable Diffusion 1, official single file, float32, predicts eps" in StableDiffusion.load(first).about
-    with pytest.raises(InputError, match="--prediction-type epsilon is neither eps nor v"):
-        StableDiffusion.load(first, prediction="epsilon")
+    with pytest.raises(InputError, match="--prediction-type x0 is neither eps nor v"):
+        StableDiffusion.load(first, prediction="x0")
 
 
 # Files that are not as they should be: one line, which names the file
@@ -393,6 +394,45 @@ def test_a_tensor_that_is_no_weight_is_refused_by_name(value, said, dtype, narro
     save_file(tensors | {name: value}, there / "a.safetensors")
     with pytest.raises(InputError, match=f"{name} {said}"):  # numbers are looked at by those that use them
         StableDiffusion.load(there / "a.safetensors", dtype=dtype).insist_finite()
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
+@pytest.mark.parametrize("key", [1, ("a", "b"), None, b"unet"], ids=str)
+def test_a_tensor_whose_name_is_no_text_is_refused(key, suffix, narrow, there):
+    tensors = official_tensors(narrow("sd1"), there)
+    torch.save({"state_dict": {**tensors, key: torch.zeros(2)}}, there / f"a{suffix}")
+    with pytest.raises(InputError, match="under a name that is no text"):
+        StableDiffusion.load(there / f"a{suffix}")
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [("text", "layers"), ("unet", "blocks"), ("vae", "blocks"), ("schedule", "timesteps"), ("text", "vocab_size")],
+)
+def test_sizes_beyond_reason_are_refused_before_memory_is_taken(part, name, random_model, there):
+    sd = random_model()
+    sd.save(there / "a.safetensors")
+    with safe_open(there / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tree = json.loads(metadata["ldm.config"])
+    tree[part][name] = 10**9
+    save_file(load_file(there / "a.safetensors"), there / "b.safetensors", metadata | {"ldm.config": json.dumps(tree)})
+    began = time.perf_counter()
+    with pytest.raises(InputError, match=f"{name} can't be 1000000000"):
+        StableDiffusion.load(there / "b.safetensors")
+    assert time.perf_counter() - began < 5
+
+
+def test_where_a_model_comes_from_stays_with_it(random_model, there):
+    origin = {"ldm.base": "f" * 64, "ldm.step": "7", "ldm.instance_prompt": "a sks dog"}
+    random_model().save(there / "a.safetensors", metadata=origin)
+    StableDiffusion.load(there / "a.safetensors").save(there / "folder", "diffusers")
+    StableDiffusion.load(there / "folder").save(there / "b.safetensors")
+    with safe_open(there / "b.safetensors", "pt") as file:
+        assert {key: text for key, text in file.metadata().items() if key in origin} == origin
+    StableDiffusion.load(there / "b.safetensors").save(there / "c.safetensors", metadata={"ldm.step": "9"})
+    with safe_open(there / "c.safetensors", "pt") as file:
+        assert file.metadata()["ldm.step"] == "9" and "ldm.base" not in file.metadata()  # another's story, not ours
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (71, 24), (72,)], ids=str)

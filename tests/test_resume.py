@@ -234,6 +234,13 @@ def test_a_checkpoint_that_is_not_there_leaves_nothing(path, base, tmp_path):
     assert message.startswith("--resume-from-checkpoint") and not (tmp_path / "new").exists()
 
 
+def test_a_refused_checkpoint_leaves_no_new_folder(once, base, tmp_path):
+    older = once / "checkpoints" / "checkpoint-000002"
+    flags = ("--resume-from-checkpoint", older, "--learning-rate", "2e-4")
+    assert "learning_rate was" in refused(*base, "--output-dir", tmp_path / "new", *flags)
+    assert not (tmp_path / "new").exists()
+
+
 # Which run it is
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 from ldm import StableDiffusion, samplers
-from ldm.errors import RunError
+from ldm.errors import InputError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,15 @@ def test_the_pictures_are_those_of_generate_in_batches_of_any_size(run, sd, tmp_
     for i, picture in enumerate(direct):
         one, four = (pixels(tmp_path / "samples" / f"{i + k:05d}-{seeds[i]}.png") for k in (0, 6))
         assert np.abs(one - four).max() <= 1 and np.abs(one - np.asarray(picture).astype(int)).max() <= 1
+
+
+def test_zero_terminal_snr_is_for_models_that_predict_v_and_changes_their_pictures(run, random_model, tmp_path):
+    with pytest.raises(InputError, match="predicts v"):
+        run("--prompt", "a dog", "--zero-terminal-snr")
+    v = ("--prompt", "a dog", "--prediction-type", "v_prediction")
+    run(*v), run(*v, "--zero-terminal-snr")
+    plain, zero = (tmp_path / "samples" / name for name in ("00000-0.png", "00001-0.png"))
+    assert Image.open(zero).text["zero_terminal_snr"] == "True" and np.abs(pixels(plain) - pixels(zero)).max() > 5
 
 
 @pytest.mark.slow

@@ -79,6 +79,13 @@ def test_zero_terminal_snr():
     torch.testing.assert_close(ZERO_SNR.target(x0, noise, last_step), -x0, rtol=0, atol=2**-12 * 5)
 
 
+def test_zero_terminal_snr_wants_trailing_steps_and_a_schedule_some():
+    with pytest.raises(InputError, match="trailing"):
+        Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True))
+    with pytest.raises(InputError, match="a schedule of 1 timesteps"):
+        Schedule(ScheduleConfig(timesteps=1))
+
+
 def test_zero_terminal_snr_is_for_models_that_predict_v():
     with pytest.raises(InputError, match="predicts v"):
         Schedule(ScheduleConfig(prediction="eps", zero_terminal_snr=True))
