@@ -51,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         class_pictures = plan(sd, settings, run, photographs, base)
     trainee = dreambooth.Trainee(sd, settings.train_text_encoder, settings.gradient_checkpointing)
     state = TrainingState(sd, trainee, settings, precision, base)
-    batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
     given = photographs + (class_pictures.own if class_pictures is not None else [])
-    checkpoint = run.start({"base": base, "pictures": digest(given), "global_batch": batch}, state.size)
+    checkpoint = run.start({"base": base, "pictures": digest(given)}, state.size)
     tell(world, sd.about)
     if checkpoint is not None:
         tell(world, f"going on from {checkpoint}")

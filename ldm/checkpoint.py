@@ -87,9 +87,11 @@ def damaged(path: Path) -> str | None:
         for name in FILES:
             if sha256(path / name) != sums[name]:
                 return f"{name} is not what was saved"
+        if not {"step", "run"} <= load_state(path).keys():
+            return f"{STATE} does not say what run it is of"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         return f"{SUMS} can't be read: {error!r}"
     return None
 

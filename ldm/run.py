@@ -27,6 +27,7 @@ from ldm.tracking import tracker
 DEFAULT = Path("runs", "dreambooth")
 CONFIG, LOCK = "config.json", "lock"
 LATEST = "latest"
+MODELS = {"official": "model.safetensors", "diffusers": "model"}  # names of the final model by its layout
 
 # Settings that may differ between a run and the run that goes on from its checkpoint.
 FREE = {
@@ -59,11 +60,13 @@ class Run:
 
     def __init__(self, settings: Settings, world: World):
         self.settings, self.world = settings, world
+        batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
+        self.identity: dict[str, Any] = {"global_batch": batch}
         self.folder: Path = world.on_main(self._claim)
 
     def _claim(self) -> Path:
         wanted, numbered = self.settings.resume_from_checkpoint, _numbered()
-        self._named = Path(wanted).absolute() if wanted not in (None, LATEST) else None
+        self._named = Path(wanted).resolve() if wanted not in (None, LATEST) else None
         back = [path for path in numbered.values() if self._is_back(path)]
         if self.settings.output_dir is not None:
             folder = Path(self.settings.output_dir)
@@ -85,7 +88,10 @@ class Run:
             if not (folder / CONFIG).exists():
                 raise InputError(f"--output-dir {folder} holds no run to go on with: it has no {CONFIG}")
         if self._named is not None and not self._is_back(folder):
+            if not self._named.exists() and (folder / "checkpoints" / wanted).is_dir():
+                self._named = folder / "checkpoints" / wanted  # its name alone will do
             checkpoint.insist_whole(self._named)
+        self._insist_unchanged(folder, _read_config(folder))  # as far as is known before the model is read
         return folder
 
     def _is_back(self, folder: Path) -> bool:
@@ -102,7 +108,7 @@ class Run:
         identity: what makes it this run beside its settings (base model, pictures, global batch).
         Raises InputError if another run is at work here, or was here with other settings; RunError if space is short.
         """
-        self.identity = identity | {"launch": launch()}
+        self.identity |= identity | {"launch": launch()}
         found = self.world.on_main(lambda: self._start(bytes_to_save))
         with self.world.agreed():
             if not (self.folder / CONFIG).exists():
@@ -150,7 +156,8 @@ class Run:
         if self._named is not None and not back:
             return self._named
         found = checkpoint.newest(self.checkpoints) or self._named
-        if found is None and self.model_path.exists() and not back:
+        finished = any((self.folder / name).exists() for name in MODELS.values())
+        if found is None and finished and not back:
             raise InputError(
                 f"--output-dir {self.folder} holds a finished run's model, and no checkpoint to go on from; "
                 "give a new folder"
@@ -158,16 +165,16 @@ class Run:
         return found
 
     def _insist_same_run(self, found: Path | None) -> None:
-        befores = {}
         if found is not None:
             state = checkpoint.load_state(found)
-            befores[found] = state["run"]
+            self._insist_unchanged(found, state["run"])
             if state["step"] > self.settings.max_train_steps:
                 raise InputError(f"{found} is beyond --max-train-steps {self.settings.max_train_steps}")
-        befores[self.folder] = _read_config(self.folder)
-        for path, before in befores.items():
-            if before is not None and (changes := self._changes(before)):
-                raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
+        self._insist_unchanged(self.folder, _read_config(self.folder))
+
+    def _insist_unchanged(self, path: Path, before: dict[str, Any] | None) -> None:
+        if before is not None and (changes := self._changes(before)):
+            raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
 
     def _config(self) -> dict[str, Any]:
         return json.loads(json.dumps({**dataclasses.asdict(self.settings), **self.identity}))
@@ -220,7 +227,7 @@ class Run:
 
     @property
     def model_path(self) -> Path:
-        return self.folder / ("model.safetensors" if self.settings.layout == "official" else "model")
+        return self.folder / MODELS[self.settings.layout]
 
 
 def _numbered() -> dict[int, Path]:
@@ -235,8 +242,8 @@ def _numbered() -> dict[int, Path]:
 def _read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); give another --output-dir") from None
 
 

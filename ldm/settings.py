@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import samplers
-from ldm.cli import Parser, positive
+from ldm.cli import MOST, Parser, positive
 from ldm.errors import InputError
 from ldm.tracking import TRACKERS, insist_installed
 
@@ -67,7 +67,7 @@ class Settings:
     deterministic: bool = setting(False, "the same bits each time on a GPU too; slower")
     checkpointing_steps: int = setting(500, "save the whole state every so many steps", type=positive)
     checkpoints_total_limit: int | None = setting(None, "how many of them to keep; all if not given", type=positive)
-    resume_from_checkpoint: str | None = setting(None, "latest, or a checkpoint folder: go on from there")
+    resume_from_checkpoint: str | None = setting(None, "latest, or a checkpoint folder: go on from there", path=True)
     seed: int = setting(0, "of everything random: order, noise, class pictures")
     output_dir: str | None = setting(None, "a new folder for the run; runs/dreambooth, numbered if taken", path=True)
     layout: str = setting("official", "of the saved model", choices=("official", "diffusers"))
@@ -87,9 +87,9 @@ class Settings:
         """What can't be trained with, as one line; None if all is well as far as settings go."""
         if self.instance_data_dir is None:
             return "--instance-data-dir is missing: the folder with photographs of your subject"
-        if not self.instance_prompt:
+        if not (self.instance_prompt or "").strip():
             return '--instance-prompt is missing: it names the subject by a rare word, "a photo of sks dog"'
-        if self.with_prior_preservation and not self.class_prompt:
+        if self.with_prior_preservation and not (self.class_prompt or "").strip():
             return '--class-prompt is missing ("a photo of a dog"); or give --no-with-prior-preservation'
         folders = [Path(folder).resolve() for folder in (self.class_data_dir, self.instance_data_dir) if folder]
         if self.with_prior_preservation and len(set(folders)) < len(folders):
@@ -98,6 +98,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 return f"--{name.replace('_', '-')} {value} is not a positive number"
+        if self.resolution > 8192:
+            return f"--resolution {self.resolution} is more than any model makes; 512 or 768 is usual"
         if self.lr_warmup_steps < 0:
             return f"--lr-warmup-steps {self.lr_warmup_steps} is below 0"
         if not 0 <= self.seed < 2**63 - self.num_validation_images:
@@ -163,13 +165,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path} is not TOML: {error}") from None
     known = {f.name: f for f in fields(Settings)}
+    known |= {_key(flag): f for f in fields(Settings) for flag in f.metadata["flags"]}
     settings: dict[str, Any] = {}
     for key, value in tree.items():
-        name = key.replace("-", "_")
-        if name not in known:
+        if (f := known.get(_key(key))) is None:
             raise InputError(f"--config {path}: there is no setting {key!r}; train.py --help lists them")
-        settings[name] = _checked(f"--config {path}: {key}", known[name], value, path.parent)
+        settings[f.name] = _checked(f"--config {path}: {key}", f, value, path.parent)
     return settings
+
+
+def _key(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
 
 
 def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
@@ -184,10 +190,11 @@ def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
     if type(value) is not kind:
         raise InputError(f"{where} is {value!r}, and should be a {kind.__name__}")
     options = f.metadata["options"]
-    if options.get("type") is positive and value < 1:
-        raise InputError(f"{where} is {value}, and should be 1 or more")
+    if options.get("type") is positive and not 1 <= value <= MOST:
+        raise InputError(f"{where} is {value}, and should be from 1 to {MOST}")
     if "choices" in options and value not in options["choices"]:
         raise InputError(f"{where} is {value!r}; there are {', '.join(options['choices'])}")
-    if f.metadata["path"] and (f.name != "model" or (folder / value).exists()):  # a hub name stays what it is
+    name = f.name in ("model", "resume_from_checkpoint")  # which may be no path: "latest", or a name on a hub
+    if f.metadata["path"] and (not name or (folder / value).exists()):
         return str(folder / value)
     return value

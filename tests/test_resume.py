@@ -228,6 +228,20 @@ def test_latest_begins_where_there_is_nothing_yet(base, tmp_path, capsys):
     assert len(losses(folder)) == 2
 
 
+def test_a_checkpoint_goes_by_its_name_alone_a_link_or_from_a_file(once, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole, name = losses(once), "checkpoint-000002"
+    (tmp_path / "link").symlink_to(once / "checkpoints" / name)
+    (tmp_path / "more.toml").write_text(f'resume_from_checkpoint = "{once.name}/checkpoints/{name}"')
+    for flags in (
+        ("--output-dir", once, "--resume-from-checkpoint", name),
+        ("--resume-from-checkpoint", "link"),
+        ("--config", "more.toml"),
+    ):
+        call(*base, *flags)
+        assert losses(once) == whole and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("path", ["nowhere", "/", "/x"])
 def test_a_checkpoint_that_is_not_there_leaves_nothing(path, base, tmp_path):
     message = refused(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", path)
@@ -257,10 +271,14 @@ DIFFERENCES = [
 ]
 
 
-def test_another_run_is_refused_with_the_differences(once, base):
+def test_another_run_is_refused_with_the_differences(once, base, tmp_path):
+    last = once / "checkpoints" / "checkpoint-000004"
     for flags, difference in DIFFERENCES:
         message = refused(*base, "--output-dir", once, *LATEST, *flags)
-        assert message == f"{once / 'checkpoints' / 'checkpoint-000004'} belongs to another run: {difference}"
+        assert message == f"{once} belongs to another run: {difference}"
+        assert refused(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", last, *flags) == (
+            f"{last} belongs to another run: {difference}"
+        )
 
 
 def test_another_model_or_other_photographs_are_another_run(once, base, random_model, tmp_path):
