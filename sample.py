@@ -135,7 +135,9 @@ def make(
             strength=args.strength,
             progress=progress,
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise RunError(f"{sd.device} ran out of memory; lower --batch-size, or give --dtype bf16") from None
 
 
@@ -207,7 +209,7 @@ def read_prompts(args: Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts-file {args.prompts_file} can't be read: {error}") from None
         prompts += [line.strip() for line in lines if line.strip()]

@@ -124,4 +124,6 @@ def _local(data: mmap.mmap, raw: bytes, size: int, offset: int, limit: int) -> i
 
 def show(value: Any) -> str:
     """A name out of the file, fit for one line."""
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"  # of what may be long
     return repr(value[:80] if isinstance(value, (str, bytes)) else value)[:80]

@@ -31,7 +31,7 @@ from ldm.archive import Archive, show
 from ldm.errors import InputError
 from ldm.unpickle import Machine, Stub
 
-MAX_PICKLE = 64 << 20  # bytes of data.pkl; 3,000 tensors take 0.5 MB
+MAX_PICKLE = 16 << 20  # bytes of data.pkl; 3,000 tensors take 0.5 MB
 MAX_DIMS = 64  # torch's own
 
 STORAGES = {

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         args = [_hyphens(str(arg)) for arg in (sys.argv[1:] if args is None else args)]
         for arg in args:
-            if not arg.isprintable() and "\udc80" <= max(arg) <= "\udcff":
+            if any("\udc80" <= letter <= "\udcff" for letter in arg):
                 raise InputError(f"{arg.encode(errors='backslashreplace').decode()} is not UTF-8 text")
         return super().parse_known_args(args, namespace)
 

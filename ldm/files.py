@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from ldm import ckpt
 from ldm.errors import InputError, RunError
 
 Tensors = dict[str, Tensor]
+
+MAX_NAME = 1000  # letters of a tensor's name
 
 PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 
@@ -36,14 +38,20 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             tree = tree["state_dict"]
         if not isinstance(tree, dict):
             raise InputError(f"{path} holds no state_dict")
-        if not all(isinstance(name, str) for name in tree):
-            raise InputError(f"{path} holds something under a name that is no text; no model has that")
+        _insist_named(path, tree)
         return {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}, {}
     try:
         with safe_open(path, framework="pt") as file:
+            _insist_named(path, file.keys())
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
+
+
+def _insist_named(path: Path, keys: Iterable[Any]) -> None:
+    """Names of tensors are shown to people, so they have to be text of one line."""
+    if not all(isinstance(key, str) and key.isprintable() and len(key) <= MAX_NAME for key in keys):
+        raise InputError(f"{path} holds something under a name that is no text, or too long; no model has that")
 
 
 def open_metadata(path: Path) -> dict[str, str]:
@@ -105,14 +113,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Writes a .safetensors file. One tensor under two names, which the format does not know, is written twice."""
-    apart, begins = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.contiguous()
-        if tensor.data_ptr() in begins:
-            tensor = tensor.clone()
-        begins.add(tensor.data_ptr())
-        apart[name] = tensor
+    """Writes a .safetensors file. Tensors that share memory, which the format does not know, are written apart."""
+    apart, end = {name: tensor.contiguous() for name, tensor in tensors.items()}, 0
+    for name, tensor in sorted(apart.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            apart[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
     path.touch()
     mode = path.stat().st_mode  # any new file's; safetensors makes its files for the owner's eyes only
     save_file(apart, path, metadata)

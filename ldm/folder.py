@@ -18,17 +18,33 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 UNET_FACTS = {
     "act_fn": "silu",
     "center_input_sample": False,
+    "addition_embed_type": None,
     "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
     "downsample_padding": 1,
     "dual_cross_attention": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_scale_factor": 1,
     "norm_eps": 1e-5,
+    "num_class_embeds": None,
     "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+    "transformer_layers_per_block": 1,
 }
-VAE_FACTS = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
-SCHEDULER_FACTS = {"beta_schedule": "scaled_linear"}
+VAE_FACTS = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "latents_mean": None,
+    "latents_std": None,
+    "out_channels": 3,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+TEXT_FACTS = {"layer_norm_eps": 1e-5}
+SCHEDULER_FACTS = {"beta_schedule": "scaled_linear", "trained_betas": None}
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, Tokenizer]:
@@ -40,6 +56,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     scheduler = _load(folder / "scheduler" / "scheduler_config.json")
     _agree(folder / "unet", unet, UNET_FACTS)
     _agree(folder / "vae", vae, VAE_FACTS)
+    _agree(folder / "text_encoder", text, TEXT_FACTS)
     _agree(folder / "scheduler", scheduler, SCHEDULER_FACTS)
 
     tokenizer = Tokenizer.from_folder(folder / "tokenizer", context_length=text["max_position_embeddings"])

@@ -21,6 +21,7 @@ from ldm.errors import InputError
 
 MAX_OPCODES = 1 << 19  # a tensor takes 32: enough for 16,000
 MAX_ODD_KEYS = 1 << 12  # dictionary keys that are not strings: their hashes can be made to collide
+MAX_NAME = 1 << 10  # letters of "module.attribute", which each use of the name makes anew
 MAX_DEPTH = 64  # containers within containers
 
 
@@ -137,6 +138,8 @@ class Machine:
     def _name(self, module: Any, name: Any) -> Any:
         if not isinstance(module, str) or not isinstance(name, str):
             raise InputError("its pickle has a name that is no string")
+        if len(module) + len(name) > MAX_NAME:
+            raise InputError(f"its pickle has a name of {len(module) + len(name)} letters")
         return self.named(f"{module}.{name}")
 
     def _call(self, function: Any, arguments: Any) -> Any:

@@ -199,6 +199,8 @@ def not_finite(tensors: Tensors) -> list[str]:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are finite; the sum, which is quick, tells unless it overflows by itself."""
+    if not tensor.is_floating_point():
+        return True  # no weight, and said to be none elsewhere
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm import InputError, StableDiffusion, weights
+from ldm.files import save_tensors
 from ldm.folder import PARTS
 
 FAMILIES = ("sd1", "sd2_v")
@@ -397,7 +398,7 @@ def test_a_tensor_that_is_no_weight_is_refused_by_name(value, said, dtype, narro
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
-@pytest.mark.parametrize("key", [1, ("a", "b"), None, b"unet"], ids=str)
+@pytest.mark.parametrize("key", [1, ("a", "b"), None, b"unet", "a\nb", "\x1b[2J", "a\udc80", "a" * 2000], ids=ascii)
 def test_a_tensor_whose_name_is_no_text_is_refused(key, suffix, narrow, there):
     tensors = official_tensors(narrow("sd1"), there)
     torch.save({"state_dict": {**tensors, key: torch.zeros(2)}}, there / f"a{suffix}")
@@ -421,6 +422,32 @@ def test_sizes_beyond_reason_are_refused_before_memory_is_taken(part, name, rand
     with pytest.raises(InputError, match=f"{name} can't be 1000000000"):
         StableDiffusion.load(there / "b.safetensors")
     assert time.perf_counter() - began < 5
+
+
+def test_tensors_that_overlap_are_written_apart(tmp_path):
+    base = torch.arange(24.0)
+    tensors = {"a": base[:16], "b": base[8:24], "c": base, "d": base[4:5], "e": torch.zeros(0)}
+    save_tensors(tmp_path / "a.safetensors", tensors, {"format": "pt"})
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "file, name, value",
+    [
+        ("unet", "addition_embed_type", "text_time"),
+        ("unet", "transformer_layers_per_block", [1, 2, 10, 1]),
+        ("vae", "shift_factor", 0.1),
+        ("text_encoder", "layer_norm_eps", 1e-3),
+        ("scheduler", "trained_betas", [0.1, 0.2]),
+    ],
+)
+def test_a_folder_of_another_architecture_is_refused_by_what_it_says(file, name, value, random_model, there):
+    random_model().save(there / "folder", "diffusers")
+    path = there / "folder" / file / ("scheduler_config.json" if file == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(InputError, match=f"{name} is .*, and only .* is Stable Diffusion 1 or 2"):
+        StableDiffusion.load(there / "folder")
 
 
 def test_where_a_model_comes_from_stays_with_it(random_model, there):
