@@ -230,6 +230,7 @@ OTHER = {  # these need luck, another file or torch's unpickler
 FLOOD = 500_000  # opcodes, a little fewer than are allowed
 V3 = name("torch._utils", "_rebuild_tensor_v3")
 LAUGHS = b"]q\0" + b"".join(b"0" + list_(*[b"h" + bytes([i])] * 10) + b"q" + bytes([i + 1]) for i in range(60))
+LONG = text("a" * 2**22) + b"q\x000"  # to be had again by h 0
 CHAIN = name("x", "y") + b"q\0" + b"h\0)R" * (FLOOD // 4) + b"b" * (FLOOD // 4)  # each the state of the one before
 COLLIDING = b"}(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(10_000)) + b"u"  # to Python, one hash
 TENSORS = REBUILD + b"q\x000" + tuple_(storage(), *PLACES) + b"q\x010" + list_(b"h\0h\1R" * (FLOOD // 3))
@@ -299,6 +300,8 @@ LYING = {
     "dictionary-in-itself": (b"}q\0" + text("a") + b"h\0s", "within themselves"),
     "stub-in-itself": (OBJECT + b"q\0h\0b", None),
     "billion-laughs": (LAUGHS, None),
+    "long-name-used-often": (LONG + b"](" + b"h\0h\0\x93" * 200 + b"e", "a name of 8388608 letters"),
+    "long-key-twice": (LONG + b"}(" + (tuple_(*[b"h\0"] * 8) + b"N") * 2 + b"u", "key a tuple of 8 twice"),
     "flood-of-marks": (b"(" * FLOOD * 2, "more than 524288 opcodes"),
     "flood-of-dictionaries": (list_(b"}" * FLOOD), None),
     "flood-of-full-dictionaries": (text("a") + b"q\0" + b"0" + list_(b"}h\0Ns" * (FLOOD // 4)), None),
@@ -314,7 +317,7 @@ RAW = {  # the whole pickle is bad
     "pickle-of-two": (b"\x80\2NN.", "one object"),
     "pickle-with-open-mark": (b"\x80\2N(.", "one object"),
     "pickle-is-archive": (archive(GOOD), "pickle"),
-    "pickle-65-mebibytes": (b"N0" * (65 << 19), "at most 67108864"),
+    "pickle-17-mebibytes": (b"N0" * (17 << 19), "at most 16777216"),
 }
 
 
