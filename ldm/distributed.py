@@ -3,8 +3,10 @@
 One process is a world of size 1, and the program reads the same. torchrun says who we are in the environment.
 """
 
+import gc
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -93,8 +95,19 @@ class World:
             dist.barrier()
 
     def close(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
+        """Parts from the others. All but the main process end here, with status 0.
+
+        Python's own way out ends once in some hundred times with torch's threads aborting the process, after all work
+        is done; torchrun then takes the whole run for failed. The main process has what wants closing at the exit.
+        """
+        if self.size == 1:
+            return
+        gc.collect()  # what is wrapped may still hold the group
+        dist.destroy_process_group()
+        if not self.main:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def start(device: str | None) -> World:
