@@ -20,9 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import cli, data, distributed, files, samplers, sheet
+from ldm import images, samplers
 from ldm.errors import InputError, RunError
 from ldm.model import StableDiffusion
+from ldm.runtime import cli, files, processes
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     prompts = read_prompts(args)
     check(args)
-    world = distributed.start(args.device)
+    world = processes.start(args.device)
     with world.agreed():
         sd, init_image = load(args, world.device)
         how = recipe(args, sd)
@@ -79,7 +80,7 @@ def load(args: Namespace, device: torch.device) -> tuple[StableDiffusion, Tensor
     _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
     if args.init_image is None:
         return sd, None
-    return sd, data.to_tensor(data.fit(args.init_image, width, height))
+    return sd, images.to_tensor(images.fit(args.init_image, width, height))
 
 
 def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
@@ -148,7 +149,7 @@ def write_grid(prompts: list[str], jobs: list[Job], fingerprint: str) -> None:
     rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
     folder = jobs[0].path.parent
     number = first_free_index(folder, "grid-")
-    write_png(folder / f"grid-{number:05d}.png", sheet.grid(rows), {"model": fingerprint})
+    write_png(folder / f"grid-{number:05d}.png", images.grid(rows), {"model": fingerprint})
 
 
 def settle(args: Namespace) -> None:

@@ -18,31 +18,34 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm import cli, data, distributed, dreambooth, optim, sheet, weights
-from ldm.distributed import World
+from ldm import dreambooth, images
 from ldm.errors import RunError
+from ldm.formats import weights
 from ldm.model import StableDiffusion
-from ldm.precision import Precision, set_exactness
-from ldm.prior import ClassPictures
-from ldm.run import Run, digest
+from ldm.runtime import cli, processes
+from ldm.runtime.processes import World
+from ldm.runtime.signals import Stop
 from ldm.samplers import evaluations
-from ldm.settings import Settings, parse
-from ldm.state import TrainingState
-from ldm.stop import Stop
+from ldm.training import batches, optimizer
+from ldm.training.class_pictures import ClassPictures
+from ldm.training.precision import Precision, set_exactness
+from ldm.training.run import Run, digest
+from ldm.training.settings import Settings, parse
+from ldm.training.state import TrainingState
 
 TINY = Path(__file__).parent / "weights" / "tiny" / "train.toml"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(argv, TINY)
-    world = distributed.start(settings.device)
+    world = processes.start(settings.device)
     precision = Precision(settings.mixed_precision, world.device)
     set_exactness(settings.allow_tf32, settings.deterministic)
 
     # All that could be wrong with the input is found out here, before anything is written.
     run = Run(settings, world)
     with world.agreed():
-        photographs = data.find_pictures(settings.instance_data_dir, "--instance-data-dir")
+        photographs = images.find_pictures(settings.instance_data_dir, "--instance-data-dir")
         sd = load(settings, world)
         if world.main:
             sd.insist_finite()
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The base model before it sees the subject: what it makes of the prompts, and what it knows of the class.
         with precision.autocast():
             if world.main and not run.sheet("before").exists():
-                run.save_sheet("before", sheet.grid(samples(sd, settings, "before")))
+                run.save_sheet("before", images.grid(samples(sd, settings, "before")))
             complete = class_pictures is None or class_pictures.generate(sd, settings.sample_batch_size, world, stop)
         if complete:
             rows, conditioning = prepare(sd, settings, world, precision, photographs, class_pictures)
@@ -91,7 +94,7 @@ def train(
     precision: Precision,
     state: TrainingState,
     trainee: dreambooth.Trainee,
-    rows: list[data.Rows],
+    rows: list[batches.Rows],
     conditioning: Tensor,
     stop: Stop,
 ) -> None:
@@ -102,10 +105,12 @@ def train(
         while state.step < settings.max_train_steps:
             began, step = time.perf_counter(), state.step + 1
             if trainee.text_encoder_trains and step > (settings.text_encoder_stop_step or math.inf):
-                optim.freeze(trainee.text_encoder.parameters())
+                optimizer.freeze(trainee.text_encoder.parameters())
                 model = world.wrap(trainee)
-            factor = optim.lr_factor(settings.lr_scheduler, step, settings.lr_warmup_steps, settings.max_train_steps)
-            optim.set_lr(state.optimizer, factor)
+            factor = optimizer.lr_factor(
+                settings.lr_scheduler, step, settings.lr_warmup_steps, settings.max_train_steps
+            )
+            optimizer.set_lr(state.optimizer, factor)
 
             state.optimizer.zero_grad(set_to_none=True)
             sums = gradients(settings, world, precision, state, model, rows, conditioning)
@@ -143,7 +148,7 @@ def gradients(
     precision: Precision,
     state: TrainingState,
     model: nn.Module,
-    rows: list[data.Rows],
+    rows: list[batches.Rows],
     conditioning: Tensor,
 ) -> list[float]:
     """Leaves the gradient of one global batch in the parameters. Returns the sums of this process's losses."""
@@ -198,7 +203,7 @@ def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Pa
         class_pictures = ClassPictures(folder, settings.num_class_images, settings.seed, recipe)
         pictures = pictures + [path for path in class_pictures.paths if path.exists()]
     for path in pictures:
-        data.load_picture(path, settings.resolution)
+        images.load_picture(path, settings.resolution)
     return class_pictures
 
 
@@ -209,7 +214,7 @@ def prepare(
     precision: Precision,
     photographs: list[Path],
     class_pictures: ClassPictures | None,
-) -> tuple[list[data.Rows], Tensor]:
+) -> tuple[list[batches.Rows], Tensor]:
     """Pictures become latents and prompts context, once for all steps where they can; what does not train freezes.
 
     Returns the rows of each kind, and the ids (P, L) of their prompts if the text encoder trains, else the context.
@@ -218,7 +223,7 @@ def prepare(
     if class_pictures is not None:
         kinds, prompts = [*kinds, ("class", class_pictures.paths)], [*prompts, settings.class_prompt]
     views = {"crop": settings.random_crop, "flip": settings.random_flip, "bar": world.main}
-    rows = [dreambooth.training_rows(sd, kind, paths, settings.resolution, **views) for kind, paths in kinds]
+    rows = [batches.training_rows(sd, kind, paths, settings.resolution, **views) for kind, paths in kinds]
     if settings.random_crop:
         sd.freeze(sd.vae, torch.float32)
     else:
@@ -248,15 +253,15 @@ def finish(
     with state.averaged(), precision.autocast():
         if left_out := run.save_model(state):
             print(f"not in the model: {weights.listed(left_out)}")
-        after = sheet.grid(samples(sd, settings, "after"))
+        after = images.grid(samples(sd, settings, "after"))
     run.save_sheet("after", after)
-    squares = [data.square(path, settings.resolution) for path in photographs]
-    shown = sheet.grid([("photographs of the subject", squares[: 2 * settings.num_validation_images])])
-    run.save_sheet("before_after", sheet.beside(shown, Image.open(run.sheet("before")), after))
+    squares = [images.square(path, settings.resolution) for path in photographs]
+    shown = images.grid([("photographs of the subject", squares[: 2 * settings.num_validation_images])])
+    run.save_sheet("before_after", images.beside(shown, Image.open(run.sheet("before")), after))
     print(f"model: {run.model_path}\nsheet: {run.sheet('before_after')}")
 
 
-def samples(sd: StableDiffusion, settings: Settings, when: str) -> list[sheet.Row]:
+def samples(sd: StableDiffusion, settings: Settings, when: str) -> list[images.Row]:
     """A row of pictures for each validation prompt, the same seeds in every row and every time."""
     prompts = settings.validation_prompt or tuple(filter(None, (settings.instance_prompt, settings.class_prompt)))
     seeds = range(settings.seed, settings.seed + settings.num_validation_images)

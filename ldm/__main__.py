@@ -6,10 +6,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import cli, names, weights
 from ldm.errors import InputError
-from ldm.files import PICKLED, insist_writable, written
+from ldm.formats import names, weights
+from ldm.formats.tensors import PICKLED
 from ldm.model import StableDiffusion
+from ldm.runtime import cli
+from ldm.runtime.files import insist_writable, written
 
 SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
 

@@ -1,15 +1,8 @@
 """What makes fine-tuning DreamBooth (Ruiz et al. 2023): the loss, what trains, and what it is fed."""
 
-from functools import partial
-from pathlib import Path
-
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ldm import data
 from ldm.model import StableDiffusion
-from ldm.precision import one_thread
 
 
 def dreambooth_loss(
@@ -63,28 +56,3 @@ class Trainee(nn.Module):
         """
         context = self.text_encoder(prompts) if self.text_encoder is not None else prompts
         return self.unet(x, t, context.repeat_interleave(len(x) // len(prompts), dim=0))
-
-
-def encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (B, 4, h, w) each."""
-    with torch.no_grad(), one_thread():
-        posterior = sd.vae.encode(images)
-    return posterior.mean * sd.config.vae.scale_factor, posterior.std * sd.config.vae.scale_factor
-
-
-def training_rows(
-    sd: StableDiffusion, kind: str, paths: list[Path], resolution: int, crop: bool, flip: bool, bar: bool
-) -> data.Rows:
-    """The rows of one kind: pictures encoded once, or at every step if they are cut anew each time."""
-    if crop:
-        rows = {"shape": sd.latent_shape(resolution, resolution), "timesteps": sd.schedule.timesteps}
-        return data.CroppedRows(kind, paths, resolution, flip, partial(encode, sd), rows | {"device": sd.device})
-    moments = []
-    for path in tqdm(paths, desc=f"encoding {kind} pictures", unit="picture", disable=not bar):
-        image = data.load_picture(path, resolution).to(sd.device)
-        views = [image, image.flip(2)] if flip else [image]
-        moments.append(
-            torch.stack([torch.cat(part) for part in zip(*(encode(sd, v[None]) for v in views), strict=True)])
-        )
-    mean, std = torch.stack(moments, dim=1)  # (N, views, 4, h, w) each
-    return data.LatentRows(kind, mean, std, sd.schedule.timesteps)

@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import names, pictures, samplers, weights
+from ldm import samplers
 from ldm.clip import TextEncoder
 from ldm.config import ModelConfig
 from ldm.errors import InputError
+from ldm.formats import names, weights
+from ldm.guidance import Noise, denoiser, paired
+from ldm.images import to_pil
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
@@ -244,7 +247,7 @@ class StableDiffusion:
         picture for PIL came out as NaN or infinity.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        prompts, seeds = pictures.paired(prompts, seeds, 1 if latents is None else len(latents))
+        prompts, seeds = paired(prompts, seeds, 1 if latents is None else len(latents))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
         run, times = samplers.find(sampler), samplers.times(sampler, self.schedule, steps)
@@ -252,19 +255,19 @@ class StableDiffusion:
         if init_image is not None:
             height, width = init_image.shape[1:]
         shape = self.latent_shape(height, width) if latents is None else tuple(latents.shape[1:])
-        noise = pictures.Noise(seeds, shape, self.device)
+        noise = Noise(seeds, shape, self.device)
         picture = None if init_image is None else self._samples(init_image, noise.generators)  # each one's first draw
         x = noise() if latents is None else latents.to(self.device, torch.float32)
         if picture is not None:
             x = self.schedule.add_noise(picture, x, times[start]) if start < steps else picture
         negative = [negative_prompt] * len(prompts) if guidance != 1.0 else []
         context = self.encode_prompt(negative + prompts)
-        denoise = pictures.denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress)
+        denoise = denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress)
         z = run(denoise, x, self.schedule, steps, eta=eta, noise=noise, start=start)
         if output == "latent":
             return z
         images = self.decode_latents(z).float()
-        return images if output == "tensor" else pictures.to_pil(images)
+        return images if output == "tensor" else to_pil(images)
 
     def _samples(self, image: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """(3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w): it is encoded once, and each generator draws of it."""

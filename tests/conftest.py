@@ -15,8 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from PIL import Image  # noqa: E402
 
-from ldm import StableDiffusion, weights  # noqa: E402
+from ldm import StableDiffusion  # noqa: E402
 from ldm.config import SD1, SD2, SD2_V, ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E402
+from ldm.formats import weights  # noqa: E402
 from ldm.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary  # noqa: E402
 
 

@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ldm import ckpt  # noqa: E402
 from ldm.errors import InputError  # noqa: E402
+from ldm.formats import ckpt  # noqa: E402
 
 MEMORY = 1 << 30  # bytes beyond what the imports take
 EXTENSIONS = {0x71: ("os", "system"), 0x171: ("posix", "system"), 0x10171: ("subprocess", "getoutput")}

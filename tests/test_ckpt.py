@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm import ckpt
 from ldm.errors import InputError
+from ldm.formats import ckpt
 
 GUARD = Path(__file__).with_name("guard.py")
 LOADED = {"Tensor", "Stub", "_Storage", "OrderedDict", "dict", "list", "tuple", "Size", "dtype"}

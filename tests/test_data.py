@@ -9,7 +9,7 @@ import torch
 from PIL import Image, features
 
 from ldm import InputError
-from ldm.data import find_pictures, load_picture, square
+from ldm.images import find_pictures, load_picture, square
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

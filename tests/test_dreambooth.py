@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import InputError, draws
-from ldm.data import LatentRows, load_picture
-from ldm.distributed import World
-from ldm.dreambooth import Trainee, dreambooth_loss, training_rows
-from ldm.prior import FLAGS, ClassPictures
-from ldm.stop import Stop
+from ldm import InputError, rng
+from ldm.dreambooth import Trainee, dreambooth_loss
+from ldm.images import load_picture
+from ldm.runtime.processes import World
+from ldm.runtime.signals import Stop
+from ldm.training.batches import LatentRows, training_rows
+from ldm.training.class_pictures import FLAGS, ClassPictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped")
 
@@ -112,7 +113,7 @@ def test_draws_are_those_of_the_forward_process_and_differ_by_seed_kind_and_row(
 def test_numbers_are_the_same_on_every_machine_and_forever():
     """A resumed run and a folder of class pictures rely on them: SHA-256 of the key, first 8 bytes, halved."""
     digest = hashlib.sha256(b"(0, 'class picture', 0)").hexdigest()
-    assert draws.number(0, "class picture", 0) == int(digest[:16], 16) // 2 == 4141674004654951706
+    assert rng.number(0, "class picture", 0) == int(digest[:16], 16) // 2 == 4141674004654951706
 
 
 def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs):
@@ -143,7 +144,7 @@ def test_class_pictures_say_how_they_were_made(random_model, tmp_path):
     pictures = make(sd, tmp_path / "class", 3)
     assert [p.name for p in pictures.paths] == ["class-00000.png", "class-00001.png", "class-00002.png"]
     manifest = json.loads((tmp_path / "class" / "manifest.json").read_text())
-    seeds = {f"class-{i:05d}.png": draws.number(0, "class picture", i) for i in range(3)}
+    seeds = {f"class-{i:05d}.png": rng.number(0, "class picture", i) for i in range(3)}
     assert manifest == {**RECIPE, "seed": 0, "pictures": seeds}
     assert sorted(p.name for p in (tmp_path / "class").iterdir()) == [*seeds, "manifest.json"]  # and nothing else
     alone = sd.generate(RECIPE["prompt"], steps=3, guidance=4.0, sampler="ddim", seeds=[seeds["class-00001.png"]])[0]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from ldm import InputError, StableDiffusion, cli
+from ldm import InputError, StableDiffusion
+from ldm.runtime import cli
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SETTINGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")

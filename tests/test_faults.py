@@ -27,7 +27,7 @@ from runs import (
     weights,
 )
 
-from ldm import checkpoint
+from ldm.training import checkpoint
 
 LATEST = ("--resume-from-checkpoint", "latest")
 PLAIN = ("--no-with-prior-preservation", "--no-train-text-encoder")

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import sample
-from ldm import InputError, data, samplers
-from ldm.pictures import guided
+from ldm import InputError, images, samplers
+from ldm.guidance import guided
 from ldm.samplers import SAMPLERS
 from ldm.schedule import Schedule
 
@@ -101,7 +101,7 @@ def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd,
         steps=10,
         sampler=sampler,
         seeds=SEEDS,
-        init_image=data.to_tensor(image),
+        init_image=images.to_tensor(image),
         strength=strength,
     )
     assert_same(ours, theirs)
@@ -109,7 +109,7 @@ def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd,
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_strength_says_how_much_of_the_picture_is_left(sampler, sd, image):
-    start = data.to_tensor(image)
+    start = images.to_tensor(image)
     kept = sd.decode_latents(sd.encode_images(start[None], torch.Generator().manual_seed(5))).detach()
     calls, distances = [], []
     for strength in (0.0, 0.2, 1.0):
@@ -132,7 +132,7 @@ def test_strength_says_how_much_of_the_picture_is_left(sampler, sd, image):
 def test_a_picture_is_encoded_once_for_all_seeds(sd, image, monkeypatch):
     encoded, encode = [], sd.vae.encode
     monkeypatch.setattr(sd.vae, "encode", lambda images: encoded.append(len(images)) or encode(images))
-    start = {"init_image": data.to_tensor(image), "strength": 0.0, "output": "latent"}
+    start = {"init_image": images.to_tensor(image), "strength": 0.0, "output": "latent"}
     batch = sd.generate("snow", seeds=[3, 4, 5], **start)
     assert encoded == [1] and (batch[0] - batch[1]).abs().max() > 0.01
     assert torch.equal(batch[1:2], sd.generate("snow", seeds=[4], **start))
@@ -162,7 +162,7 @@ def test_sample_starts_from_a_picture_of_any_shape(run, sd, image, tmp_path):
     made = Image.open(tmp_path / "samples" / "00000-0.png")
     assert made.size == (48, 16)
     assert {"init_image": "wide.jpg", "strength": "0.6", "sampler": "heun"}.items() <= made.text.items()
-    start = data.to_tensor(data.fit("wide.jpg", 48, 16))
+    start = images.to_tensor(images.fit("wide.jpg", 48, 16))
     expected = sd.generate("a cat", steps=5, init_image=start, strength=0.6, sampler="heun")
     assert np.array_equal(np.asarray(made), np.asarray(expected[0]))
 

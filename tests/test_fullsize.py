@@ -18,8 +18,9 @@ from test_networks import assert_same, theirs_of
 from test_official import FACTS, RECIPES, agree, found
 from test_sd2 import penultimate, tower, towers  # noqa: F401
 
-from ldm import StableDiffusion, names
+from ldm import StableDiffusion
 from ldm.clip import TextEncoder
+from ldm.formats import names
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import Autoencoder

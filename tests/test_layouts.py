@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm import InputError, StableDiffusion, weights
-from ldm.files import save_tensors
-from ldm.folder import PARTS
+from ldm import InputError, StableDiffusion
+from ldm.formats import weights
+from ldm.formats.folder import PARTS
+from ldm.formats.tensors import save_tensors
 
 FAMILIES = ("sd1", "sd2_v")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

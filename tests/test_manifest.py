@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import StableDiffusion, names
+from ldm import StableDiffusion
 from ldm.config import SD1, SD2
+from ldm.formats import names
 from ldm.schedule import Schedule
 
 PREFIXES = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.TEXT}

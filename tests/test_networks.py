@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldm import folder, names
 from ldm.clip import TextEncoder
 from ldm.config import SD1, SD2, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from ldm.formats import folder, names
 from ldm.unet import UNet
 from ldm.vae import Autoencoder
 

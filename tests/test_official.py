@@ -22,7 +22,8 @@ import torch
 from cuda_noise import CARDS, cuda_randn
 from torch import Tensor, nn
 
-from ldm import StableDiffusion, names
+from ldm import StableDiffusion
+from ldm.formats import names
 from ldm.unet import timestep_embedding
 
 FACTS = {

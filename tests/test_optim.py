@@ -8,9 +8,9 @@ import pytest
 import torch
 from runs import SMALL, call, losses, metrics, weights
 
-from ldm import StableDiffusion, draws
-from ldm.data import load_picture
+from ldm import StableDiffusion, rng
 from ldm.dreambooth import min_snr_weight
+from ldm.images import load_picture
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 
@@ -47,10 +47,10 @@ def test_the_first_losses_by_hand(prediction, base, tmp_path):
     for kind, prompt, pictures in kinds:
         paths, errors = sorted(pictures.glob("*.png")), []
         for index in range(3):
-            generator = draws.generator(0, kind, "noise", index)
+            generator = rng.generator(0, kind, "noise", index)
             spread, noise = torch.randn(2, 4, 8, 8, generator=generator)
             t = int(torch.randint(1000, (), generator=generator))
-            image = load_picture(paths[draws.pick(0, kind, index, len(paths))], 32)[None]
+            image = load_picture(paths[rng.pick(0, kind, index, len(paths))], 32)[None]
             with torch.no_grad():
                 posterior = sd.vae.encode(image)
                 z = 0.25 * (posterior.mean + posterior.std * spread)

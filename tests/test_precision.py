@@ -8,12 +8,13 @@ import torch
 from runs import SMALL, call, checkpoints, command, losses, metrics, run, weights
 
 import train
-from ldm import StableDiffusion, settings
-from ldm.data import LatentRows
-from ldm.distributed import World
+from ldm import StableDiffusion
 from ldm.dreambooth import Trainee
 from ldm.errors import RunError
-from ldm.precision import Precision
+from ldm.runtime.processes import World
+from ldm.training import settings
+from ldm.training.batches import LatentRows
+from ldm.training.precision import Precision
 
 LATEST = ("--resume-from-checkpoint", "latest")
 UNET = "model.diffusion_model."

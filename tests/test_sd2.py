@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm import StableDiffusion, names
+from ldm import StableDiffusion
 from ldm.clip import TextEncoder
 from ldm.config import SD2
+from ldm.formats import names
 
 
 @pytest.fixture(scope="module")

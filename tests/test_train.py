@@ -13,9 +13,10 @@ from PIL import Image
 import train
 from ldm import StableDiffusion
 from ldm.config import SD1
-from ldm.data import LatentRows, load_picture
 from ldm.dreambooth import dreambooth_loss
-from ldm.settings import parse
+from ldm.images import load_picture
+from ldm.training.batches import LatentRows
+from ldm.training.settings import parse
 
 SUBJECT, CLASS = "a photo of sks dog", "a photo of a dog"
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

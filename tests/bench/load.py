@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from ldm import StableDiffusion, weights  # noqa: E402
+from ldm import StableDiffusion  # noqa: E402
 from ldm.config import SD1, SD2, SD2_V, ModelConfig  # noqa: E402
-from ldm.folder import config_files  # noqa: E402
+from ldm.formats import weights  # noqa: E402
+from ldm.formats.folder import config_files  # noqa: E402
 from ldm.tokenizer import Tokenizer  # noqa: E402
 
 PRESETS = {"sd1": SD1, "sd2": SD2, "sd2_v": SD2_V}

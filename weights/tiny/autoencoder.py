@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from training import Budget, flags, need, save, set_rate, to_tensor
 
-from ldm import cli, files
 from ldm.config import VAEConfig
+from ldm.formats.tensors import save_tensors
+from ldm.runtime import cli
 from ldm.vae import Autoencoder
 
 CONFIG = VAEConfig(channels=(32, 64, 64), blocks=1, latent_channels=4, norm_groups=8, scale_factor=1.0)
@@ -104,7 +105,7 @@ def main():
         std = model.encode(to_tensor(images[:512])).sample().std()
     config = replace(CONFIG, scale_factor=round(float(1 / std), 5))
     (args.work_dir / "autoencoder.json").write_text(json.dumps(asdict(config)))
-    files.save_tensors(args.work_dir / "autoencoder.safetensors", model.state_dict(), {})
+    save_tensors(args.work_dir / "autoencoder.safetensors", model.state_dict(), {})
     print(config)
 
 

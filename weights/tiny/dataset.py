@@ -16,7 +16,7 @@ import numpy as np
 import world
 from training import flags, need
 
-from ldm import cli
+from ldm.runtime import cli
 
 
 def draw_one(job):

@@ -28,7 +28,8 @@ import torch
 import world
 from PIL import Image
 
-from ldm import StableDiffusion, cli, sheet
+from ldm import StableDiffusion, images
+from ldm.runtime import cli
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -117,7 +118,7 @@ def main():
         )
         rows += [(f'{model}: "{settings["class_prompt"]}"', crowd[:8]), ("", crowd[8:16])]
     pictures = [(label, [Image.fromarray(np.asarray(image)) for image in images]) for label, images in rows]
-    sheet.grid(pictures).save(args.work_dir / "effect.jpg", quality=90)
+    images.grid(pictures).save(args.work_dir / "effect.jpg", quality=90)
     print(f"cosine of real drawings of the subject to their mean: {real:.3f}\n{table(results)}")
     (args.work_dir / "effect.md").write_text(table(results) + "\n")
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 from training import Budget, flags, need, set_rate, to_tensor
 
-from ldm import cli, files
+from ldm.formats.tensors import save_tensors
+from ldm.runtime import cli
 
 HEADS = {
     "kind": world.KINDS,
@@ -148,7 +149,7 @@ def main():
     with torch.no_grad():
         judge.centre.copy_(judge(to_tensor(monsters))[0].mean(0))
     state = {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
-    files.save_tensors(args.work_dir / FILE, state, {})
+    save_tensors(args.work_dir / FILE, state, {})
     print(f"{step} steps, as saved: {accuracy(load(args.work_dir), held_images, held_pictures)}")
 
 

@@ -13,7 +13,8 @@ import judge
 import numpy as np
 import world
 
-from ldm import StableDiffusion, cli
+from ldm import StableDiffusion
+from ldm.runtime import cli
 
 HERE = Path(__file__).parent
 

@@ -20,9 +20,10 @@ import world
 from torch import nn
 from training import Budget, flags, set_rate, to_tensor
 
-from ldm import cli, files
 from ldm.clip import TextEncoder
 from ldm.config import TextConfig
+from ldm.formats.tensors import save_tensors
+from ldm.runtime import cli
 from ldm.tokenizer import Tokenizer
 
 CONTEXT_LENGTH, VECTOR = 32, 64
@@ -135,7 +136,7 @@ def main():
         if done:
             break
 
-    files.save_tensors(args.work_dir / "text_encoder.safetensors", model.text.state_dict(), {})
+    save_tensors(args.work_dir / "text_encoder.safetensors", model.text.state_dict(), {})
     (args.work_dir / "text_encoder.json").write_text(json.dumps(asdict(config)))
 
 

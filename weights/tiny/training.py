@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm import InputError, files
-from ldm.cli import Parser
+from ldm import InputError
+from ldm.runtime import files
+from ldm.runtime.cli import Parser
 
 
 def flags(description, minutes=None):

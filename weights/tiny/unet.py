@@ -27,10 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from training import Budget, flags, need, save, set_rate, to_tensor
 
-from ldm import InputError, StableDiffusion, cli
+from ldm import InputError, StableDiffusion
 from ldm.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.ema import EMA
+from ldm.runtime import cli
 from ldm.tokenizer import Tokenizer
+from ldm.training.ema import EMA
 
 UNET = UNetConfig(
     channels=(64, 96, 128), attention=(False, True, False), blocks=1, heads=4, context_dim=128, norm_groups=16

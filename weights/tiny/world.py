@@ -23,7 +23,7 @@ from scenes import CANVAS, scene
 from shapes import grow
 from things import FLOOR, INK, THINGS, WHITE
 
-from ldm import cli
+from ldm.runtime import cli
 
 SIZE = 64
 

@@ -15,14 +15,15 @@ from typing import Any
 
 from PIL import Image
 
-from ldm import checkpoint, files
-from ldm.checkpoint import METRICS
-from ldm.distributed import World, launch, restarted
 from ldm.errors import InputError, RunError
-from ldm.files import Tensors
-from ldm.settings import Settings
-from ldm.state import TrainingState
-from ldm.tracking import tracker
+from ldm.formats.tensors import Tensors
+from ldm.runtime import files
+from ldm.runtime.processes import World, launch, restarted
+from ldm.training import checkpoint
+from ldm.training.checkpoint import METRICS
+from ldm.training.settings import Settings
+from ldm.training.state import TrainingState
+from ldm.training.tracking import tracker
 
 DEFAULT = Path("runs", "dreambooth")
 CONFIG, LOCK = "config.json", "lock"

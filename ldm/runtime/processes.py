@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm import cli
 from ldm.errors import InputError, RunError
+from ldm.runtime import cli
 
 PATIENCE = timedelta(hours=4)  # while the main process alone samples a sheet or saves to a slow disk
 

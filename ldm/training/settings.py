@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm import samplers
-from ldm.cli import MOST, Parser, positive
 from ldm.errors import InputError
-from ldm.tracking import TRACKERS, insist_installed
+from ldm.runtime.cli import MOST, Parser, positive
+from ldm.training.tracking import TRACKERS, insist_installed
 
 
 def setting(default: Any, text: str, *, flags: tuple[str, ...] = (), path: bool = False, **options: Any) -> Any:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from ldm import folder, names
 from ldm.config import SD1, SD2, SD2_V, ModelConfig
 from ldm.errors import InputError
-from ldm.files import PICKLED, Tensors, open_metadata, open_part, open_tensors, replacing, save_tensors
+from ldm.formats import folder, names
+from ldm.formats.tensors import PICKLED, Tensors, open_metadata, open_part, open_tensors, save_tensors
+from ldm.runtime.files import replacing
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 

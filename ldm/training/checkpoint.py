@@ -23,8 +23,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ldm.errors import InputError, RunError
-from ldm.files import Tensors, open_tensors, save_tensors
-from ldm.weights import CHECKPOINT_MODEL, read
+from ldm.formats.tensors import Tensors, open_tensors, save_tensors
+from ldm.formats.weights import CHECKPOINT_MODEL, read
 
 MODEL, TRAINING, STATE, METRICS = CHECKPOINT_MODEL, "training.safetensors", "state.json", "metrics.jsonl"
 FILES, SUMS = (MODEL, TRAINING, STATE, METRICS), "SHA256SUMS"

@@ -1,19 +1,20 @@
 """Photographs as people have them -> square pictures in [-1, 1] -> training rows."""
 
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from ldm import draws
-from ldm.errors import InputError
+from ldm.errors import InputError, RunError
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+Row = tuple[str, list[Image.Image]]
+
+SMALLEST = 128  # pixels along a cell
+MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
 
 
 def find_pictures(folder: str | Path, flag: str) -> list[Path]:
@@ -92,53 +93,40 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class Rows:
-    """Training rows of one kind. Row `index` of a run is a function of (seed, kind, index) alone (rule 4)."""
-
-    def __init__(self, kind: str, count: int, shape: tuple[int, int, int], timesteps: int, device: torch.device):
-        """count: pictures; shape: (C, h, w) of their latents."""
-        self.kind, self.count, self.shape, self.timesteps, self.device = kind, count, shape, timesteps, device
-
-    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of picture k's latents, (C, h, w) each, of one view drawn from the generator."""
-        raise NotImplementedError
-
-    def draw(self, seed: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows first ... first + count - 1: latents sampled anew and noise, (count, C, h, w), and steps t, (count,)."""
-        latents, noises, steps = [], [], []
-        for index in range(first, first + count):
-            generator = draws.generator(seed, self.kind, "noise", index)
-            spread, noise = torch.randn((2, *self.shape), generator=generator).to(self.device)
-            steps.append(torch.randint(self.timesteps, (), generator=generator))
-            mean, std = self.moments(draws.pick(seed, self.kind, index, self.count), generator)
-            latents.append(mean + std * spread)
-            noises.append(noise)
-        return torch.stack(latents), torch.stack(noises), torch.stack(steps).to(self.device)
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures. Raises RunError for what is no colour."""
+    if not images.isfinite().all():
+        raise RunError(
+            "a picture came out as NaN or infinity: fp16 is too narrow for the model (take bf16 or fp32), the guidance "
+            "is too strong, or the model has diverged"
+        )
+    array = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(image) for image in array.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-class LatentRows(Rows):
-    """Rows of pictures that were encoded once: mean and std are (N, views, C, h, w), views 2 where one is mirrored."""
+def grid(rows: list[Row]) -> Image.Image:
+    """One sheet of rows (label, pictures), all cells of the first picture's size, magnified if that is small."""
+    first = rows[0][1][0]
+    factor = max(1, -(-SMALLEST // min(first.size)))
+    width, height = first.width * factor, first.height * factor
+    font = ImageFont.load_default(size=max(13, height // 12))
+    label = font.size + 2 * MARGIN
+    columns = max(len(pictures) for _, pictures in rows)
+    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, len(rows) * (height + label + MARGIN)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for r, (text, pictures) in enumerate(rows):
+        top = r * (height + label + MARGIN)
+        draw.text((MARGIN + 2, top + MARGIN), text, fill=INK, font=font)
+        for c, picture in enumerate(pictures):
+            cell = picture.resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (MARGIN + c * (width + MARGIN), top + label))
+    return sheet
 
-    def __init__(self, kind: str, mean: Tensor, std: Tensor, timesteps: int):
-        super().__init__(kind, len(mean), tuple(mean.shape[2:]), timesteps, mean.device)
-        self.mean, self.std = mean, std
 
-    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        views = self.mean.shape[1]
-        view = int(torch.randint(views, (), generator=generator)) if views > 1 else 0
-        return self.mean[k, view], self.std[k, view]
-
-
-class CroppedRows(Rows):
-    """Rows of pictures that are cut anew, and mirrored half of the time if `flip`, and so encoded each time."""
-
-    def __init__(self, kind: str, paths: list[Path], resolution: int, flip: bool, encode: Encode, rows: dict[str, Any]):
-        """encode: (B, 3, R, R) in [-1, 1] -> mean and std of the latents; rows: shape, timesteps and device."""
-        super().__init__(kind, len(paths), **rows)
-        self.paths, self.resolution, self.flip, self.encode = paths, resolution, flip, encode
-
-    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x, y, mirrored = torch.rand(3, generator=generator).tolist()
-        image = load_picture(self.paths[k], self.resolution, (x, y))[None].to(self.device)
-        mean, std = self.encode(image.flip(3) if self.flip and mirrored < 0.5 else image)
-        return mean[0], std[0]
+def beside(top: Image.Image, left: Image.Image, right: Image.Image) -> Image.Image:
+    """One sheet above two that stand side by side."""
+    width = max(top.width, left.width + right.width)
+    sheet = Image.new("RGB", (width, top.height + max(left.height, right.height)), PAPER)
+    for picture, corner in ((top, (0, 0)), (left, (0, top.height)), (right, (left.width, top.height))):
+        sheet.paste(picture, corner)
+    return sheet

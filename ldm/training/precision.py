@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +43,3 @@ def set_exactness(allow_tf32: bool, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """On a CPU the last bit of a sum depends on how many threads shared it: inside, it is one, whatever the world."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.archive import show
 from ldm.errors import InputError
+from ldm.formats.archive import show
 
 MAX_OPCODES = 1 << 19  # a tensor takes 32: enough for 16,000
 MAX_ODD_KEYS = 1 << 12  # dictionary keys that are not strings: their hashes can be made to collide

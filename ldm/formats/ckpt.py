@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.archive import Archive, show
 from ldm.errors import InputError
-from ldm.unpickle import Machine, Stub
+from ldm.formats.archive import Archive, show
+from ldm.formats.unpickle import Machine, Stub
 
 MAX_PICKLE = 16 << 20  # bytes of data.pkl; 3,000 tensors take 0.5 MB
 MAX_DIMS = 64  # torch's own

@@ -9,13 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm import data, draws, files
-from ldm.distributed import World
+from ldm import images, rng
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.precision import one_thread
+from ldm.runtime import files
+from ldm.runtime.processes import World
+from ldm.runtime.signals import Stop
+from ldm.runtime.threads import one_thread
 from ldm.samplers import evaluations
-from ldm.stop import Stop
 
 MANIFEST = "manifest.json"
 
@@ -49,9 +50,9 @@ class ClassPictures:
         made = manifest["pictures"] if manifest else {}
         own: list[Path] = []
         if self.folder.is_dir():
-            own = data.list_pictures(self.folder, ours={MANIFEST, *made})
+            own = images.list_pictures(self.folder, ours={MANIFEST, *made})
         wanted = max(0, count - len(own))
-        self.planned = {f"class-{i:05d}.png": draws.number(seed, "class picture", i) for i in range(wanted)}
+        self.planned = {f"class-{i:05d}.png": rng.number(seed, "class picture", i) for i in range(wanted)}
         clash = [p.name for p in own if p.name in self.planned]
         if clash:
             raise InputError(f"{self.folder / clash[0]} has the name of a picture to be generated; rename it")

@@ -6,10 +6,9 @@ Knows no network: the UNet and what the text encoder made of the prompts are giv
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from ldm.errors import InputError, RunError
+from ldm.errors import InputError
 from ldm.samplers import Denoise
 from ldm.schedule import Schedule
 
@@ -76,14 +75,3 @@ def paired(prompts: Sequence[str], seeds: Sequence[int], latents: int) -> tuple[
     if any(length not in (1, count) for length in (len(prompts), len(seeds), latents)):
         raise InputError(f"{len(prompts)} prompts, {len(seeds)} seeds and {latents} latents do not pair up")
     return list(prompts) * (count // len(prompts)), list(seeds) * (count // len(seeds))
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures. Raises RunError for what is no colour."""
-    if not images.isfinite().all():
-        raise RunError(
-            "a picture came out as NaN or infinity: fp16 is too narrow for the model (take bf16 or fp32), the guidance "
-            "is too strong, or the model has diverged"
-        )
-    array = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(image) for image in array.permute(0, 2, 3, 1).cpu().numpy()]

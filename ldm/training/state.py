@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm import optim
 from ldm.dreambooth import Trainee
-from ldm.ema import EMA
 from ldm.errors import RunError
-from ldm.files import Tensors
+from ldm.formats.tensors import Tensors
 from ldm.model import StableDiffusion
-from ldm.precision import Precision
-from ldm.settings import Settings
+from ldm.training import optimizer
+from ldm.training.ema import EMA
+from ldm.training.precision import Precision
+from ldm.training.settings import Settings
 
 
 class TrainingState:
@@ -32,7 +32,7 @@ class TrainingState:
             {"params": list(network.parameters()), "lr": rates[name] or settings.learning_rate}
             for name, network in trainee.named_children()
         ]
-        self.optimizer = optim.adamw(groups, settings.use_8bit_adam)
+        self.optimizer = optimizer.adamw(groups, settings.use_8bit_adam)
         self.ema = EMA(self.parameters, settings.ema_decay) if settings.use_ema else None
         self.step = self.draws = 0
         # Bytes of a checkpoint: the model in fp32, two moments of what trains and its average if any, and headers.
