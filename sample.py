@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     total = len(batches) * samplers.evaluations(args.sampler, steps)
 
     if world.main:
-        print(sd.about)
+        print(sd.summary)
     with world.agreed(), tqdm(total=total, desc="sampling", unit="step", disable=not world.main) as bar:
         for batch in batches:
             pictures = make(args, sd, init_image, batch, bar.update)
@@ -73,7 +73,7 @@ def load(args: Namespace, device: torch.device) -> tuple[StableDiffusion, Tensor
     """The model, and the picture to start from if one is given. Raises InputError for what does not suit the model."""
     source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
     sd = StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype], **source)
-    sd.insist_finite()
+    sd.check_finite()
     if args.zero_terminal_snr:
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
     sd.schedule.spaced(args.steps)
@@ -203,7 +203,7 @@ def check(args: Namespace) -> None:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
-    files.insist_writable(Path(args.output_dir), "--output-dir")
+    files.check_writable(Path(args.output_dir), "--output-dir")
 
 
 def read_prompts(args: Namespace) -> list[str]:

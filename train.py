@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         photographs = images.find_pictures(settings.instance_data_dir, "--instance-data-dir")
         sd = load(settings, world)
         if world.main:
-            sd.insist_finite()
+            sd.check_finite()
     base = world.on_main(sd.fingerprint)
     with world.agreed():
         class_pictures = plan(sd, settings, run, photographs, base)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = TrainingState(sd, trainee, settings, precision, base)
     given = photographs + (class_pictures.own if class_pictures is not None else [])
     checkpoint = run.start({"base": base, "pictures": digest(given)}, state.size)
-    tell(world, sd.about)
+    tell(world, sd.summary)
     if checkpoint is not None:
         tell(world, f"going on from {checkpoint}")
     elif settings.resume_from_checkpoint is not None:
@@ -116,7 +116,7 @@ def train(
             sums = gradients(settings, world, precision, state, model, rows, conditioning)
             *sums, signals = world.sum([*sums, float(stop.asked)])
             loss, subject, prior = (total / (settings.gradient_accumulation_steps * world.size) for total in sums)
-            insist_finite("loss", loss, step)
+            check_finite("loss", loss, step)
             norm = precision.step(state.optimizer, list(state.parameters.values()), settings.max_grad_norm)
             state.draws += 1
 
@@ -131,7 +131,7 @@ def train(
                 bar.set_postfix(loss=f"{loss:.4f}", subject=f"{subject:.4f}", prior=f"{prior:.4f}", refresh=False)
             else:  # fp16 overflowed: the same step again, with other rows and a lower scale; else it is an error
                 if not precision.scaler.is_enabled():
-                    insist_finite("norm of the gradients", norm, step)
+                    check_finite("norm of the gradients", norm, step)
                 overflows += 1
                 run.log(**metrics | {"grad_norm": None}, skipped=True, scale=precision.scaler.get_scale())
                 if overflows == 50:
@@ -285,7 +285,7 @@ def samples(sd: StableDiffusion, settings: Settings, when: str) -> list[images.R
     return [(f"{prompt} ({when})", pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
 
 
-def insist_finite(what: str, value: float, step: int) -> None:
+def check_finite(what: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise RunError(f"the {what} is {value} at step {step}, and nothing was saved of it; lower --learning-rate")
 

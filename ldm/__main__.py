@@ -11,7 +11,7 @@ from ldm.formats import names, weights
 from ldm.formats.tensors import PICKLED
 from ldm.model import StableDiffusion
 from ldm.runtime import cli
-from ldm.runtime.files import insist_writable, written
+from ldm.runtime.files import check_writable, written
 
 SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
 
@@ -70,12 +70,12 @@ def convert(args: Namespace) -> None:
     layout = args.layout or ("official" if output.suffix == ".safetensors" else "diffusers")
     if output.suffix in PICKLED:
         raise InputError(f"{output}: pickled files are read, never written; give a name that ends in .safetensors")
-    insist_writable(output.parent, "output")
+    check_writable(output.parent, "output")
     sd = StableDiffusion.load(
         args.path, dtype=None, ema=args.ema, prediction=args.prediction_type, variant=args.variant
     )
-    sd.insist_finite()
-    print(sd.about)
+    sd.check_finite()
+    print(sd.summary)
     with written(output):
         left_out = sd.save(output, layout, cli.DTYPES[args.dtype] if args.dtype else None)
     print(f"wrote {output}")

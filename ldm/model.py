@@ -33,7 +33,7 @@ class StableDiffusion:
         self.text_encoder = TextEncoder(config.text)
         self.tokenizer = tokenizer or Tokenizer.clip(config.text.context_length, config.text.pad_id)
         self.schedule = Schedule(config.schedule)
-        self.about = "random weights"  # what was loaded, in words
+        self.summary = "random weights"  # what was loaded, in words
         self._extra: weights.Tensors = {}  # of the official file, not computed with
         self._dropped: list[str] = []  # names of what it had and is not saved
         self._origin: dict[str, str] = {}  # what its metadata said of where it comes from
@@ -58,12 +58,12 @@ class StableDiffusion:
         The networks adopt the file's memory-mapped tensors; only what has another type or device is copied.
         dtype: of the networks; as stored if None. ema, prediction, variant: see `weights.read`.
         Raises InputError, which names the tensor, if one is missing, unknown or of another shape. The numbers are not
-        looked at, and so not read from the disk before they are needed: `insist_finite` does.
+        looked at, and so not read from the disk before they are needed: `check_finite` does.
         """
         read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
         source = read()
         sd = cls.without_weights(path, source)
-        sd.about, sd._read = f"{path}: {weights.describe(source)}", read
+        sd.summary, sd._read = f"{path}: {weights.describe(source)}", read
         sd._extra, sd._dropped, sd._origin = source.extra, source.dropped, source.origin
         if problems := sd.differences(source.tensors):
             raise InputError(f"{path}: {weights.listed(problems, 1)}")
@@ -125,7 +125,7 @@ class StableDiffusion:
                 problems.append(f"{name} holds {found.dtype}, and should hold fp32, fp16 or bf16 numbers")
         return problems
 
-    def insist_finite(self) -> None:
+    def check_finite(self) -> None:
         """Raises InputError, which names the tensors, if weights are NaN or infinity. Reads all of them."""
         if bad := weights.not_finite(self.state()):
             what = weights.listed(bad, 1)

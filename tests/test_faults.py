@@ -44,7 +44,7 @@ def logged(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def insist_same(a: Path, b: Path) -> None:
+def check_same(a: Path, b: Path) -> None:
     assert losses(a) == losses(b)
     one, other = weights(a), weights(b)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -68,7 +68,7 @@ def stopped(base, folder: Path, name: str, to: str, processes: int = 1) -> None:
     call_ = [*base, step + 2, "--output-dir"]
     run(command([*call_, folder / "run", *LATEST], processes), folder)
     run(command([*call_, folder / "whole"], processes), folder)
-    insist_same(folder / "run", folder / "whole")
+    check_same(folder / "run", folder / "whole")
 
 
 def test_a_signal_finishes_the_step_and_saves(base, tmp_path):
@@ -156,7 +156,7 @@ def test_killed_thirty_times(base, tmp_path):
     run(command([*base, *steps, folder, *LATEST]), tmp_path)
     assert leftovers(folder) == []
     run(command([*base, *steps, tmp_path / "whole"]), tmp_path)
-    insist_same(folder, tmp_path / "whole")
+    check_same(folder, tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_torchrun_brings_a_killed_worker_back(victim, base, tmp_path):
     assert done.status == 0, done.err
     assert "going on from" in done.out
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dreambooth", "dreambooth-2"]
-    insist_same(folder, tmp_path / "runs" / "dreambooth")
+    check_same(folder, tmp_path / "runs" / "dreambooth")
     assert leftovers(folder) == []
 
 

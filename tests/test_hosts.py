@@ -62,7 +62,7 @@ def on_both(hosts, arguments: tuple, folders: list[Path]) -> list[Done]:
     return [finish(process, folder) for process, folder in zip(started, folders, strict=True)]
 
 
-def insist_same(a: Path, b: Path) -> None:
+def check_same(a: Path, b: Path) -> None:
     assert losses(a) == losses(b)
     one, other = weights(a), weights(b)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -74,7 +74,7 @@ def test_two_hosts_give_the_result_of_one(hosts, base, tmp_path):
     done = on_both(hosts, (*base, tmp_path / "two"), folders)
     assert [host.status for host in done] == [0, 0], done
     run(command([*base, tmp_path / "one"], 2), tmp_path)
-    insist_same(tmp_path / "two", tmp_path / "one")
+    check_same(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -88,7 +88,7 @@ def test_a_worker_killed_on_one_host_comes_back_on_both(victim, hosts, base, tmp
     assert [host.status for host in done] == [0, 0], done
     assert any("going on from" in host.out for host in done)
     run(command([*base, tmp_path / "one"], 2), tmp_path)
-    insist_same(tmp_path / "two", tmp_path / "one")
+    check_same(tmp_path / "two", tmp_path / "one")
 
 
 def test_what_one_host_lacks_is_said_by_both(hosts, base, photographs, tmp_path):

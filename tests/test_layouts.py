@@ -234,25 +234,25 @@ def test_what_the_model_predicts_is_said_by_somebody_and_told(narrow, there):
     file = safetensors(narrow("sd2_v"), there, None)
     guessed = StableDiffusion.load(file)
     assert (guessed.config.schedule.prediction, guessed.config.resolution) == ("v", 768)
-    assert "predicts v (assumed of SD 2.x; for a 512-base model give --prediction-type eps)" in guessed.about
+    assert "predicts v (assumed of SD 2.x; for a 512-base model give --prediction-type eps)" in guessed.summary
     told = StableDiffusion.load(file, prediction="eps")
     assert (told.config.schedule.prediction, told.config.resolution) == ("eps", 512)
-    assert told.about.endswith("predicts eps (--prediction-type)") and str(file) in told.about
+    assert told.summary.endswith("predicts eps (--prediction-type)") and str(file) in told.summary
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
     for word, said in {"epsilon": ("eps", 512), "v": ("v", 768), "v_prediction": ("v", 768)}.items():
         save_file(tensors, there / "named.safetensors", {"modelspec.prediction_type": word})
         named = StableDiffusion.load(there / "named.safetensors")
         assert (named.config.schedule.prediction, named.config.resolution) == said
-        assert named.about.endswith(f"predicts {said[0]} (the file's metadata)")
+        assert named.summary.endswith(f"predicts {said[0]} (the file's metadata)")
     told.save(there / "ours.safetensors")
-    assert StableDiffusion.load(there / "ours.safetensors").about.endswith("predicts eps (the file's metadata)")
+    assert StableDiffusion.load(there / "ours.safetensors").summary.endswith("predicts eps (the file's metadata)")
     guessed.save(there / "folder", "diffusers")
-    assert StableDiffusion.load(there / "folder").about.endswith("predicts v (the scheduler's JSON)")
+    assert StableDiffusion.load(there / "folder").summary.endswith("predicts v (the scheduler's JSON)")
     overruled = StableDiffusion.load(there / "folder", prediction="eps")
-    assert overruled.about.endswith("predicts eps (--prediction-type)")
+    assert overruled.summary.endswith("predicts eps (--prediction-type)")
     first = safetensors(narrow("sd1"), there, None)
-    assert "Stable Diffusion 1, official single file, float32, predicts eps" in StableDiffusion.load(first).about
+    assert "Stable Diffusion 1, official single file, float32, predicts eps" in StableDiffusion.load(first).summary
     with pytest.raises(InputError, match="--prediction-type x0 is neither eps nor v"):
         StableDiffusion.load(first, prediction="x0")
 
@@ -395,7 +395,7 @@ def test_a_tensor_that_is_no_weight_is_refused_by_name(value, said, dtype, narro
     name = "model.diffusion_model.input_blocks.0.0.bias"
     save_file(tensors | {name: value}, there / "a.safetensors")
     with pytest.raises(InputError, match=f"{name} {said}"):  # numbers are looked at by those that use them
-        StableDiffusion.load(there / "a.safetensors", dtype=dtype).insist_finite()
+        StableDiffusion.load(there / "a.safetensors", dtype=dtype).check_finite()
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin"])

@@ -36,7 +36,7 @@ def once(made, tmp_path) -> Path:
     return shutil.copytree(made, tmp_path / "once")
 
 
-def insist_same(a: Path, b: Path) -> None:
+def check_same(a: Path, b: Path) -> None:
     """Two runs with the same losses, the same weights and the same pictures, bit for bit."""
     assert losses(a) == losses(b)
     one, other = weights(a), weights(b)
@@ -60,7 +60,7 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(stop, flags, base, tmp
     call(*base, *flags, "--max-train-steps", 5, "--output-dir", whole)
     call(*base, *flags, "--max-train-steps", stop, "--output-dir", parts, "--checkpointing-steps", 1)
     call(*base, *flags, "--max-train-steps", 5, "--output-dir", parts, *LATEST)
-    insist_same(whole, parts)
+    check_same(whole, parts)
     assert leftovers(parts) == []
 
 
@@ -73,7 +73,7 @@ def test_stopped_at_every_one_of_twelve_steps(flags, base, tmp_path):
         flags_ = (*flags, "--max-train-steps", step, "--output-dir", parts, "--checkpointing-steps", 1, *LATEST)
         run(command([*base, *flags_]), tmp_path)
         assert checkpoints(parts)[-1] == step
-    insist_same(whole, parts)
+    check_same(whole, parts)
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_two_processes_with_accumulation(precision, base, tmp_path):
     run(command([*base, "--output-dir", parts, "--max-train-steps", 2], 2), tmp_path)
     shutil.copytree(parts, tmp_path / "alone")
     run(command([*base, "--output-dir", parts, *LATEST], 2), tmp_path)
-    insist_same(whole, parts)
+    check_same(whole, parts)
 
     # Another number of processes with the same global batch is the same run, but for the last bits.
     flags = ("--train-batch-size", 2, "--output-dir", tmp_path / "alone", *LATEST)
@@ -101,7 +101,7 @@ def test_moments_in_eight_bits_go_on_too(base, tmp_path):
     call(*base, "--output-dir", tmp_path / "whole")
     call(*base, "--output-dir", tmp_path / "parts", "--max-train-steps", 2, "--checkpointing-steps", 2)
     call(*base, "--output-dir", tmp_path / "parts", *LATEST)
-    insist_same(tmp_path / "whole", tmp_path / "parts")
+    check_same(tmp_path / "whole", tmp_path / "parts")
     training = load_file(tmp_path / "parts" / "checkpoints" / "checkpoint-000002" / "training.safetensors")
     assert torch.uint8 in {tensor.dtype for tensor in training.values()}
 
@@ -116,7 +116,7 @@ def test_sd2_goes_on_with_its_text_encoder(random_model, base, tmp_path):
     call(*base, "--output-dir", tmp_path / "whole")
     call(*base, "--output-dir", tmp_path / "parts", "--max-train-steps", 2, "--checkpointing-steps", 2)
     call(*base, "--output-dir", tmp_path / "parts", *LATEST)
-    insist_same(tmp_path / "whole", tmp_path / "parts")
+    check_same(tmp_path / "whole", tmp_path / "parts")
 
 
 # Which checkpoint is taken

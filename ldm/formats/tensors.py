@@ -35,17 +35,17 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             tree = tree["state_dict"]
         if not isinstance(tree, dict):
             raise InputError(f"{path} holds no state_dict")
-        _insist_named(path, tree)
+        _check_named(path, tree)
         return {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}, {}
     try:
         with safe_open(path, framework="pt") as file:
-            _insist_named(path, file.keys())
+            _check_named(path, file.keys())
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
 
 
-def _insist_named(path: Path, keys: Iterable[Any]) -> None:
+def _check_named(path: Path, keys: Iterable[Any]) -> None:
     """Names of tensors are shown to people, so they have to be text of one line."""
     if not all(isinstance(key, str) and key.isprintable() and len(key) <= MAX_NAME for key in keys):
         raise InputError(f"{path} holds something under a name that is no text, or too long; no model has that")

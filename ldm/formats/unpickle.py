@@ -59,7 +59,7 @@ class Machine:
             self._step(opcode.name, argument)
         if len(self.stacks) > 1 or len(self.stacks[0]) != 1:
             raise InputError("its pickle does not end with one object")
-        _insist_shallow(self._top())
+        _check_shallow(self._top())
         return self._top()
 
     def named(self, name: str) -> Any:
@@ -210,7 +210,7 @@ def _decode(pickle: bytes) -> Iterator[tuple]:
         raise InputError(f"its pickle is broken: {show(str(error))}") from None
 
 
-def _insist_shallow(root: Any) -> None:
+def _check_shallow(root: Any) -> None:
     """Refuses containers nested so deeply, or within themselves, that whoever walks them would not come back."""
     level = {0: [root]}
     for _ in range(MAX_DEPTH + 1):

@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
-MOST = 2**31  # of anything that is counted
+MAX_COUNT = 2**31  # of anything that is counted
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -100,10 +100,10 @@ def device(name: str | None) -> torch.device:
 
 
 def positive(text: str) -> int:
-    """An argparse type: whole numbers from 1 to MOST."""
+    """An argparse type: whole numbers from 1 to MAX_COUNT."""
     number = int(text)
-    if not 1 <= number <= MOST:
-        raise argparse.ArgumentTypeError(f"{text} is not {'1 or more' if number < 1 else f'{MOST} or less'}")
+    if not 1 <= number <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{text} is not {'1 or more' if number < 1 else f'{MAX_COUNT} or less'}")
     return number
 
 

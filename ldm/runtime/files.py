@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from ldm.errors import InputError, RunError
 
 
-def insist_writable(folder: Path, flag: str) -> None:
+def check_writable(folder: Path, flag: str) -> None:
     """Raises InputError, which names the flag, if nothing could be written in this folder, there already or not."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{flag} {folder} is a file; give a folder")

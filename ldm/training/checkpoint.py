@@ -96,7 +96,7 @@ def damaged(path: Path) -> str | None:
     return None
 
 
-def insist_whole(path: Path) -> None:
+def check_whole(path: Path) -> None:
     """Raises InputError if at the path is no checkpoint, or a damaged one."""
     if not path.is_dir():
         raise InputError(f"--resume-from-checkpoint {path} is no checkpoint folder")

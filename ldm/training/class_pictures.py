@@ -59,7 +59,7 @@ class ClassPictures:
         self.own = own[:count]
         self.paths = self.own + [self.folder / name for name in self.planned]
         if self.missing():
-            files.insist_writable(self.folder, "--class-data-dir")
+            files.check_writable(self.folder, "--class-data-dir")
         self._record = {**recipe, "seed": seed, "pictures": made | self.planned}
 
     def _read_manifest(self) -> dict[str, Any] | None:

@@ -79,7 +79,7 @@ class Run:
             folder = self._named.parent.parent
         else:
             folder = DEFAULT.with_name(f"{DEFAULT.name}-{max(numbered) + 1}") if numbered else DEFAULT
-        files.insist_writable(folder, "--output-dir")
+        files.check_writable(folder, "--output-dir")
         # A run that was killed while it began may have left its lock and a temporary name.
         if folder.is_dir() and any(path.name != LOCK and path.name[0] != "." for path in folder.iterdir()):
             if wanted is None and not self._is_back(folder):
@@ -91,8 +91,8 @@ class Run:
         if self._named is not None and not self._is_back(folder):
             if not self._named.exists() and (folder / "checkpoints" / wanted).is_dir():
                 self._named = folder / "checkpoints" / wanted  # its name alone will do
-            checkpoint.insist_whole(self._named)
-        self._insist_unchanged(folder, _read_config(folder))  # as far as is known before the model is read
+            checkpoint.check_whole(self._named)
+        self._check_unchanged(folder, _read_config(folder))  # as far as is known before the model is read
         return folder
 
     def _is_back(self, folder: Path) -> bool:
@@ -130,7 +130,7 @@ class Run:
             self._tidy()
             try:
                 found = self._find()
-                self._insist_same_run(found)
+                self._check_same_run(found)
                 checkpoint.check_space(self.folder, bytes_to_save)
             except (InputError, RunError):
                 if new:  # and ours: nobody else has the lock
@@ -165,15 +165,15 @@ class Run:
             )
         return found
 
-    def _insist_same_run(self, found: Path | None) -> None:
+    def _check_same_run(self, found: Path | None) -> None:
         if found is not None:
             state = checkpoint.load_state(found)
-            self._insist_unchanged(found, state["run"])
+            self._check_unchanged(found, state["run"])
             if state["step"] > self.settings.max_train_steps:
                 raise InputError(f"{found} is beyond --max-train-steps {self.settings.max_train_steps}")
-        self._insist_unchanged(self.folder, _read_config(self.folder))
+        self._check_unchanged(self.folder, _read_config(self.folder))
 
-    def _insist_unchanged(self, path: Path, before: dict[str, Any] | None) -> None:
+    def _check_unchanged(self, path: Path, before: dict[str, Any] | None) -> None:
         if before is not None and (changes := self._changes(before)):
             raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
 
@@ -193,7 +193,7 @@ class Run:
         """Writes a checkpoint, and deletes old ones when it is safe. Raises RunError if the disk won't take it."""
 
         def write() -> None:
-            state.insist_finite()
+            state.check_finite()
             checkpoint.check_space(self.folder, state.size)
             metrics = (self.folder / METRICS).read_text(encoding="utf-8")
             numbers = {**state.numbers(), "run": self._config()}
@@ -223,7 +223,7 @@ class Run:
     def save_model(self, state: TrainingState) -> list[str]:
         """Writes the model that all this was for. Returns the names of tensors that its layout has no place for."""
         with files.written(self.model_path):
-            state.insist_finite()
+            state.check_finite()
             return state.sd.save(self.model_path, self.settings.layout, metadata=state.metadata())
 
     @property

@@ -10,8 +10,8 @@ from typing import Any
 
 from ldm import samplers
 from ldm.errors import InputError
-from ldm.runtime.cli import MOST, Parser, positive
-from ldm.training.tracking import TRACKERS, insist_installed
+from ldm.runtime.cli import MAX_COUNT, Parser, positive
+from ldm.training.tracking import TRACKERS, check_installed
 
 
 def setting(default: Any, text: str, *, flags: tuple[str, ...] = (), path: bool = False, **options: Any) -> Any:
@@ -113,7 +113,7 @@ class Settings:
         if not 0 <= self.prior_loss_weight < float("inf"):
             return f"--prior-loss-weight {self.prior_loss_weight} is not a number from 0"
         samplers.find(self.sampler)
-        insist_installed(self.report_to)
+        check_installed(self.report_to)
         return None
 
 
@@ -190,8 +190,8 @@ def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
     if type(value) is not kind:
         raise InputError(f"{where} is {value!r}, and should be a {kind.__name__}")
     options = f.metadata["options"]
-    if options.get("type") is positive and not 1 <= value <= MOST:
-        raise InputError(f"{where} is {value}, and should be from 1 to {MOST}")
+    if options.get("type") is positive and not 1 <= value <= MAX_COUNT:
+        raise InputError(f"{where} is {value}, and should be from 1 to {MAX_COUNT}")
     if "choices" in options and value not in options["choices"]:
         raise InputError(f"{where} is {value!r}; there are {', '.join(options['choices'])}")
     name = f.name in ("model", "resume_from_checkpoint")  # which may be no path: "latest", or a name on a hub

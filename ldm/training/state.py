@@ -46,7 +46,7 @@ class TrainingState:
         if self.ema is not None:
             self.ema.update()
 
-    def insist_finite(self) -> None:
+    def check_finite(self) -> None:
         """Raises RunError if the update has left a weight that is no number: such a model is not to be saved."""
         for name, parameter in self.parameters.items():
             if not parameter.isfinite().all():

@@ -12,7 +12,7 @@ TRACKERS = ("none", "tensorboard", "wandb")
 Track = Callable[[int, dict[str, float]], Any]
 
 
-def insist_installed(name: str) -> None:
+def check_installed(name: str) -> None:
     """Raises InputError if the tracker's package is not there."""
     if name != "none" and find_spec(name) is None:
         raise InputError(f'--report-to {name} needs the tracking extra: pip install -e ".[tracking]"')
