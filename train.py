@@ -5,294 +5,175 @@
         --instance-prompt "a photo of sks dog" --class-prompt "a photo of a dog"
     torchrun --nproc-per-node 8 train.py ...                the same on eight GPUs
 
-Read it from top to bottom: `main` is the story, `train` the loop, `gradients` the algorithm.
+Read it from top to bottom: `main` is the story, `train` the loop, `dreambooth_step` the algorithm.
 """
 
-import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from ldm import dreambooth, images
-from ldm.errors import RunError
+from ldm import images, training
+from ldm.dreambooth import Batch, FullTuning, Losses, Trainable, dreambooth_loss, min_snr_weight
 from ldm.formats import weights
 from ldm.model import StableDiffusion
 from ldm.runtime import cli, processes
-from ldm.runtime.processes import World
-from ldm.runtime.signals import Stop
-from ldm.samplers import evaluations
-from ldm.training import batches, optimizer
-from ldm.training.class_pictures import ClassPictures
-from ldm.training.precision import Precision, set_exactness
-from ldm.training.run import Run, digest
-from ldm.training.settings import Settings, parse
-from ldm.training.state import TrainingState
+from ldm.training import Batches, ClassPictures, Rows, Run, Settings, TrainingState
 
 TINY = Path(__file__).parent / "weights" / "tiny" / "train.toml"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(argv, TINY)
+def main(
+    argv: Sequence[str] | None = None, tuning: Callable[[StableDiffusion, Settings], Trainable] = FullTuning
+) -> None:
+    """tuning: what trains; see `Trainable`."""
+    settings = training.parse(argv, TINY)
     world = processes.start(settings.device)
-    precision = Precision(settings.mixed_precision, world.device)
-    set_exactness(settings.allow_tf32, settings.deterministic)
+    training.set_exactness(settings.allow_tf32, settings.deterministic)
 
-    # All that could be wrong with the input is found out here, before anything is written.
+    # Whatever is wrong with the input is found here, before anything is written.
     run = Run(settings, world)
     with world.agreed():
         photographs = images.find_pictures(settings.instance_data_dir, "--instance-data-dir")
-        sd = load(settings, world)
-        if world.main:
-            sd.check_finite()
+        sd = load(run)
     base = world.on_main(sd.fingerprint)
     with world.agreed():
-        class_pictures = plan(sd, settings, run, photographs, base)
-    trainee = dreambooth.Trainee(sd, settings.train_text_encoder, settings.gradient_checkpointing)
-    state = TrainingState(sd, trainee, settings, precision, base)
-    given = photographs + (class_pictures.own if class_pictures is not None else [])
-    checkpoint = run.start({"base": base, "pictures": digest(given)}, state.size)
-    tell(world, sd.summary)
-    if checkpoint is not None:
-        tell(world, f"going on from {checkpoint}")
+        class_pictures = plan_class_pictures(run, sd, base)
+        check_pictures(settings, photographs, class_pictures)
+    state = TrainingState(tuning(sd, settings), settings, run.precision, base)
+    resumed_from = run.begin(state, photographs + (class_pictures.own if class_pictures else []))
+    world.print_main(sd.summary)
+    if resumed_from is not None:
+        world.print_main(f"resuming from {resumed_from}")
     elif settings.resume_from_checkpoint is not None:
-        tell(world, f"no checkpoint in {run.checkpoints} yet: beginning anew")
+        world.print_main(f"no checkpoint in {run.claim.checkpoints} yet: starting from the base model")
 
-    with Stop() as stop:
-        # The base model before it sees the subject: what it makes of the prompts, and what it knows of the class.
-        with precision.autocast():
-            if world.main and not run.sheet("before").exists():
-                run.save_sheet("before", images.grid(samples(sd, settings, "before")))
-            complete = class_pictures is None or class_pictures.generate(sd, settings.sample_batch_size, world, stop)
-        if complete:
-            rows, conditioning = prepare(sd, settings, world, precision, photographs, class_pictures)
-            if checkpoint is not None:
-                state.restore(*run.load(checkpoint))
-            try:
-                train(settings, world, run, precision, state, trainee, rows, conditioning, stop)
-            except torch.OutOfMemoryError:
-                hints = (
-                    "--gradient-checkpointing, --mixed-precision bf16, --use-8bit-adam or a lower --train-batch-size"
-                )
-                raise RunError(f"{world.device} ran out of memory at step {state.step + 1}; give {hints}") from None
+    with run.stop:
+        # The base model before it sees the subject: its pictures of the prompts, and its idea of the class.
+        ready = world.on_main(training.sheet_path(run, "before").exists) or training.make_sheet(run, sd, "before")
+        ready = ready and (class_pictures is None or class_pictures.generate(run, sd))
+        if ready:
+            batches = prepare(run, state, photographs, class_pictures)
+            run.restore(state)
+            train(run, state, batches)
         if state.step == settings.max_train_steps:
-            finish(sd, settings, world, run, precision, photographs, state)
+            finish(run, state, photographs)
         else:
-            when = f"after step {state.step}" if complete else "before training"
-            tell(world, f"stopped {when}; --resume-from-checkpoint latest goes on from there")
+            when = f"after step {state.step}" if ready else "before training"
+            world.print_main(f"stopped {when}; --resume-from-checkpoint latest resumes it")
     world.close()
 
 
-def train(
-    settings: Settings,
-    world: World,
-    run: Run,
-    precision: Precision,
-    state: TrainingState,
-    trainee: dreambooth.Trainee,
-    rows: list[batches.Rows],
-    conditioning: Tensor,
-    stop: Stop,
-) -> None:
-    """From the state's step to the last, or until a signal ends it early, with all saved."""
-    model, overflows = world.wrap(trainee), 0
-    progress = {"initial": state.step, "total": settings.max_train_steps, "desc": "training", "unit": "step"}
-    with tqdm(**progress, disable=not world.main) as bar:
-        while state.step < settings.max_train_steps:
-            began, step = time.perf_counter(), state.step + 1
-            if trainee.text_encoder_trains and step > (settings.text_encoder_stop_step or math.inf):
-                optimizer.freeze(trainee.text_encoder.parameters())
-                model = world.wrap(trainee)
-            factor = optimizer.lr_factor(
-                settings.lr_scheduler, step, settings.lr_warmup_steps, settings.max_train_steps
-            )
-            optimizer.set_lr(state.optimizer, factor)
-
-            state.optimizer.zero_grad(set_to_none=True)
-            sums = gradients(settings, world, precision, state, model, rows, conditioning)
-            *sums, signals = world.sum([*sums, float(stop.asked)])
-            loss, subject, prior = (total / (settings.gradient_accumulation_steps * world.size) for total in sums)
-            check_finite("loss", loss, step)
-            norm = precision.step(state.optimizer, list(state.parameters.values()), settings.max_grad_norm)
-            state.draws += 1
-
-            metrics = {"step": step, "loss": loss, "subject_loss": subject, "prior_loss": prior, "grad_norm": norm}
-            metrics |= {"lr": settings.learning_rate * factor, "seconds": round(time.perf_counter() - began, 4)}
-            updated = math.isfinite(norm)
-            if updated:
-                overflows = 0
-                state.advance()
-                run.log(**metrics)
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.4f}", subject=f"{subject:.4f}", prior=f"{prior:.4f}", refresh=False)
-            else:  # fp16 overflowed: the same step again, with other rows and a lower scale; else it is an error
-                if not precision.scaler.is_enabled():
-                    check_finite("norm of the gradients", norm, step)
-                overflows += 1
-                run.log(**metrics | {"grad_norm": None}, skipped=True, scale=precision.scaler.get_scale())
-                if overflows == 50:
-                    raise RunError(f"fp16 overflowed {overflows} times in a row at step {step}; take bf16")
-            if signals or (updated and step % settings.checkpointing_steps == 0):
-                run.save(state)
-            if signals:
-                break
+def train(run: Run, state: TrainingState, batches: Batches) -> None:
+    """Runs the remaining steps. On a signal, finishes the step, saves and returns."""
+    accumulation = run.settings.gradient_accumulation_steps
+    with run.progress(state.step), run.enough_memory("training", "while it trained"):
+        while state.step < run.settings.max_train_steps and not run.stopped:
+            if state.start_step():  # learning rate, zero_grad; True where other parameters train than before
+                model = run.world.wrap(state.trainable)
+            losses = []
+            for batch in batches.take(state.draws):  # `accumulation` of them
+                with run.world.averaging(model, now=batch.last):
+                    losses.append(dreambooth_step(run, state, model, batch))
+                    run.precision.backward(losses[-1].total / accumulation)
+            metrics = {"step": state.step + 1} | run.reduce(losses, state.clip_gradients())
+            state.update(metrics)  # where fp16 overflowed nothing is updated: the same step again, on new rows
+            run.log(metrics)
+            run.save_if_due(state)
 
 
-def gradients(
-    settings: Settings,
-    world: World,
-    precision: Precision,
-    state: TrainingState,
-    model: nn.Module,
-    rows: list[batches.Rows],
-    conditioning: Tensor,
-) -> list[float]:
-    """Leaves the gradient of one global batch in the parameters. Returns the sums of this process's losses."""
-    batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
-    schedule = state.sd.schedule
-    is_class = torch.arange(len(rows) * batch, device=world.device) >= batch  # instance rows first, class rows after
-    sums = torch.zeros(3, dtype=torch.float64)
-    for part in range(accumulation):
-        # Which rows these are depends on the draw alone, not on how many processes share it or in how many parts.
-        first = ((state.draws * accumulation + part) * world.size + world.rank) * batch
-        drawn = [kind.draw(settings.seed, first, batch) for kind in rows]
-        z, noise, t = (torch.cat(column) for column in zip(*drawn, strict=True))
-        weight = None
-        if settings.snr_gamma is not None:
-            weight = dreambooth.min_snr_weight(schedule.snr(t), settings.snr_gamma, schedule.config.prediction)
+def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batch: Batch) -> Losses:
+    """Noises the latents of subject and class, predicts, and compares: the two terms of DreamBooth, eq. 2.
 
-        with world.averaging(model, now=part == accumulation - 1):
-            with precision.autocast():
-                prediction = model(schedule.add_noise(z, noise, t), t, conditioning)
-            target = schedule.target(z, noise, t)
-            losses = dreambooth.dreambooth_loss(prediction, target, is_class, settings.prior_loss_weight, weight)
-            precision.backward(losses[0] / accumulation)
-        sums += torch.stack(losses).detach().cpu().double()
-    return sums.tolist()
-
-
-def load(settings: Settings, world: World) -> StableDiffusion:
-    source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
-    return StableDiffusion.load(settings.model, world.device, **source)
-
-
-def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Path], base: str) -> ClassPictures | None:
-    """The class pictures to have, as the base model of that fingerprint makes them.
-
-    Raises InputError for settings and pictures that the model can't be trained with.
+    model: `state.trainable`, as the processes share it.
     """
+    settings, schedule = run.settings, state.trainable.sd.schedule
+    noisy = schedule.add_noise(batch.latents, batch.noise, batch.t)
+    with run.precision.autocast():
+        prediction = model(noisy, batch.t, batch.prompts)
+    target = schedule.target(batch.latents, batch.noise, batch.t)
+    weight = None
+    if settings.snr_gamma is not None:
+        weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
+    return dreambooth_loss(prediction, target, batch.is_class, settings.prior_loss_weight, weight)
+
+
+def load(run: Run) -> StableDiffusion:
+    """The base model, on this process's device. Raises InputError for settings that do not suit it."""
+    settings = run.settings
+    source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
+    sd = StableDiffusion.load(settings.model, run.world.device, **source)
     sd.latent_shape(settings.resolution, settings.resolution)
     sd.schedule.spaced(settings.sample_steps)
-    pictures, class_pictures = photographs, None
-    if settings.with_prior_preservation:
-        guidance = settings.class_guidance_scale
-        recipe = {
-            "prompt": settings.class_prompt,
-            "sampler": settings.sampler,
-            "steps": settings.sample_steps,
-            "guidance_scale": settings.guidance_scale if guidance is None else guidance,
-            "resolution": settings.resolution,
-            "prediction": sd.config.schedule.prediction,
-            "model": base,
-        }
-        folder = settings.class_data_dir or run.folder / "class"
-        class_pictures = ClassPictures(folder, settings.num_class_images, settings.seed, recipe)
-        pictures = pictures + [path for path in class_pictures.paths if path.exists()]
-    for path in pictures:
+    if run.world.main:
+        sd.check_finite()
+    return sd
+
+
+def plan_class_pictures(run: Run, sd: StableDiffusion, base: str) -> ClassPictures | None:
+    """The class pictures to have, as the base model of that fingerprint makes them; None without the prior term."""
+    settings = run.settings
+    if not settings.with_prior_preservation:
+        return None
+    guidance = settings.class_guidance_scale
+    recipe = {
+        "prompt": settings.class_prompt,
+        "sampler": settings.sampler,
+        "steps": settings.sample_steps,
+        "guidance_scale": settings.guidance_scale if guidance is None else guidance,
+        "resolution": settings.resolution,
+        "prediction": sd.config.schedule.prediction,
+        "model": base,
+    }
+    folder = settings.class_data_dir or run.folder / "class"
+    return ClassPictures(folder, settings.num_class_images, settings.seed, recipe)
+
+
+def check_pictures(settings: Settings, photographs: list[Path], class_pictures: ClassPictures | None) -> None:
+    """Raises InputError for a picture that can't be read."""
+    existing = [path for path in class_pictures.paths if path.exists()] if class_pictures else []
+    for path in photographs + existing:
         images.load_picture(path, settings.resolution)
-    return class_pictures
 
 
-def prepare(
-    sd: StableDiffusion,
-    settings: Settings,
-    world: World,
-    precision: Precision,
-    photographs: list[Path],
-    class_pictures: ClassPictures | None,
-) -> tuple[list[batches.Rows], Tensor]:
-    """Pictures become latents and prompts context, once for all steps where they can; what does not train freezes.
-
-    Returns the rows of each kind, and the ids (P, L) of their prompts if the text encoder trains, else the context.
-    """
-    kinds, prompts = [("instance", photographs)], [settings.instance_prompt]
+def prepare(run: Run, state: TrainingState, photographs: list[Path], class_pictures: ClassPictures | None) -> Batches:
+    """Encodes pictures and prompts once where possible, and stores what does not train in the compute type."""
+    settings, sd = run.settings, state.trainable.sd
+    kinds = [("instance", settings.instance_prompt, photographs)]
     if class_pictures is not None:
-        kinds, prompts = [*kinds, ("class", class_pictures.paths)], [*prompts, settings.class_prompt]
-    views = {"crop": settings.random_crop, "flip": settings.random_flip, "bar": world.main}
-    rows = [batches.training_rows(sd, kind, paths, settings.resolution, **views) for kind, paths in kinds]
+        kinds.append(("class", settings.class_prompt, class_pictures.paths))
+    rows = []
+    for kind, prompt, paths in kinds:
+        shape = sd.latent_shape(settings.resolution, settings.resolution)
+        common = (settings.seed, kind, len(paths), shape, sd.schedule.timesteps)
+        if settings.random_crop:
+            draws = training.CropDraws(*common, paths, settings.resolution, settings.random_flip)
+            rows.append(Rows(prompt, draws, run.world.device, encode=partial(training.encode, sd)))
+        else:
+            description = f"encoding {kind} pictures" if run.world.main else None
+            latents = training.encode_pictures(sd, paths, settings.resolution, settings.random_flip, description)
+            draws = training.LatentDraws(*common, views=latents.mean.shape[1])
+            rows.append(Rows(prompt, draws, run.world.device, latents))
     if settings.random_crop:
         sd.freeze(sd.vae, torch.float32)
     else:
         sd.forget_encoder()
-        sd.freeze(sd.vae, precision.dtype)
-    ids = sd.tokenizer(prompts).to(world.device)
-    if settings.train_text_encoder:
-        return rows, ids
-    with torch.no_grad():
-        context = sd.text_encoder(ids)
-    sd.freeze(sd.text_encoder, precision.dtype)
-    return rows, context
+        sd.freeze(sd.vae, run.precision.dtype)
+    state.trainable.prepare(tuple(dict.fromkeys(prompt for _, prompt, _ in kinds)), run.precision.dtype)
+    return Batches(rows, settings, run.world)
 
 
-def finish(
-    sd: StableDiffusion,
-    settings: Settings,
-    world: World,
-    run: Run,
-    precision: Precision,
-    photographs: list[Path],
-    state: TrainingState,
-) -> None:
-    """Writes the model, and the sheets that show what it has learned."""
-    if not world.main:
-        return
-    with state.averaged(), precision.autocast():
-        if left_out := run.save_model(state):
-            print(f"not in the model: {weights.listed(left_out)}")
-        after = images.grid(samples(sd, settings, "after"))
-    run.save_sheet("after", after)
-    squares = [images.square(path, settings.resolution) for path in photographs]
-    shown = images.grid([("photographs of the subject", squares[: 2 * settings.num_validation_images])])
-    run.save_sheet("before_after", images.beside(shown, Image.open(run.sheet("before")), after))
-    print(f"model: {run.model_path}\nsheet: {run.sheet('before_after')}")
-
-
-def samples(sd: StableDiffusion, settings: Settings, when: str) -> list[images.Row]:
-    """A row of pictures for each validation prompt, the same seeds in every row and every time."""
-    prompts = settings.validation_prompt or tuple(filter(None, (settings.instance_prompt, settings.class_prompt)))
-    seeds = range(settings.seed, settings.seed + settings.num_validation_images)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    batches = [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]
-    total = len(batches) * evaluations(settings.sampler, settings.sample_steps)
-    pictures = []
-    with tqdm(total=total, desc=f"sheet {when}", unit="step") as bar:
-        for batch in batches:
-            pictures += sd.generate(
-                [prompt for prompt, _ in batch],
-                steps=settings.sample_steps,
-                guidance=settings.guidance_scale,
-                sampler=settings.sampler,
-                seeds=[seed for _, seed in batch],
-                height=settings.resolution,
-                width=settings.resolution,
-                progress=bar.update,
-            )
-    n = len(seeds)
-    return [(f"{prompt} ({when})", pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
-
-
-def check_finite(what: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise RunError(f"the {what} is {value} at step {step}, and nothing was saved of it; lower --learning-rate")
-
-
-def tell(world: World, text: str) -> None:
-    if world.main:
-        print(text)
+def finish(run: Run, state: TrainingState, photographs: list[Path]) -> None:
+    """Writes the result, and the sheets that show what the model has learned."""
+    with state.averaged():
+        path, left_out = run.world.on_main(lambda: run.save_result(state))
+        if left_out:
+            run.world.print_main(f"not in the model: {weights.listed(left_out)}")
+        complete = training.make_sheet(run, state.trainable.sd, "after")
+    if complete:
+        sheet = run.world.on_main(lambda: training.make_comparison(run, photographs))
+        run.world.print_main(f"model: {path}\nsheet: {sheet}")
 
 
 if __name__ == "__main__":

@@ -1,58 +1,203 @@
-"""What makes fine-tuning DreamBooth (Ruiz et al. 2023): the loss, what trains, and what it is fed."""
+"""What makes fine-tuning DreamBooth (Ruiz et al. 2023): the loss, the batch that it is computed on, and what trains."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor, nn
 
+from ldm.formats import names
+from ldm.formats.tensors import Tensors, open_tensors, save_tensors
+from ldm.formats.weights import CHECKPOINT_MODEL, read
 from ldm.model import StableDiffusion
+from ldm.runtime import replacing
+
+Prompts = tuple[str, ...]
+
+
+class Losses(NamedTuple):
+    """Scalars, in the units of the target squared."""
+
+    total: Tensor
+    subject: Tensor
+    prior: Tensor
 
 
 def dreambooth_loss(
     prediction: Tensor, target: Tensor, is_class: Tensor, prior_weight: float, row_weight: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Losses:
     """Subject term plus weighted prior-preservation term (DreamBooth, eq. 2).
 
     prediction, target: (B, C, h, w); is_class: (B,) bool, True for rows of the class prior.
     row_weight: (B,) factors on the rows' errors, 1 if None.
-    Returns (loss, subject_mse, prior_mse), scalars in the units of the target squared. The mean of no rows is 0.
+    Returns (loss, subject_mse, prior_mse), scalars. The mean of no rows is 0.
     """
     error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
     if row_weight is not None:
         error = error * row_weight
-    subject, prior = _mean(error[~is_class]), _mean(error[is_class])
-    return subject + prior_weight * prior, subject, prior
+    subject, prior = _mean(error, ~is_class), _mean(error, is_class)
+    return Losses(subject + prior_weight * prior, subject, prior)
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.sum() / max(len(values), 1)
+def _mean(error: Tensor, rows: Tensor) -> Tensor:
+    # masked_fill and not error[rows]: a size that depends on values would make the host wait for the device
+    return error.masked_fill(~rows, 0.0).sum() / rows.sum().clamp(min=1)
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
-    """Row weights (B,) that tame the easy, little-noised steps. Min-SNR, Hang et al. 2023, section 3.4.
+    """Row weights (B,) that keep easy, lightly noised steps from dominating. Min-SNR, Hang et al. 2023, section 3.4.
 
-    snr: (B,) of the rows' steps; prediction: "eps" or "v", whose errors are x_0's times snr, or snr + 1.
+    snr: (B,) of the rows' steps; prediction: "eps" or "v", whose squared errors are x_0's times snr, or snr + 1.
     """
     return snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1.0)
 
 
-class Trainee(nn.Module):
-    """What trains, as one module with one forward pass: the UNet, and the text encoder before it if that trains."""
+@dataclass
+class Batch:
+    """The rows of one forward pass. No other order of the rows is agreed on: `is_class` says which term each joins."""
 
-    def __init__(self, sd: StableDiffusion, text_encoder: bool, checkpointing: bool = False):
-        """checkpointing: compute activations again in the backward pass instead of keeping them."""
+    latents: Tensor  # (B, 4, h, w), clean and scaled
+    noise: Tensor  # (B, 4, h, w), standard normal
+    t: Tensor  # (B,) steps, int64
+    prompts: Sequence[str]  # B, one a row
+    is_class: Tensor  # (B,) bool, True for rows of the class prior
+    last: bool = True  # whether this is the last batch whose gradients the step accumulates
+
+
+class Trainable(nn.Module):
+    """One way of fine-tuning: what trains, under which names it is kept, and what a run writes in the end.
+
+    A subclass passes the parameters that train to `__init__`, under names that last. That is enough: the methods below
+    train, save and write exactly those. Everything else of the model is frozen.
+    """
+
+    weights_file = "trained.safetensors"  # the name of what `save` writes in a checkpoint folder
+
+    def __init__(self, sd: StableDiffusion, settings: Any, trained: dict[str, nn.Parameter]):
+        """settings: those of the run, `ldm.training.Settings`."""
         super().__init__()
-        for network in sd.networks().values():
-            network.requires_grad_(False)
-        self.unet = sd.unet.requires_grad_(True)
-        self.text_encoder = sd.text_encoder.requires_grad_(True) if text_encoder else None
-        self.unet.checkpointing = sd.text_encoder.text_model.checkpointing = checkpointing
+        self.sd, self.trained = sd, trained
+        for parameter in sd.parameters().values():
+            parameter.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        # Registered networks are those that DistributedDataParallel averages the gradients of.
+        for name in ("unet", "text_encoder"):
+            if any(parameter.requires_grad for parameter in getattr(sd, name).parameters()):
+                setattr(self, name, getattr(sd, name))
+        sd.unet.checkpointing = sd.text_encoder.text_model.checkpointing = settings.gradient_checkpointing
+        self._ids: dict[Prompts, Tensor] = {}
+        self._contexts: dict[Prompts, Tensor] = {}  # while the text encoder is frozen
+
+    # One forward pass
+
+    def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """noisy: (B, 4, h, w); t: (B,); prompts: B, one a row. Returns the prediction, (B, 4, h, w)."""
+        distinct = tuple(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(noisy.device, non_blocking=True)
+        return self.sd.unet(noisy, t, self.context(distinct).index_select(0, rows))
+
+    def context(self, prompts: Prompts) -> Tensor:
+        """Distinct prompts -> (P, L, D). While the text encoder is frozen it runs once for all steps."""
+        if prompts not in self._ids:
+            self._ids[prompts] = self.sd.tokenizer(list(prompts)).to(self.sd.device)
+        if self.text_encoder_trains:
+            return self.sd.text_encoder(self._ids[prompts])
+        if prompts not in self._contexts:
+            with torch.no_grad():
+                self._contexts[prompts] = self.sd.text_encoder(self._ids[prompts])
+        return self._contexts[prompts]
 
     @property
     def text_encoder_trains(self) -> bool:
-        return self.text_encoder is not None and next(self.text_encoder.parameters()).requires_grad
+        return any(parameter.requires_grad for parameter in self.sd.text_encoder.parameters())
 
-    def forward(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
-        """x: (B, 4, h, w); t: (B,); prompts: ids (P, L) if the text encoder trains, else context (P, L, D).
+    def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
+        """Called once before training: a frozen text encoder encodes the prompts, and is then stored in `dtype`."""
+        if not self.text_encoder_trains:
+            self.context(prompts)
+            self.sd.freeze(self.sd.text_encoder, dtype)
 
-        Each of the P prompts serves B / P rows, in order. Returns the prediction, (B, 4, h, w).
-        """
-        context = self.text_encoder(prompts) if self.text_encoder is not None else prompts
-        return self.unet(x, t, context.repeat_interleave(len(x) // len(prompts), dim=0))
+    # What the optimizer and a checkpoint see
+
+    def parameter_groups(self, settings: Any) -> list[dict[str, Any]]:
+        """Groups for the optimizer: "params", "lr", "name", and "stop", the last step that updates them, or None."""
+        params = list(self.trained.values())
+        return [{"name": "trained", "params": params, "lr": settings.learning_rate, "stop": None}]
+
+    def named_parameters_saved(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds, by name."""
+        return self.trained
+
+    def bytes_saved(self) -> int:
+        """The size of what `save` writes, without headers."""
+        return sum(parameter.nbytes for parameter in self.named_parameters_saved().values())
+
+    def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
+        """Writes what trains. Returns the names of the model's tensors that have no place in such a file."""
+        save_tensors(path, {name: p.detach().cpu() for name, p in self.named_parameters_saved().items()}, metadata)
+        return []
+
+    def load(self, path: Path) -> None:
+        """Puts back what `save` has written, bit for bit."""
+        self.adopt(open_tensors(path)[0])
+
+    @torch.no_grad()
+    def adopt(self, tensors: Tensors) -> None:
+        """Copies tensors of the saved names into the parameters."""
+        for name, parameter in self.named_parameters_saved().items():
+            parameter.copy_(tensors[name])
+
+    # What the run is for
+
+    def result_path(self, folder: Path, settings: Any) -> Path:
+        """Where `result` writes to in a run's folder."""
+        return folder / self.weights_file
+
+    def result(self, path: Path, settings: Any, metadata: dict[str, str]) -> list[str]:
+        """Writes what the run is for to `result_path`. Returns the names of tensors that it leaves out."""
+        with replacing(path) as temporary:
+            return self.save(temporary, metadata)
+
+
+class FullTuning(Trainable):
+    """Trains the whole UNet and, if the settings say so, the whole text encoder: DreamBooth as it was published."""
+
+    weights_file = CHECKPOINT_MODEL  # a whole model, so that sample.py takes a checkpoint folder as --model
+
+    def __init__(self, sd: StableDiffusion, settings: Any):
+        networks = (names.UNET, names.TEXT) if settings.train_text_encoder else (names.UNET,)
+        super().__init__(sd, settings, {n: p for n, p in sd.parameters().items() if n.startswith(networks)})
+
+    def parameter_groups(self, settings: Any) -> list[dict[str, Any]]:
+        unet, text = (
+            [parameter for name, parameter in self.trained.items() if name.startswith(prefix)]
+            for prefix in (names.UNET, names.TEXT)
+        )
+        rate = settings.learning_rate
+        groups = [{"name": "unet", "params": unet, "lr": rate, "stop": None}]
+        if text:
+            rate, stop = settings.text_encoder_learning_rate or rate, settings.text_encoder_stop_step
+            groups.append({"name": "text encoder", "params": text, "lr": rate, "stop": stop})
+        return groups
+
+    def bytes_saved(self) -> int:
+        return 4 * sum(tensor.numel() for tensor in self.sd.state().values())
+
+    def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
+        """Writes the whole model as an official single file."""
+        return self.sd.save(path, "official", metadata=metadata)
+
+    def load(self, path: Path) -> None:
+        self.adopt(read(path).tensors)
+
+    def result_path(self, folder: Path, settings: Any) -> Path:
+        return folder / RESULTS[settings.layout]
+
+    def result(self, path: Path, settings: Any, metadata: dict[str, str]) -> list[str]:
+        return self.sd.save(path, settings.layout, metadata=metadata)
+
+
+RESULTS = {"official": "model.safetensors", "diffusers": "model"}  # names of the final model by its layout

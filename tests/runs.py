@@ -16,9 +16,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import default_collate
 
 import train
 from ldm import InputError
+from ldm.training import LatentDraws, Rows
+from ldm.training.latents import Latents
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = """--instance-prompt=a sks dog|--class-prompt=a dog|--resolution=16|--sample-steps=1|--guidance-scale=1
@@ -107,6 +110,17 @@ def run(line: Sequence[str], folder: Path, status: int | None = 0, **environment
     done = finish(start(line, folder, **environment), folder)
     assert status is None or done.status == status, f"status {done.status}\n{done.out}\n{done.err}"
     return done
+
+
+def latent_rows(kind: str, mean: torch.Tensor, std: torch.Tensor, seed: int = 0) -> Rows:
+    """Rows of pictures whose latents are mean and std, (N, views, C, h, w), of a schedule with 1000 steps."""
+    draws = LatentDraws(seed, kind, len(mean), tuple(mean.shape[2:]), 1000, views=mean.shape[1])
+    return Rows("", draws, mean.device, Latents(mean, std))
+
+
+def sample_rows(rows: Rows, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, noise and t of the rows first ... first + count - 1."""
+    return rows.sample(default_collate([rows.draws[index] for index in range(first, first + count)]))
 
 
 def metrics(run: Path) -> list[dict]:

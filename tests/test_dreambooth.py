@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import latent_rows, sample_rows
 
 from ldm import InputError, rng
-from ldm.dreambooth import Trainee, dreambooth_loss
+from ldm.dreambooth import FullTuning, dreambooth_loss
 from ldm.images import load_picture
 from ldm.runtime.processes import World
-from ldm.runtime.signals import Stop
-from ldm.training.batches import LatentRows, training_rows
-from ldm.training.class_pictures import FLAGS, ClassPictures
+from ldm.training import ClassPictures, Rows, Run, Settings, encode_pictures
+from ldm.training.class_pictures import FLAGS
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped")
 
@@ -65,48 +65,49 @@ def test_the_loss_is_computed_in_fp32():
 @pytest.mark.parametrize("text_encoder", [True, False])
 def test_the_autoencoder_is_frozen_and_the_rest_trains_as_asked(text_encoder, random_model):
     sd = random_model()
-    parameters = {id(parameter) for parameter in Trainee(sd, text_encoder).parameters()}
+    settings = Settings(train_text_encoder=text_encoder)
+    parameters = {id(parameter) for parameter in FullTuning(sd, settings).parameters()}
     expected = [sd.unet, sd.text_encoder] if text_encoder else [sd.unet]
     assert parameters == {id(parameter) for network in expected for parameter in network.parameters()}
     for network in sd.networks().values():
         assert all(p.requires_grad == (network in expected) for p in network.parameters())
 
 
-# Rule 4: what is drawn depends on the row alone
+# What is drawn depends on the row alone
 
 
-def rows(kind: str = "instance", count: int = 3) -> LatentRows:
+def rows(kind: str = "instance", count: int = 3, seed: int = 0) -> Rows:
     mean = torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1, 1).expand(count, 1, 4, 2, 2) * 100
-    return LatentRows(kind, mean, torch.full_like(mean, 0.5), 1000)
+    return latent_rows(kind, mean, torch.full_like(mean, 0.5), seed)
 
 
 @pytest.mark.parametrize("cuts", [[4, 4], [1] * 8, [5, 3]])
 def test_a_row_is_the_same_however_the_batch_is_cut(cuts):
-    whole = rows().draw(7, 0, 8)
+    whole = sample_rows(rows(seed=7), 0, 8)
     parts, first = [], 0
     for count in cuts:
-        parts.append(rows().draw(7, first, count))
+        parts.append(sample_rows(rows(seed=7), first, count))
         first += count
     for a, b in zip(whole, map(torch.cat, zip(*parts, strict=True)), strict=True):
         assert torch.equal(a, b)
 
 
 def test_every_picture_is_taken_once_an_epoch_in_an_order_of_its_own():
-    latents = rows(count=5).draw(0, 0, 40)[0]
+    latents = sample_rows(rows(count=5), 0, 40)[0]
     taken = (latents.mean((1, 2, 3)) / 100).round().int().view(8, 5)
     assert all(sorted(epoch) == list(range(5)) for epoch in taken.tolist())
     assert len({tuple(epoch) for epoch in taken.tolist()}) > 4
 
 
 def test_draws_are_those_of_the_forward_process_and_differ_by_seed_kind_and_row():
-    latents, noise, steps = rows(count=1).draw(0, 0, 2000)
+    latents, noise, steps = sample_rows(rows(count=1), 0, 2000)
     assert abs(latents.mean()) < 0.02 and abs(latents.std() - 0.5) < 0.01  # the autoencoder's own spread
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1.0) < 0.01
     assert abs((latents * noise).mean()) < 0.02  # independent
     assert steps.min() < 10 and steps.max() > 989 and steps.dtype == torch.int64
     assert max(Counter((steps // 100).tolist()).values()) < 270 and steps.float().mean().sub(499.5).abs() < 25
-    others = [rows("instance").draw(1, 0, 1), rows("class").draw(0, 0, 1), rows("instance").draw(0, 1, 1)]
-    noises = [noise[:1], *(other[1] for other in others)]
+    others = [(rows("instance", seed=1), 0), (rows("class"), 0), (rows("instance"), 1)]
+    noises = [noise[:1], *(sample_rows(other, index, 1)[1] for other, index in others)]
     assert len({tuple(n.flatten().tolist()) for n in noises}) == 4
 
 
@@ -118,7 +119,7 @@ def test_numbers_are_the_same_on_every_machine_and_forever():
 
 def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs):
     sd, paths = random_model(), sorted(photographs.iterdir())
-    made = training_rows(sd, "instance", paths, 32, crop=False, flip=False, bar=False)
+    made = encode_pictures(sd, paths, 32, flip=False, description=None)
     assert made.mean.shape == made.std.shape == (3, 1, 4, 8, 8) and not made.mean.requires_grad
     with torch.no_grad():
         posterior = sd.vae.encode(load_picture(paths[1], 32)[None])
@@ -131,8 +132,12 @@ def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs)
 
 def make(sd, folder, count, batch_size=2, seed=0, **recipe) -> ClassPictures:
     pictures = ClassPictures(folder, count, seed, RECIPE | recipe)
-    assert pictures.generate(sd, batch_size, ALONE, Stop())
+    assert pictures.generate(run(folder, batch_size), sd)
     return pictures
+
+
+def run(folder, batch_size) -> Run:
+    return Run(Settings(sample_batch_size=batch_size, output_dir=str(folder.parent / "run")), ALONE)
 
 
 def pixels(path) -> np.ndarray:
@@ -178,7 +183,7 @@ def test_an_interrupted_generation_resumes_to_the_same_pictures(random_model, tm
     (tmp_path / "class" / ".class-00002.png.tmp").write_bytes(b"half a picture")  # as a power cut leaves it
     pictures = ClassPictures(tmp_path / "class", 5, 0, RECIPE)
     assert pictures.missing() == ["class-00002.png", "class-00003.png", "class-00004.png"]
-    assert pictures.generate(sd, 2, ALONE, Stop())
+    assert pictures.generate(run(tmp_path / "class", 2), sd)
     assert len(calls) == 4  # and makes none of them twice
     assert pictures.missing() == [] and len(pictures.paths) == 5
     for a, b in zip(whole.paths, pictures.paths, strict=True):

@@ -171,7 +171,7 @@ def test_torchrun_brings_a_killed_worker_back(victim, base, tmp_path):
     os.kill(children(process.pid)[victim], signal.SIGKILL)
     done = finish(process, tmp_path)
     assert done.status == 0, done.err
-    assert "going on from" in done.out
+    assert "resuming from" in done.out
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dreambooth", "dreambooth-2"]
     check_same(folder, tmp_path / "runs" / "dreambooth")
     assert leftovers(folder) == []

@@ -86,7 +86,7 @@ def test_a_worker_killed_on_one_host_comes_back_on_both(victim, hosts, base, tmp
     send(children(started[victim].pid)[0], "SIGKILL")
     done = [finish(process, folder) for process, folder in zip(started, folders, strict=True)]
     assert [host.status for host in done] == [0, 0], done
-    assert any("going on from" in host.out for host in done)
+    assert any("resuming from" in host.out for host in done)
     run(command([*base, tmp_path / "one"], 2), tmp_path)
     check_same(tmp_path / "two", tmp_path / "one")
 

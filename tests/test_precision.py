@@ -5,16 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, call, checkpoints, command, losses, metrics, run, weights
+from runs import SMALL, call, checkpoints, command, latent_rows, losses, metrics, run, sample_rows, weights
 
 import train
 from ldm import StableDiffusion
-from ldm.dreambooth import Trainee
+from ldm.dreambooth import FullTuning
 from ldm.errors import RunError
 from ldm.runtime.processes import World
-from ldm.training import settings
-from ldm.training.batches import LatentRows
-from ldm.training.precision import Precision
+from ldm.training import Run, Settings, TrainingState, parse
 
 LATEST = ("--resume-from-checkpoint", "latest")
 UNET = "model.diffusion_model."
@@ -53,10 +51,10 @@ def test_what_trains_is_fp32_and_what_does_not_is_saved_as_it_was(name, base, sa
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert changed and all(key.startswith(UNET) for key in changed)
 
-    given = settings.parse([str(flag) for flag in (*base, *flags)], train.TINY)
-    sd = StableDiffusion.load(saved["official"])
-    Trainee(sd, False)
-    train.prepare(sd, given, ALONE, Precision(name, ALONE.device), sorted(Path(base[3]).iterdir()), None)
+    settings = parse([str(flag) for flag in (*base, *flags, "--output-dir", tmp_path / "new")], train.TINY)
+    sd, another = StableDiffusion.load(saved["official"]), Run(settings, ALONE)
+    state = TrainingState(FullTuning(sd, settings), settings, another.precision, "")
+    train.prepare(another, state, sorted(Path(base[3]).iterdir()), None)
     types = {kind: {p.dtype for p in net.parameters()} for kind, net in sd.networks().items()}
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
     assert list(types.values()) == [{torch.float32}, {half}, {half}]
@@ -167,8 +165,8 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(random_model, base, 
         first.weight[0, -1], first.bias[0] = 1e20, -1e20 * math.sin(slowest)
         second.weight[:, 0] = 1e25
     sd.save(tmp_path / "late.safetensors")
-    rows = LatentRows("instance", torch.zeros(3, 1, 4, 4, 4), torch.ones(3, 1, 4, 4, 4), 1000)
-    too_late = [[bool(rows.draw(0, 2 * step + rank, 1)[2] > late) for rank in (0, 1)] for step in range(100)]
+    rows = latent_rows("instance", torch.zeros(3, 1, 4, 4, 4), torch.ones(3, 1, 4, 4, 4))
+    too_late = [[bool(sample_rows(rows, 2 * step + rank, 1)[2] > late) for rank in (0, 1)] for step in range(100)]
     step = next(step for step, ranks in enumerate(too_late, start=1) if any(ranks))
     assert step > 1 and too_late[step - 1].count(True) == 1
     flags = ("--model", tmp_path / "late.safetensors", "--no-with-prior-preservation", "--max-train-steps", 100)
@@ -182,12 +180,12 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(random_model, base, 
 def test_activations_computed_twice_give_the_same_gradients(random_model):
     sd = random_model()
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    ids, t, grads = sd.tokenizer(["a dog", "a sks dog"]), torch.tensor([10, 700]), []
+    t, grads = torch.tensor([10, 700]), []
     for checkpointing in (False, True):
-        trainee = Trainee(sd, True, checkpointing)
-        trainee.zero_grad()
-        trainee(z, t, ids).square().mean().backward()
-        grads.append([p.grad.clone() for p in trainee.parameters()])
+        trainable = FullTuning(sd, Settings(gradient_checkpointing=checkpointing))
+        trainable.zero_grad()
+        trainable(z, t, ["a dog", "a sks dog"]).square().mean().backward()
+        grads.append([p.grad.clone() for p in trainable.parameters()])
     scale = max(g.abs().max() for g in grads[0])
     assert max((a - b).abs().max() for a, b in zip(*grads, strict=True)) <= 1e-6 * scale
 

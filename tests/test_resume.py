@@ -165,7 +165,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(name, dam
     limit = ("--checkpointing-steps", 2, "--checkpoints-total-limit", 1)
     with pytest.warns(match=f"checkpoint {newest} is damaged: {name}"):
         call(*base, "--output-dir", once, "--max-train-steps", 6, *LATEST, *limit)
-    assert "going on from" in (said := capsys.readouterr().out) and "checkpoint-000003" in said
+    assert "resuming from" in (said := capsys.readouterr().out) and "checkpoint-000003" in said
     assert losses(once)[:4] == whole and len(losses(once)) == 6
     assert checkpoints(once) == [6] and leftovers(once) == []
 
@@ -219,7 +219,7 @@ def test_latest_begins_where_there_is_nothing_yet(base, tmp_path, capsys):
     """So that a job may be queued again and again with one command line. A finished model is not begun anew."""
     folder = tmp_path / "new"
     call(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 1)
-    assert f"no checkpoint in {folder / 'checkpoints'} yet: beginning anew" in capsys.readouterr().out
+    assert f"no checkpoint in {folder / 'checkpoints'} yet: starting from the base model" in capsys.readouterr().out
     assert len(losses(folder)) == 1 and checkpoints(folder) == []
     assert "holds a finished run's model" in refused(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 2)
     (folder / "model.safetensors").unlink()

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import latent_rows, metrics, sample_rows
 
 import train
 from ldm import StableDiffusion
 from ldm.config import SD1
 from ldm.dreambooth import dreambooth_loss
 from ldm.images import load_picture
-from ldm.training.batches import LatentRows
-from ldm.training.settings import parse
+from ldm.training import Rows, parse
 
 SUBJECT, CLASS = "a photo of sks dog", "a photo of a dog"
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -43,10 +43,6 @@ def run(saved, photographs, tmp_path):
         return tmp_path / name
 
     return main
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def changed(a: dict, b: dict) -> set[str]:
@@ -140,10 +136,10 @@ def test_without_a_model_the_embedded_ones_settings_apply_and_else_those_for_sd(
     assert (sd.prior_loss_weight, sd.resolution, sd.train_text_encoder) == (1.0, SD1.resolution, True)
 
 
-def latent_rows(sd_mean_std, paths: list[Path], kind: str) -> LatentRows:
+def encoded(sd_mean_std, paths: list[Path], kind: str, seed: int = 0) -> Rows:
     moments = [sd_mean_std(load_picture(path, 32)[None]) for path in paths]
     mean, std = (torch.stack(part) for part in zip(*moments, strict=True))
-    return LatentRows(kind, mean, std, 1000)
+    return latent_rows(kind, mean, std, seed)
 
 
 def test_training_lowers_both_losses(run, saved, photographs):
@@ -158,7 +154,7 @@ def test_training_lowers_both_losses(run, saved, photographs):
 
         kinds = {"instance": sorted(photographs.iterdir()), "class": sorted((out / "class").glob("*.png"))}
         with torch.no_grad():
-            drawn = [latent_rows(moments, paths, kind).draw(99, 0, 30) for kind, paths in kinds.items()]
+            drawn = [sample_rows(encoded(moments, paths, kind, 99), 0, 30) for kind, paths in kinds.items()]
             z, noise, t = (torch.cat(column) for column in zip(*drawn, strict=True))
             context = sd.encode_prompt([SUBJECT, CLASS]).repeat_interleave(30, dim=0)
             prediction = sd.unet(sd.schedule.add_noise(z, noise, t), t, context)
@@ -185,13 +181,13 @@ def test_steps_equal_those_written_out_with_diffusers_and_transformers(run, save
         return posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
 
     with torch.no_grad():
-        subject_rows = latent_rows(moments, sorted(photographs.iterdir()), "instance")
-        class_rows = latent_rows(moments, sorted((out / "class").glob("*.png")), "class")
+        subject_rows = encoded(moments, sorted(photographs.iterdir()), "instance")
+        class_rows = encoded(moments, sorted((out / "class").glob("*.png")), "class")
     ids = tokenizer([SUBJECT] * 2 + [CLASS] * 2, padding="max_length", truncation=True, return_tensors="pt").input_ids
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     for step, line in enumerate(metrics(out)):
-        drawn = subject_rows.draw(0, 2 * step, 2), class_rows.draw(0, 2 * step, 2)
+        drawn = sample_rows(subject_rows, 2 * step, 2), sample_rows(class_rows, 2 * step, 2)
         latents, noise, timesteps = (torch.cat(column) for column in zip(*drawn, strict=True))
         context = text_encoder(ids, return_dict=False)[0]
         noisy = scheduler.add_noise(latents, noise, timesteps)

@@ -1,0 +1,27 @@
+"""What a program needs from the machine that it runs on, and nothing about diffusion.
+
+cli         the command line: flags, one-line errors, the choice of a device
+files       files and folders that are replaced whole or not at all
+memory      running out of memory, answered in one line
+threads     all cores, and the same bits
+signals     stopping well when asked
+processes   several processes as one world
+"""
+
+from ldm.runtime.files import check_writable, replacing, written
+from ldm.runtime.memory import out_of_memory_named
+from ldm.runtime.processes import World
+from ldm.runtime.signals import Stop, Stopped
+from ldm.runtime.threads import at_once, side_by_side
+
+__all__ = [
+    "Stop",
+    "Stopped",
+    "World",
+    "at_once",
+    "check_writable",
+    "out_of_memory_named",
+    "replacing",
+    "side_by_side",
+    "written",
+]

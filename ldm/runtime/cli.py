@@ -1,4 +1,4 @@
-"""What the two programs share at the command line."""
+"""The command line that all programs share: flags, errors in one line, the choice of a device."""
 
 import argparse
 import os
@@ -16,8 +16,7 @@ from ldm.errors import InputError, RunError
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
-
-MAX_COUNT = 2**31  # of anything that is counted
+MAX_COUNT = 2**31  # the largest number that a counting flag takes
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -28,7 +27,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose long flags may be spelled with underscores, and whose complaints are an InputError."""
+    """An ArgumentParser whose long flags may have underscores for hyphens, and whose errors are InputErrors."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
@@ -45,23 +44,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what to take of a model file, where it leaves a choice."""
+    """The flags that choose what to load, where a model file or folder holds more than one model."""
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="of a full training checkpoint, take the averaged UNet instead of the last one",
+        help="load the averaged UNet of a full training checkpoint instead of the last one",
     )
-    parser.add_argument("--prediction-type", help="eps or v, over what the file says; SD 2.x files often say nothing")
-    parser.add_argument("--variant", help='of a diffusers folder, take the files of this name: "fp16"')
+    parser.add_argument(
+        "--prediction-type",
+        help="what the model predicts, eps or v; overrides the file, and SD 2.x files often do not say",
+    )
+    parser.add_argument("--variant", help='load the files of this variant of a diffusers folder, for example "fp16"')
 
 
 @contextmanager
 def reported(program: str) -> Iterator[None]:
-    """Turns an error that is not the program's own into one line on standard error, and so each warning.
+    """Prints InputError, RunError and warnings as one line each on standard error; other errors keep their traceback.
 
-    InputError ends the program with status 2, RunError with 1. Of several processes the first of each machine speaks
-    for all. The others wait, since torchrun ends all as soon as one ends, and speak if that does not come.
+    InputError ends the program with status 2, RunError with 1. Of several processes the first of each machine prints.
+    The others wait five seconds, since torchrun ends all processes as soon as one ends, and then print too.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -82,13 +84,13 @@ def reported(program: str) -> Iterator[None]:
             end(f"error: {error}", 2 if isinstance(error, InputError) else 1)
         except KeyboardInterrupt:
             end("interrupted", 130)
-        except BrokenPipeError:  # of `| head`: nobody listens any more
+        except BrokenPipeError:  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
 
 
 def device(name: str | None) -> torch.device:
-    """The device of this name; the best one here if None. Raises InputError if this machine has it not."""
+    """The device of this name; cuda where there is one, else cpu, if None. Raises InputError if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""Replacing a file or folder in one step."""
+"""Files and folders that are written whole or not at all."""
 
 import os
 import tempfile
@@ -12,22 +12,22 @@ from ldm.errors import InputError, RunError
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Raises InputError, which names the flag, if nothing could be written in this folder, there already or not."""
+    """Raises InputError, which names the flag, unless this user can write in the folder or create it."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{flag} {folder} is a file; give a folder")
-    there = folder.absolute()
-    while not os.path.exists(there):  # unlike Path's, it is no error where this user may not look
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder} can't be written: {there} is no folder that this user may write in")
+    existing = folder.absolute()
+    while not os.path.exists(existing):  # Path.exists raises where this user may not look
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder} can't be written: {existing} is not a folder that this user may write in")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, and is removed when it does not.
+    """Gives a temporary path beside `path`; it replaces `path` when the block ends, and is removed if the block raises.
 
-    An older file or model folder of that name stays whole until then, also for whoever has it mapped; a folder that
-    holds anything else is refused.
+    An older file or model folder at `path` stays whole until then, also for a process that has it memory-mapped.
+    Raises InputError if `path` is a folder that holds anything but a model.
     """
     if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").exists():
         raise InputError(f"{path} is a folder with other things in it; give a new name to save a model to")
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Around writing: a disk that won't take it is a RunError that names the path."""
+    """Wraps writing: a disk that refuses it raises RunError, which names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,6 +1,7 @@
 """Several processes as one: a few plain words over torch.distributed.
 
-One process is a world of size 1, and the program reads the same. torchrun says who we are in the environment.
+A single process is a world of size 1, and the program reads the same. torchrun tells each process its rank and the
+size of the world in the environment.
 """
 
 import gc
@@ -22,54 +23,64 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.errors import InputError, RunError
 from ldm.runtime import cli
 
-PATIENCE = timedelta(hours=4)  # while the main process alone samples a sheet or saves to a slow disk
+TIMEOUT = timedelta(hours=4)  # the others wait so long while the main process samples a sheet or saves to a slow disk
 
 
 @dataclass(frozen=True)
 class World:
+    """This process among all that work on one run.
+
+    rank: 0 to size - 1; rank 0 is the main process. device: where this process computes.
+    """
+
     rank: int
     size: int
     device: torch.device
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and talks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
+    def print_main(self, text: str) -> None:
+        """Prints a line, in the main process alone."""
+        if self.main:
+            print(text)
+
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over all processes at every backward pass."""
+        """The module; with several processes every backward pass averages its gradients over them."""
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
     def averaging(self, module: nn.Module, now: bool) -> AbstractContextManager:
-        """Around a backward pass: average the gradients now, or keep adding them up here until later."""
+        """Wraps a backward pass. now: average the gradients over all processes; else only add them to this one's."""
         return nullcontext() if now or self.size == 1 else module.no_sync()
 
     def sum(self, values: list[float]) -> list[float]:
-        """Each value added up over all processes, in float64, the same sums everywhere."""
+        """Each value summed over all processes, in float64; every process gets the same sums."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
-    def any(self, so: bool) -> bool:
-        """Whether it is so in any process."""
-        return bool(self.sum([float(so)])[0])
+    def any(self, condition: bool) -> bool:
+        """Whether the condition holds in any process. Every process has to ask."""
+        return bool(self.sum([float(condition)])[0])
 
-    def share(self, thing: Any) -> Any:
-        """The main process's thing, on all processes."""
+    def share(self, value: Any) -> Any:
+        """The main process's value, in all processes."""
         if self.size == 1:
-            return thing
-        box = [thing]
+            return value
+        box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Around work without talk between processes: an InputError or RunError in one of them is raised in all."""
+        """Wraps work without collectives: an InputError or RunError in any process is raised in all of them."""
         errors: list[Exception | None] = [None] * self.size
         try:
             yield
@@ -82,27 +93,22 @@ class World:
                 raise error if rank == 0 else type(error)(f"process {rank}: {error}")
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Has the main process do something, and gives its result, or its error, to all."""
+        """Calls `work` in the main process alone; its result, or its error, reaches all processes."""
         result = None
         with self.agreed():
             if self.main:
                 result = work()
         return self.share(result)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
-
     def close(self) -> None:
-        """Parts from the others. All but the main process end here, with status 0.
+        """Leaves the group of processes. All but the main process end here, with status 0.
 
-        Python's own way out ends once in some hundred times with torch's threads aborting the process, after all work
-        is done; torchrun then takes the whole run for failed. The main process has what wants closing at the exit.
+        Once in some hundred times torch's threads abort a process while Python exits, after all work is done, and
+        torchrun takes the whole run for failed. The main process exits normally: it has trackers to close.
         """
         if self.size == 1:
             return
-        gc.collect()  # what is wrapped may still hold the group
+        gc.collect()  # a wrapped module may still hold the group
         dist.destroy_process_group()
         if not self.main:
             sys.stdout.flush()
@@ -111,7 +117,7 @@ class World:
 
 
 def start(device: str | None) -> World:
-    """Finds out which of how many processes this is. device: as in `cli.device`; with CUDA each has one of its own."""
+    """This process's place in the world. device: as in `cli.device`; with CUDA each process takes a GPU of its own."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = cli.device(device)
     if size == 1:
@@ -125,28 +131,28 @@ def start(device: str | None) -> World:
     rank, backend = int(os.environ["RANK"]), "nccl" if chosen.type == "cuda" else "gloo"
     store = meet(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     whose = {"store": store, "rank": rank, "world_size": size} if store is not None else {}
-    dist.init_process_group(backend, timeout=PATIENCE, **whose)
+    dist.init_process_group(backend, timeout=TIMEOUT, **whose)
     return World(rank, size, chosen)
 
 
 def meet(rank: int) -> dist.Store:
-    """Where the processes tell each other their addresses; empty at each start.
+    """A store where the processes exchange their addresses, empty at each start.
 
-    torchrun's own store is not: after a restart gloo and NCCL find the addresses of the lost processes in it, and wait
-    for them forever or fail (pytorch/pytorch#135712). It only tells where the main process has opened a new one.
+    torchrun's own store is not empty after a restart: gloo and NCCL find the addresses of the lost processes in it and
+    wait for them forever, or fail (pytorch/pytorch#135712). It serves only to publish the new store's port.
     """
     host, key = os.environ["MASTER_ADDR"], "port of the main process"
-    board = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+    board = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
     if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
         board.set(key, str(store.port))
         return store
     while True:
         port = int(board.get(key))
         try:
             socket.create_connection((host, port), timeout=5.0).close()
-            return dist.TCPStore(host, port, is_master=False, timeout=PATIENCE)
-        except OSError:  # the port of a main process that was lost; the new one will say its own
+            return dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+        except OSError:  # the port of a lost main process; the new one publishes its own
             time.sleep(0.1)
 
 
@@ -156,6 +162,6 @@ def restarted() -> bool:
 
 
 def launch() -> str | None:
-    """What all starts of this process under one torchrun have in common, and with no other; None without torchrun."""
+    """A name for this torchrun, the same after each of its restarts; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name

@@ -1,12 +1,16 @@
-"""Being asked to stop, and doing it well: a signal is noted, the step is finished, the state is saved."""
+"""Stopping well when asked: a signal is noted, the work at hand is finished, and the state is saved."""
 
 import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+class Stopped(Exception):
+    """Raised by `Stop.check` to leave work that has nothing to save, such as the sampling of a picture."""
+
+
 class Stop:
-    """Inside, SIGTERM, SIGINT and SIGUSR1 are noted and no more. A second SIGINT ends the process at once."""
+    """Inside, SIGTERM, SIGINT and SIGUSR1 set `asked` and do nothing else. A second SIGINT ends the process at once."""
 
     asked = False
 
@@ -17,6 +21,11 @@ class Stop:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Stopped if a signal has come."""
+        if self.asked:
+            raise Stopped
 
     def _note(self, number: int, frame: object) -> None:
         self.asked = True

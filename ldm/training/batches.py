@@ -1,94 +1,174 @@
-"""Photographs encoded -> training rows."""
+"""Photographs -> the batches of a run. Every row is a function of (seed, kind, index) alone.
 
-from collections.abc import Callable
-from functools import partial
+A batch that is cut in other ways, spread over other processes, or drawn after a resume has the same rows. What is
+random in a row is drawn on the CPU, by torch's loader; what belongs to a whole batch, moving it to the device and
+making latents of it, is done for all rows at once.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm import rng
+from ldm.dreambooth import Batch
+from ldm.errors import InputError
 from ldm.images import load_picture
-from ldm.model import StableDiffusion
-from ldm.runtime.threads import one_thread
+from ldm.runtime import World
+from ldm.training.latents import Encode, Latents
+from ldm.training.settings import Settings
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+Columns = dict[str, Tensor]  # of several rows
 
 
-class Rows:
-    """Training rows of one kind. Row `index` of a run is a function of (seed, kind, index) alone (rule 4)."""
+@dataclass(frozen=True)
+class Draws(Dataset):
+    """What is random in the rows of one kind: draws[index] has the picture's number, t, noise and spread.
 
-    def __init__(self, kind: str, count: int, shape: tuple[int, int, int], timesteps: int, device: torch.device):
-        """count: pictures; shape: (C, h, w) of their latents."""
-        self.kind, self.count, self.shape, self.timesteps, self.device = kind, count, shape, timesteps, device
+    noise, spread: (C, h, w) standard normal; the row's latents are mean + std * spread.
+    """
 
-    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of picture k's latents, (C, h, w) each, of one view drawn from the generator."""
+    seed: int
+    kind: str  # "instance" or "class"
+    count: int  # pictures; each is taken once in an epoch, in an order of its own
+    shape: tuple[int, int, int]  # (C, h, w) of the latents
+    timesteps: int
+
+    def __getitem__(self, index: int) -> Columns | InputError:
+        generator = rng.generator(self.seed, self.kind, "noise", index)
+        spread, noise = torch.randn((2, *self.shape), generator=generator)
+        t = torch.randint(self.timesteps, (), generator=generator)
+        k = rng.pick(self.seed, self.kind, index, self.count)
+        try:
+            return {"spread": spread, "noise": noise, "t": t, **self.view(k, generator)}
+        except InputError as error:  # a loader's process can't raise it in one line, so it travels as a row
+            return error
+
+    def view(self, k: int, generator: torch.Generator) -> Columns:
+        """What tells of picture k, beside its number."""
         raise NotImplementedError
 
-    def draw(self, seed: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows first ... first + count - 1: latents sampled anew and noise, (count, C, h, w), and steps t, (count,)."""
-        latents, noises, steps = [], [], []
-        for index in range(first, first + count):
-            generator = rng.generator(seed, self.kind, "noise", index)
-            spread, noise = torch.randn((2, *self.shape), generator=generator).to(self.device)
-            steps.append(torch.randint(self.timesteps, (), generator=generator))
-            mean, std = self.moments(rng.pick(seed, self.kind, index, self.count), generator)
-            latents.append(mean + std * spread)
-            noises.append(noise)
-        return torch.stack(latents), torch.stack(noises), torch.stack(steps).to(self.device)
+
+@dataclass(frozen=True)
+class LatentDraws(Draws):
+    """Draws for pictures whose latents are kept; with two views, the second one mirrored."""
+
+    views: int = 1
+
+    def view(self, k: int, generator: torch.Generator) -> Columns:
+        view = torch.randint(self.views, (), generator=generator) if self.views > 1 else torch.tensor(0)
+        return {"picture": torch.tensor(k), "view": view}
 
 
-class LatentRows(Rows):
-    """Rows of pictures that were encoded once: mean and std are (N, views, C, h, w), views 2 where one is mirrored."""
+@dataclass(frozen=True)
+class CropDraws(Draws):
+    """Draws for pictures that are cut at another place each time, and mirrored half of the time if `flip`."""
 
-    def __init__(self, kind: str, mean: Tensor, std: Tensor, timesteps: int):
-        super().__init__(kind, len(mean), tuple(mean.shape[2:]), timesteps, mean.device)
-        self.mean, self.std = mean, std
+    paths: Sequence[Path] = ()
+    resolution: int = 0
+    flip: bool = False
 
-    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        views = self.mean.shape[1]
-        view = int(torch.randint(views, (), generator=generator)) if views > 1 else 0
-        return self.mean[k, view], self.std[k, view]
-
-
-class CroppedRows(Rows):
-    """Rows of pictures that are cut anew, and mirrored half of the time if `flip`, and so encoded each time."""
-
-    def __init__(self, kind: str, paths: list[Path], resolution: int, flip: bool, encode: Encode, rows: dict[str, Any]):
-        """encode: (B, 3, R, R) in [-1, 1] -> mean and std of the latents; rows: shape, timesteps and device."""
-        super().__init__(kind, len(paths), **rows)
-        self.paths, self.resolution, self.flip, self.encode = paths, resolution, flip, encode
-
-    def moments(self, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def view(self, k: int, generator: torch.Generator) -> Columns:
         x, y, mirrored = torch.rand(3, generator=generator).tolist()
-        image = load_picture(self.paths[k], self.resolution, (x, y))[None].to(self.device)
-        mean, std = self.encode(image.flip(3) if self.flip and mirrored < 0.5 else image)
-        return mean[0], std[0]
+        image = load_picture(self.paths[k], self.resolution, (x, y))
+        return {"image": image.flip(2) if self.flip and mirrored < 0.5 else image}
 
 
-def encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (B, 4, h, w) each."""
-    with torch.no_grad(), one_thread():
-        posterior = sd.vae.encode(images)
-    return posterior.mean * sd.config.vae.scale_factor, posterior.std * sd.config.vae.scale_factor
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one prompt. latents: the pictures' latents if they are kept; else `encode` makes them of each image."""
+
+    prompt: str
+    draws: Draws
+    device: torch.device
+    latents: Latents | None = None
+    encode: Encode | None = None
+
+    @property
+    def is_class(self) -> bool:
+        return self.draws.kind == "class"
+
+    def sample(self, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns of B rows -> latents and noise, (B, C, h, w), and t, (B,), on the device."""
+        drawn = {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
+        if self.latents is not None:
+            mean, std = (part[drawn["picture"], drawn["view"]] for part in self.latents)
+        else:
+            mean, std = self.encode(drawn["image"])
+        return mean + std * drawn["spread"], drawn["noise"], drawn["t"]
 
 
-def training_rows(
-    sd: StableDiffusion, kind: str, paths: list[Path], resolution: int, crop: bool, flip: bool, bar: bool
-) -> Rows:
-    """The rows of one kind: pictures encoded once, or at every step if they are cut anew each time."""
-    if crop:
-        rows = {"shape": sd.latent_shape(resolution, resolution), "timesteps": sd.schedule.timesteps}
-        return CroppedRows(kind, paths, resolution, flip, partial(encode, sd), rows | {"device": sd.device})
-    moments = []
-    for path in tqdm(paths, desc=f"encoding {kind} pictures", unit="picture", disable=not bar):
-        image = load_picture(path, resolution).to(sd.device)
-        views = [image, image.flip(2)] if flip else [image]
-        moments.append(
-            torch.stack([torch.cat(part) for part in zip(*(encode(sd, v[None]) for v in views), strict=True)])
+class Batches:
+    """All batches of a run: `take` gives those of one step, whose gradients are accumulated."""
+
+    def __init__(self, rows: Sequence[Rows], settings: Settings, world: World):
+        self.rows, self.world = rows, world
+        self.size, self.parts = settings.train_batch_size, settings.gradient_accumulation_steps
+        # Processes that decode pictures ahead, where that is needed in every step.
+        self.workers = max(1, min(4, torch.get_num_threads() // len(rows))) if settings.random_crop else 0
+        is_class = [kind.is_class for kind in rows for _ in range(self.size)]
+        self.is_class = torch.tensor(is_class, device=world.device)
+        self.prompts = tuple(kind.prompt for kind in rows for _ in range(self.size))
+        self._next: int | None = None
+
+    def take(self, draws: int) -> Iterator[Batch]:
+        """The batches of one step. draws: how often batches have been taken before in this run, resumed or not."""
+        if draws != self._next:
+            self._columns = zip(*(iter(self._loader(kind.draws, draws)) for kind in self.rows), strict=True)
+        self._next = draws + 1
+        for part in range(self.parts):
+            sampled = [
+                self._sample(kind, columns) for kind, columns in zip(self.rows, next(self._columns), strict=True)
+            ]
+            latents, noise, t = (torch.cat(column) for column in zip(*sampled, strict=True))
+            yield Batch(latents, noise, t, self.prompts, self.is_class, last=part == self.parts - 1)
+
+    def _sample(self, kind: Rows, columns: Columns | InputError) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(columns, InputError):
+            raise columns
+        return kind.sample(columns)
+
+    def _loader(self, draws: Draws, start: int) -> DataLoader:
+        return DataLoader(
+            draws,
+            batch_sampler=_Indices(start, self.parts, self.world, self.size),
+            collate_fn=_collate,
+            num_workers=self.workers,
+            worker_init_fn=_ignore_signals,
+            pin_memory=self.world.device.type == "cuda",
         )
-    mean, std = torch.stack(moments, dim=1)  # (N, views, 4, h, w) each
-    return LatentRows(kind, mean, std, sd.schedule.timesteps)
+
+
+@dataclass(frozen=True)
+class _Indices:
+    """The rows of this process, batch by batch, without end.
+
+    Which rows they are depends on how often batches were taken before, not on how many processes share them, or in how
+    many parts.
+    """
+
+    start: int
+    parts: int
+    world: World
+    size: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        part = self.start * self.parts
+        while True:
+            first = (part * self.world.size + self.world.rank) * self.size
+            yield list(range(first, first + self.size))
+            part += 1
+
+
+def _ignore_signals(worker: int) -> None:
+    """In a loader's process: the main process heeds signals, and ends its loaders itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _collate(rows: list[Columns | InputError]) -> Columns | InputError:
+    return next((row for row in rows if isinstance(row, InputError)), None) or default_collate(rows)

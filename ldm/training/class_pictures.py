@@ -9,18 +9,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm import images, rng
+from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import files
-from ldm.runtime.processes import World
-from ldm.runtime.signals import Stop
-from ldm.runtime.threads import one_thread
-from ldm.samplers import evaluations
+from ldm.runtime import Stopped, at_once, check_writable, side_by_side, written
+from ldm.training.run import Run
 
 MANIFEST = "manifest.json"
 
-# The flag that each entry of a recipe comes from.
+# The flag that sets each entry of a recipe.
 FLAGS = {
     "prompt": "--class-prompt",
     "sampler": "--sampler",
@@ -34,16 +31,18 @@ FLAGS = {
 
 
 class ClassPictures:
-    """The class prior: pictures of "a dog" that the base model makes itself before it learns of your dog.
+    """The class prior: pictures of "a dog" that the base model makes before it learns of your dog.
 
-    Picture i is a function of (seed, i). A folder of generated pictures has a manifest that says how they were made,
-    and is topped up or refused accordingly; pictures that the manifest does not name are the user's own, and count.
+    Picture i is a function of (seed, i). A folder of generated pictures has a manifest that says how they were made.
+    Missing pictures are generated if the manifest agrees with the recipe; else the folder is refused. Pictures that
+    the manifest does not name are the user's own, and count.
     """
 
     def __init__(self, folder: str | Path, count: int, seed: int, recipe: dict[str, Any]):
-        """recipe: prompt, sampler, steps, guidance_scale, resolution and model, the base model's fingerprint.
+        """recipe: prompt, sampler, steps, guidance_scale, resolution, prediction ("eps" or "v"), and model, the base
+        model's fingerprint.
 
-        Raises InputError, with nothing written, if the folder's manifest says otherwise.
+        Raises InputError, with nothing written, if the folder's manifest does not agree.
         """
         self.folder, self.recipe, self.seed = Path(folder), recipe, seed
         manifest = self._read_manifest()
@@ -59,7 +58,7 @@ class ClassPictures:
         self.own = own[:count]
         self.paths = self.own + [self.folder / name for name in self.planned]
         if self.missing():
-            files.check_writable(self.folder, "--class-data-dir")
+            check_writable(self.folder, "--class-data-dir")
         self._record = {**recipe, "seed": seed, "pictures": made | self.planned}
 
     def _read_manifest(self) -> dict[str, Any] | None:
@@ -84,45 +83,66 @@ class ClassPictures:
         """Names of the pictures that are still to be generated."""
         return [name for name in self.planned if not (self.folder / name).exists()]
 
-    def generate(self, sd: StableDiffusion, batch_size: int, world: World, stop: Stop) -> bool:
-        """Makes what is missing, every process its share of the batches, and first the manifest that says how.
+    def generate(self, run: Run, sd: StableDiffusion) -> bool:
+        """Makes what is missing, and first the manifest that says how; every process makes its share.
 
-        Returns False if a signal ended it early; what was made by then is kept.
+        Returns False if a signal ended it early; the pictures that were complete by then are kept.
         """
+        world, size = run.world, run.settings.sample_batch_size
         missing = set(world.share(self.missing()))
         if not missing:
             return True
-        with world.agreed(), files.written(self.folder / MANIFEST):
+        with world.agreed(), written(self.folder / MANIFEST):
             if world.main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _write(self.folder / MANIFEST, json.dumps(self._record, indent=1).encode() + b"\n")
-        # Whole batches, also where only some of their pictures are missing: which others a picture is computed
-        # beside can change its last bit, so the batch that picture i falls into is always the same one.
+        # The pictures that a picture is computed beside can change its last bit. So picture i always falls into the
+        # same batch, and a batch is made whole even where only one of its pictures is missing.
         names = list(self.planned)
-        batches = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
+        batches = [names[i : i + size] for i in range(0, len(names), size)]
         batches = [batch for batch in batches if missing & set(batch)]
-        rounds = [batches[i : i + world.size] for i in range(0, len(batches), world.size)]
-        total = len(rounds) * evaluations(self.recipe["sampler"], self.recipe["steps"])
+        share = at_once(world.device)  # batches that a process makes side by side
+        rounds = [batches[i : i + share * world.size] for i in range(0, len(batches), share * world.size)]
+        evaluations = samplers.evaluations(self.recipe["sampler"], self.recipe["steps"])
+        total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
         with tqdm(total=total, desc="class pictures", unit="step", disable=not world.main) as bar:
+
+            def progress() -> None:
+                bar.update()
+                run.stop.check()
+
             for round in rounds:
-                with world.agreed(), files.written(self.folder), one_thread():
-                    for batch in round[world.rank : world.rank + 1]:  # in the last round there may be none for us
-                        self._make(sd, batch, missing, bar.update)
-                if world.any(stop.asked):
+                with (
+                    world.agreed(),
+                    written(self.folder),
+                    run.enough_memory("sampling", "while it made class pictures"),
+                ):
+                    try:
+                        side_by_side(
+                            lambda batch: self._make(run, sd, batch, missing, progress),
+                            round[world.rank :: world.size],
+                            world.device,
+                        )
+                    except Stopped:
+                        pass
+                if world.any(run.stop.asked):
                     return False
         return True
 
-    def _make(self, sd: StableDiffusion, batch: list[str], missing: set[str], progress: Callable[[], object]) -> None:
-        pictures = sd.generate(
-            self.recipe["prompt"],
-            steps=self.recipe["steps"],
-            guidance=self.recipe["guidance_scale"],
-            sampler=self.recipe["sampler"],
-            seeds=[self.planned[name] for name in batch],
-            height=self.recipe["resolution"],
-            width=self.recipe["resolution"],
-            progress=progress,
-        )
+    def _make(
+        self, run: Run, sd: StableDiffusion, batch: list[str], missing: set[str], progress: Callable[[], object]
+    ) -> None:
+        with run.precision.autocast():
+            pictures = sd.generate(
+                self.recipe["prompt"],
+                steps=self.recipe["steps"],
+                guidance=self.recipe["guidance_scale"],
+                sampler=self.recipe["sampler"],
+                seeds=[self.planned[name] for name in batch],
+                height=self.recipe["resolution"],
+                width=self.recipe["resolution"],
+                progress=progress,
+            )
         for name, picture in zip(batch, pictures, strict=True):
             if name in missing:
                 content = io.BytesIO()

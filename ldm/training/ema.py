@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which are often better than the last ones (Karras et al. 2024)."""
+"""An exponential moving average of the weights, which is often better than the last weights (Karras et al. 2024)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Averages of named parameters, fp32, with the warm-up of the original's LitEma.
+    """fp32 averages of named parameters, with the warm-up of the original's LitEma.
 
-    updates and averages are all that there is to save, and to put back.
+    `updates` and `averages` are the whole state.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
@@ -19,11 +19,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After each step of the optimizer: the averages follow the weights, at first quickly."""
+        """Moves the averages toward the weights; called after each step of the optimizer. Faster at first."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, parameter in self.parameters.items():
-            self.averages[name].lerp_(parameter, 1.0 - decay)
+        averages = [self.averages[name] for name in self.parameters]
+        torch._foreach_lerp_(averages, list(self.parameters.values()), 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

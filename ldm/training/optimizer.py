@@ -1,19 +1,19 @@
-"""AdamW over named parameters, and how its learning rate moves."""
+"""AdamW over groups of parameters, and its learning rate over the steps."""
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from ldm.errors import InputError
 
 
 def adamw(groups: Iterable[dict[str, Any]], eight_bit: bool) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) with the betas and the decay that the official release was trained with.
+    """AdamW (Loshchilov & Hutter 2019) with the betas and the weight decay that the official release was trained with.
 
-    groups: dictionaries of `params` and `lr`. eight_bit: moments in 8 bits (Dettmers et al. 2022), by bitsandbytes.
+    groups: dictionaries with `params`, `lr` and `stop`, the last step that updates the group, or None.
+    eight_bit: moments in 8 bits (Dettmers et al. 2022), by bitsandbytes.
     """
     groups = [{**group, "initial_lr": group["lr"]} for group in groups]
     options: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -27,7 +27,7 @@ def adamw(groups: Iterable[dict[str, Any]], eight_bit: bool) -> torch.optim.Opti
 
 
 def lr_factor(kind: str, step: int, warmup: int, total: int) -> float:
-    """What the learning rate is multiplied by at a step, counted from 1: rises to 1 at `warmup`, then by `kind`."""
+    """The factor on the learning rate at a step, counted from 1: rises to 1 at step `warmup`, then follows `kind`."""
     if step <= warmup:
         return step / warmup
     progress = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after the warm-up
@@ -35,11 +35,20 @@ def lr_factor(kind: str, step: int, warmup: int, total: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets each group's learning rate to its initial one times the factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Takes parameters out of training for good: no gradient, so no update and no decay."""
-    for parameter in parameters:
-        parameter.requires_grad_(False).grad = None
+def freeze_stopped(optimizer: torch.optim.Optimizer, step: int) -> bool:
+    """Freezes the groups whose last step lies before `step`: no gradient, so no update and no decay.
+
+    Returns whether there was one that still trained.
+    """
+    found = False
+    for group in optimizer.param_groups:
+        if group["stop"] is not None and step > group["stop"] and group["params"][0].requires_grad:
+            found = True
+            for parameter in group["params"]:
+                parameter.requires_grad_(False).grad = None
+    return found

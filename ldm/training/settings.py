@@ -3,7 +3,7 @@
 import argparse
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,29 @@ from ldm.runtime.cli import MAX_COUNT, Parser, positive
 from ldm.training.tracking import TRACKERS, check_installed
 
 
-def setting(default: Any, text: str, *, flags: tuple[str, ...] = (), path: bool = False, **options: Any) -> Any:
-    """A field with what argparse wants to know of it. path: in a TOML file it is relative to that file's folder."""
-    return field(default=default, metadata={"help": text, "flags": flags, "path": path, "options": options})
+def setting(
+    default: Any,
+    text: str,
+    *,
+    flags: tuple[str, ...] = (),
+    path: bool = False,
+    may_change: bool | Callable[["Settings"], bool] = False,
+    **options: Any,
+) -> Any:
+    """A field, and what the command line and a resumed run need to know of it.
+
+    flags: other names. path: in a TOML file it is relative to that file's folder. may_change: whether a run that
+    resumes may have another value than before. options: for argparse.
+    """
+    known = {"help": text, "flags": flags, "path": path, "may_change": may_change, "options": options}
+    return field(default=default, metadata=known)
 
 
+# What to give when memory runs out.
+SAVES_MEMORY = {
+    "training": "give --gradient-checkpointing, --mixed-precision bf16, --use-8bit-adam or a lower --train-batch-size",
+    "sampling": "give --mixed-precision bf16 or a lower --sample-batch-size",
+}
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -31,25 +49,35 @@ class Settings:
         "official .safetensors file or diffusers folder; the embedded tiny model if not given",
         flags=("--pretrained-model-name-or-path",),
         path=True,
+        may_change=True,
     )
     ema: bool = setting(False, "of a full training checkpoint, begin with the averaged UNet instead of the last one")
     prediction_type: str | None = setting(None, "eps or v, over what the file says; SD 2.x files often say nothing")
     variant: str | None = setting(None, 'of a diffusers folder, take the files of this name: "fp16"')
-    instance_data_dir: str | None = setting(None, "folder with photographs of the subject", path=True)
+    instance_data_dir: str | None = setting(None, "folder with photographs of the subject", path=True, may_change=True)
     instance_prompt: str | None = setting(None, 'names the subject by a rare word: "a photo of sks dog"')
     class_data_dir: str | None = setting(
-        None, "folder for class pictures, yours or generated; class/ in the output folder if not given", path=True
+        None,
+        "folder for class pictures, yours or generated; class/ in the output folder if not given",
+        path=True,
+        may_change=True,
     )
     class_prompt: str | None = setting(None, 'names its class: "a photo of a dog"')
     with_prior_preservation: bool = setting(True, "train on class pictures beside the photographs")
     prior_loss_weight: float = setting(1.0, "weight of the prior-preservation term, lambda in eq. 2 of the paper")
     num_class_images: int = setting(200, "class pictures to have; the missing ones are generated", type=positive)
     resolution: int = setting(512, "side of the square that pictures are resized and cut to, in pixels", type=positive)
-    train_batch_size: int = setting(1, "photographs a step; as many class pictures join them", type=positive)
-    gradient_accumulation_steps: int = setting(1, "batches whose gradients are averaged into one step", type=positive)
+    train_batch_size: int = setting(
+        1, "photographs a step; as many class pictures join them", type=positive, may_change=True
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "batches whose gradients are averaged into one step", type=positive, may_change=True
+    )
     random_crop: bool = setting(False, "cut another square of a picture each time; latents are not cached then")
     random_flip: bool = setting(False, "mirror pictures half of the time")
-    max_train_steps: int = setting(800, "optimiser steps", type=positive)
+    max_train_steps: int = setting(
+        800, "optimizer steps", type=positive, may_change=lambda s: s.lr_scheduler == "constant"
+    )
     learning_rate: float = setting(2e-6, "of AdamW")
     lr_scheduler: str = setting("constant", "how the learning rate moves", choices=SCHEDULES)
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
@@ -61,27 +89,47 @@ class Settings:
     use_ema: bool = setting(False, "save the average of the weights instead of the last ones")
     ema_decay: float = setting(0.9999, "of that average, once it has warmed up")
     mixed_precision: str = setting("no", "what autocast computes in", choices=("no", "fp16", "bf16"))
-    gradient_checkpointing: bool = setting(False, "less memory, a third more time: activations are computed twice")
+    gradient_checkpointing: bool = setting(
+        False, "less memory, a third more time: activations are computed twice", may_change=True
+    )
     use_8bit_adam: bool = setting(False, "AdamW with 8-bit moments; needs the bitsandbytes extra")
     allow_tf32: bool = setting(False, "faster, coarser fp32 matrix products on NVIDIA GPUs")
     deterministic: bool = setting(False, "the same bits each time on a GPU too; slower")
-    checkpointing_steps: int = setting(500, "save the whole state every so many steps", type=positive)
-    checkpoints_total_limit: int | None = setting(None, "how many of them to keep; all if not given", type=positive)
-    resume_from_checkpoint: str | None = setting(None, "latest, or a checkpoint folder: go on from there", path=True)
+    checkpointing_steps: int = setting(500, "save the whole state every so many steps", type=positive, may_change=True)
+    checkpoints_total_limit: int | None = setting(
+        None, "how many of them to keep; all if not given", type=positive, may_change=True
+    )
+    resume_from_checkpoint: str | None = setting(
+        None, "latest, or a checkpoint folder: go on from there", path=True, may_change=True
+    )
     seed: int = setting(0, "of everything random: order, noise, class pictures")
-    output_dir: str | None = setting(None, "a new folder for the run; runs/dreambooth, numbered if taken", path=True)
-    layout: str = setting("official", "of the saved model", choices=("official", "diffusers"))
+    output_dir: str | None = setting(
+        None, "a new folder for the run; runs/dreambooth, numbered if taken", path=True, may_change=True
+    )
+    layout: str = setting("official", "of the saved model", choices=("official", "diffusers"), may_change=True)
     sampler: str = setting("ddim", "for class pictures and sheets", metavar="NAME")
     sample_steps: int = setting(50, "sampling steps for class pictures and sheets", type=positive)
     guidance_scale: float = setting(7.5, "classifier-free guidance for class pictures and sheets")
     class_guidance_scale: float | None = setting(None, "another for class pictures: lower is more varied", type=float)
-    sample_batch_size: int = setting(4, "pictures sampled at once", type=positive)
+    sample_batch_size: int = setting(4, "pictures sampled at once", type=positive, may_change=True)
     validation_prompt: tuple[str, ...] = setting(
-        (), "a row of the before/after sheet, repeatable; instance and class prompt if not given", action="append"
+        (),
+        "a row of the before/after sheet, repeatable; instance and class prompt if not given",
+        action="append",
+        may_change=True,
     )
-    num_validation_images: int = setting(4, "pictures in a row of the sheet", type=positive)
-    report_to: str = setting("none", "show the metrics there too; needs the tracking extra", choices=TRACKERS)
-    device: str | None = setting(None, "cuda, cpu, ...; the best one here if not given")
+    num_validation_images: int = setting(4, "pictures in a row of the sheet", type=positive, may_change=True)
+    report_to: str = setting(
+        "none", "show the metrics there too; needs the tracking extra", choices=TRACKERS, may_change=True
+    )
+    device: str | None = setting(None, "cuda, cpu, ...; the best one here if not given", may_change=True)
+
+    def may_change(self, name: str) -> bool:
+        """Whether a run that resumes may have another value of this setting, or of this part of its identity."""
+        if name == "launch":  # the torchrun that it belongs to
+            return True
+        known = next((f.metadata["may_change"] for f in fields(self) if f.name == name), False)
+        return known(self) if callable(known) else known
 
     def problems(self) -> str | None:
         """What can't be trained with, as one line; None if all is well as far as settings go."""

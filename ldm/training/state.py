@@ -1,72 +1,125 @@
-"""All that changes while a run trains, as tensors and numbers that can be saved and put back bit for bit."""
+"""Everything that changes while a run trains, as tensors and numbers that can be saved and put back bit for bit."""
 
+import json
+import math
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.dreambooth import Trainee
+from ldm.dreambooth import Trainable
 from ldm.errors import RunError
 from ldm.formats.tensors import Tensors
-from ldm.model import StableDiffusion
 from ldm.training import optimizer
 from ldm.training.ema import EMA
 from ldm.training.precision import Precision
 from ldm.training.settings import Settings
 
+MAX_OVERFLOWS = 50  # in a row; each halves fp16's scale, so nothing is left of the gradients by then
+
+Metrics = dict[str, Any]
+
 
 class TrainingState:
-    """step: updates done; draws: batches drawn, more than steps where fp16 overflowed and an update was skipped.
+    """What trains, its optimizer and its average, and how far they are.
 
-    base: the fingerprint of the model that training began with.
+    base: the fingerprint of the model that training began with. step: updates made. draws: how often batches were
+    taken, more than `step` where fp16 overflowed and an update was skipped. skipped: whether the last update was.
     """
 
-    def __init__(self, sd: StableDiffusion, trainee: Trainee, settings: Settings, precision: Precision, base: str):
-        self.sd, self.settings, self.precision, self.base = sd, settings, precision, base
-        trained = {id(p) for p in trainee.parameters()}
-        self.parameters = {name: p for name, p in sd.parameters().items() if id(p) in trained}
-        rates = {"unet": settings.learning_rate, "text_encoder": settings.text_encoder_learning_rate}
-        groups = [
-            {"params": list(network.parameters()), "lr": rates[name] or settings.learning_rate}
-            for name, network in trainee.named_children()
-        ]
-        self.optimizer = optimizer.adamw(groups, settings.use_8bit_adam)
+    def __init__(self, trainable: Trainable, settings: Settings, precision: Precision, base: str):
+        self.trainable, self.settings, self.precision, self.base = trainable, settings, precision, base
+        self.parameters = trainable.named_parameters_saved()
+        self.optimizer = optimizer.adamw(trainable.parameter_groups(settings), settings.use_8bit_adam)
         self.ema = EMA(self.parameters, settings.ema_decay) if settings.use_ema else None
-        self.step = self.draws = 0
-        # Bytes of a checkpoint: the model in fp32, two moments of what trains and its average if any, and headers.
-        trains = sum(parameter.numel() for parameter in self.parameters.values())
-        copies = 3 if self.ema is not None else 2
-        self.size = 4 * (sum(t.numel() for t in sd.state().values()) + copies * trains) + 2**20
+        self.step = self.draws = self.overflows = 0
+        self.skipped = False
+        self._wrapped = False
 
-    def advance(self) -> None:
-        """Counts an update that was made."""
-        self.step += 1
+    @property
+    def bytes_saved(self) -> int:
+        """The size of a checkpoint: the weights, two moments of what trains, its average if there is one, headers."""
+        copies = 3 if self.ema is not None else 2
+        return self.trainable.bytes_saved() + copies * sum(4 * p.numel() for p in self.parameters.values()) + 2**20
+
+    # One step
+
+    def start_step(self) -> bool:
+        """Sets the learning rate and clears the gradients.
+
+        Returns True if other parameters train than in the step before, as in the first step: the module that averages
+        gradients over processes has to be made anew then.
+        """
+        self._began, step, given = time.perf_counter(), self.step + 1, self.settings
+        changed = optimizer.freeze_stopped(self.optimizer, step) or not self._wrapped
+        self._wrapped = True
+        self.lr_factor = optimizer.lr_factor(given.lr_scheduler, step, given.lr_warmup_steps, given.max_train_steps)
+        optimizer.set_lr(self.optimizer, self.lr_factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        return changed
+
+    def clip_gradients(self) -> Tensor:
+        """Scales the gradients down to the largest norm allowed. Returns their norm before, a scalar on the device."""
+        self.precision.scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
+
+    def update(self, metrics: Metrics) -> bool:
+        """Updates the weights and completes the metrics of this step (loss, subject_loss, prior_loss, grad_norm).
+
+        Returns False, with the weights as they were, where fp16 overflowed: the step is done again on new rows with a
+        lower scale. Raises RunError for a loss or norm that is not finite for another reason.
+        """
+        step, scaler, norm = self.step + 1, self.precision.scaler, metrics["grad_norm"]
+        check_finite("loss", metrics["loss"], step)
+        self.skipped = not math.isfinite(norm)
+        if self.skipped and not scaler.is_enabled():
+            check_finite("norm of the gradients", norm, step)
+        if not self.skipped:
+            scaler.step(self.optimizer)
+        scaler.update()
+        self.draws += 1
+        self.overflows = self.overflows + 1 if self.skipped else 0
+        metrics |= {"lr": self.settings.learning_rate * self.lr_factor}
+        metrics |= {"seconds": round(time.perf_counter() - self._began, 4)}
+        if self.skipped:
+            metrics |= {"grad_norm": None, "skipped": True, "scale": scaler.get_scale()}
+            if self.overflows == MAX_OVERFLOWS:
+                raise RunError(f"fp16 overflowed {self.overflows} times in a row at step {step}; take bf16")
+            return False
+        self.step = step
         if self.ema is not None:
             self.ema.update()
+        return True
+
+    # Saving
 
     def check_finite(self) -> None:
-        """Raises RunError if the update has left a weight that is no number: such a model is not to be saved."""
+        """Raises RunError if the last update has left NaN or infinity in a weight, so that no such model is saved."""
         for name, parameter in self.parameters.items():
             if not parameter.isfinite().all():
                 raise RunError(f"{name} is not finite after step {self.step}, and was not saved; lower --learning-rate")
 
     def averaged(self) -> AbstractContextManager:
-        """Inside, the model's weights are their averages, if there are any."""
+        """Inside, the model's weights are their averages, if the run keeps averages."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
-    def save_model(self, path: Path) -> None:
-        """The model of this step as an official single file."""
-        self.sd.save(path, "official", metadata=self.metadata())
-
     def metadata(self) -> dict[str, str]:
-        """Where the model comes from, for the headers of its files."""
-        prompts = {"instance_prompt": self.settings.instance_prompt, "class_prompt": self.settings.class_prompt}
-        about = {"step": str(self.step), "base": self.base} | {name: text for name, text in prompts.items() if text}
-        return {f"ldm.{name}": text for name, text in about.items()}
+        """Where the model comes from and how its pictures are sampled, for the headers of its files."""
+        given = self.settings
+        prompts = {"instance_prompt": given.instance_prompt, "class_prompt": given.class_prompt}
+        sampling = {
+            "sampler": given.sampler,
+            "steps": given.sample_steps,
+            "guidance_scale": given.guidance_scale,
+            "resolution": given.resolution,
+        }
+        lines = {"step": str(self.step), "base": self.base, "sampling": json.dumps(sampling)}
+        return {f"ldm.{name}": text for name, text in (lines | prompts).items() if text}
 
     def tensors(self) -> Tensors:
+        """The optimizer's moments and the averages, on the CPU."""
         tensors: Tensors = {}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -77,6 +130,7 @@ class TrainingState:
         return tensors
 
     def numbers(self) -> dict[str, Any]:
+        """All that is no tensor, ready for JSON."""
         return {
             "step": self.step,
             "draws": self.draws,
@@ -89,11 +143,9 @@ class TrainingState:
             },
         }
 
-    @torch.no_grad()
-    def restore(self, model: Tensors, training: Tensors, numbers: dict[str, Any]) -> None:
-        """The inverse of `save_model`, `tensors` and `numbers`. The training tensors are adopted, not copied."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(model[name])
+    def restore(self, weights: Path, training: Tensors, numbers: dict[str, Any]) -> None:
+        """The inverse of `trainable.save`, `tensors` and `numbers`. Adopts the training tensors without a copy."""
+        self.trainable.load(weights)
         for name, tensor in training.items():
             owner, _, rest = name.partition(".")
             if owner == "ema":
@@ -101,7 +153,6 @@ class TrainingState:
             else:
                 key, _, rest = rest.partition(".")
                 parameter = self.parameters[rest]
-                # AdamW counts steps on the CPU unless fused on a GPU; its moments lie beside their parameter
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device)
         for name, values in numbers["optimizer"].items():
             self.optimizer.state[self.parameters[name]].update(values)
@@ -109,3 +160,9 @@ class TrainingState:
         self.precision.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
             self.ema.updates = numbers["ema_updates"]
+
+
+def check_finite(name: str, value: float, step: int) -> None:
+    """Raises RunError for NaN or infinity."""
+    if not math.isfinite(value):
+        raise RunError(f"the {name} is {value} at step {step}, and nothing was saved of it; lower --learning-rate")

@@ -1,0 +1,59 @@
+"""Pictures -> the latents that training samples from: mean and standard deviation, scaled."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.images import load_picture
+from ldm.model import StableDiffusion
+from ldm.runtime import side_by_side
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Latents(NamedTuple):
+    """Of N pictures and their views, 2 where each is also mirrored: (N, views, C, h, w) each."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (B, 4, h, w) each.
+
+    On a CPU each image is encoded on a core of its own, so that its bits do not depend on the others in the batch.
+    """
+    batches = images.split(1) if images.device.type == "cpu" else [images]
+    parts = side_by_side(lambda batch: _encode(sd, batch), batches, images.device)
+    mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+    return mean, std
+
+
+@torch.no_grad()
+def _encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
+    posterior = sd.vae.encode(images)
+    return posterior.mean * sd.config.vae.scale_factor, posterior.std * sd.config.vae.scale_factor
+
+
+def encode_pictures(
+    sd: StableDiffusion, paths: list[Path], resolution: int, flip: bool, description: str | None
+) -> Latents:
+    """The latents of pictures, each encoded once, and once more mirrored if `flip`.
+
+    description: of the progress bar; None for no bar. Raises InputError for a picture that can't be read.
+    """
+
+    def work(path: Path) -> tuple[Tensor, Tensor]:
+        image = load_picture(path, resolution).to(sd.device)
+        views = [image, image.flip(2)] if flip else [image]
+        mean, std = (torch.cat(part) for part in zip(*(_encode(sd, view[None]) for view in views), strict=True))
+        bar.update()
+        return mean, std  # (views, 4, h, w) each
+
+    with tqdm(total=len(paths), desc=description, unit="picture", disable=description is None) as bar:
+        parts = side_by_side(work, paths, sd.device)
+    return Latents(*(torch.stack(part) for part in zip(*parts, strict=True)))

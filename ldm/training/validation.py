@@ -1,0 +1,76 @@
+"""Sheets of pictures: what the model makes of the validation prompts, before training and after."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from ldm import images, samplers
+from ldm.model import StableDiffusion
+from ldm.runtime import Stopped, replacing, written
+from ldm.training.run import Run
+
+
+def sheet_path(run: Run, name: str) -> Path:
+    """Where the sheet "before", "after" or "before_after" of a run lies."""
+    return run.folder / "sheets" / f"{name}.png"
+
+
+def make_sheet(run: Run, sd: StableDiffusion, when: str) -> bool:
+    """Makes the sheet "before" or "after" in the main process. Returns False if a signal ended it early."""
+
+    def work() -> bool:
+        try:
+            with run.precision.autocast(), run.enough_memory("sampling", f"while it made the sheet {when}"):
+                _save(run, when, images.grid(sample(run, sd, when)))
+        except Stopped:
+            return False
+        return True
+
+    return run.world.on_main(work)
+
+
+def make_comparison(run: Run, photographs: Sequence[Path]) -> Path:
+    """Makes the sheet that shows the photographs, and the sheets "before" and "after" side by side below them."""
+    squares = [images.square(path, run.settings.resolution) for path in photographs]
+    top = images.grid([("photographs of the subject", squares[: 2 * run.settings.num_validation_images])])
+    left, right = (Image.open(sheet_path(run, name)) for name in ("before", "after"))
+    return _save(run, "before_after", images.beside(top, left, right))
+
+
+def _save(run: Run, name: str, sheet: Image.Image) -> Path:
+    path = sheet_path(run, name)
+    with written(path), replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    return path
+
+
+def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
+    """A row of pictures for each validation prompt; every row, before and after, has the same seeds."""
+    settings = run.settings
+    prompts = settings.validation_prompt or tuple(filter(None, (settings.instance_prompt, settings.class_prompt)))
+    seeds = range(settings.seed, settings.seed + settings.num_validation_images)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    batches = [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]
+    total = len(batches) * samplers.evaluations(settings.sampler, settings.sample_steps)
+    pictures = []
+    with tqdm(total=total, desc=f"sheet {when}", unit="step") as bar:
+
+        def progress() -> None:
+            bar.update()
+            run.stop.check()
+
+        for batch in batches:
+            pictures += sd.generate(
+                [prompt for prompt, _ in batch],
+                steps=settings.sample_steps,
+                guidance=settings.guidance_scale,
+                sampler=settings.sampler,
+                seeds=[seed for _, seed in batch],
+                height=settings.resolution,
+                width=settings.resolution,
+                progress=progress,
+            )
+    n = len(seeds)
+    return [(f"{prompt} ({when})", pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
