@@ -1,6 +1,7 @@
 """What an update is made of: weights of the loss, learning rates, and the views of a picture."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 import torch
 from runs import SMALL, call, losses, metrics, weights
 
-from ldm import StableDiffusion, rng
-from ldm.dreambooth import min_snr_weight
+from ldm import InputError, StableDiffusion, rng
+from ldm.dreambooth import FullTuning, min_snr_weight
 from ldm.images import load_picture
+from ldm.runtime import World
+from ldm.training import Batches, CropDraws, Rows, Settings, encode
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 
@@ -95,6 +98,22 @@ def test_the_text_encoder_has_a_learning_rate_and_an_end_of_its_own(base, tmp_pa
     assert min(unet) > 3e-5
 
 
+def test_a_text_encoder_that_has_stopped_does_not_run(base, tmp_path):
+    """Once for both prompts in a step that trains it, once more after its last step, and not again."""
+    calls = []
+
+    class Counted(FullTuning):
+        def forward(self, *inputs):
+            hook = self.sd.text_encoder.register_forward_hook(lambda *_: calls.append(len(calls)))
+            prediction = super().forward(*inputs)
+            hook.remove()
+            return prediction
+
+    flags = ("--text-encoder-stop-step", 2, "--max-train-steps", 6)
+    call(*base, *flags, "--output-dir", tmp_path / "run", tuning=Counted)
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("flag", ["--random-flip", "--random-crop"])
 def test_other_views_of_a_picture_are_taken(flag, base, tmp_path):
     call(*base, "--max-train-steps", 8, "--output-dir", tmp_path / "plain")
@@ -102,3 +121,42 @@ def test_other_views_of_a_picture_are_taken(flag, base, tmp_path):
     plain, views = losses(tmp_path / "plain"), losses(tmp_path / "views")
     same = sum(a == b for a, b in zip(plain, views, strict=True))
     assert same < 8 and plain == pytest.approx(views, rel=0.2)
+
+
+def test_crops_are_a_function_of_seed_and_index(base, saved, photographs, tmp_path):
+    """However the batch is cut, whichever process of the loader decodes them, beside whatever other pictures."""
+    base = (*base, "--random-crop", "--random-flip", "--max-train-steps", 6)
+    call(*base, "--train-batch-size", 4, "--output-dir", tmp_path / "one")
+    call(*base, "--train-batch-size", 2, "--gradient-accumulation-steps", 2, "--output-dir", tmp_path / "two")
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-6)
+
+    paths, sd = sorted(photographs.iterdir()), StableDiffusion.load(saved["official"])
+    draws = CropDraws(7, "instance", len(paths), (4, 8, 8), 1000, tuple(paths), 32, True)
+    rows = Rows("", draws, torch.device("cpu"), encode=partial(encode, sd))
+    settings = Settings(random_crop=True, train_batch_size=3, seed=7)
+    batches = Batches([rows], settings, World(0, 1, torch.device("cpu")))
+    for step in (5, 6, 7):
+        together = next(iter(batches.take(step)))
+        for i in range(3):  # alone, by hand
+            generator = rng.generator(7, "instance", "noise", 3 * step + i)
+            spread, noise = torch.randn(2, 4, 8, 8, generator=generator)
+            t = torch.randint(1000, (), generator=generator)
+            x, y, mirrored = torch.rand(3, generator=generator).tolist()
+            image = load_picture(paths[rng.pick(7, "instance", 3 * step + i, len(paths))], 32, (x, y))
+            mean, std = encode(sd, (image.flip(2) if mirrored < 0.5 else image)[None])
+            assert torch.equal(together.latents[i], (mean + std * spread)[0])
+            assert torch.equal(together.noise[i], noise) and together.t[i] == t
+
+
+def test_a_photograph_that_is_damaged_under_way_is_named(base, photographs, tmp_path):
+    """Under --random-crop pictures are decoded in every step, in processes of the loader."""
+
+    class Damaging(FullTuning):
+        def prepare(self, *inputs):
+            super().prepare(*inputs)
+            for path in photographs.iterdir():
+                path.write_bytes(b"no picture any more")
+
+    with pytest.raises(InputError, match=r"\d\.png can't be read as a picture") as error:
+        call(*base, "--random-crop", "--output-dir", tmp_path / "run", tuning=Damaging)
+    assert "\n" not in str(error.value)

@@ -8,14 +8,17 @@ import torch
 from ldm.errors import RunError
 
 
+# How torch's allocator on the CPU and oneDNN say it: neither has an exception of its own.
+MESSAGES = ("can't allocate memory", "could not create a primitive")
+
+
 @contextmanager
 def out_of_memory_named(device: torch.device, doing: str, advice: str) -> Iterator[None]:
     """Turns running out of memory into a RunError: "DEVICE ran out of memory DOING; ADVICE"."""
     try:
         yield
-    except MemoryError:
-        raise RunError(f"{device} ran out of memory {doing}; {advice}") from None
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, too; the CPU's allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(message in str(error) for message in MESSAGES):
             raise
         raise RunError(f"{device} ran out of memory {doing}; {advice}") from None

@@ -1,0 +1,36 @@
+"""Running out of memory, in whatever phase, is answered in one line that says what helps."""
+
+import sys
+
+import pytest
+from runs import ROOT, SMALL, run
+
+# Real memory, really exhausted: so many bytes beyond what the imports take.
+LIMITED = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+from ldm.runtime import cli
+with cli.reported("train.py"):
+    torch.zeros(64, 64) @ torch.zeros(64, 64)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)
+    train.main(sys.argv[1:])
+"""
+TRAINING = "give --gradient-checkpointing, --mixed-precision bf16, --use-8bit-adam or a lower --train-batch-size"
+SAMPLING = "give --mixed-precision bf16 or a lower --sample-batch-size"
+PHASES = {
+    "while it made the sheet before": (("--num-validation-images", 4000), SAMPLING),
+    "while it made class pictures": (("--num-class-images", 4000), SAMPLING),
+    "while it trained": (("--train-batch-size", 8000), TRAINING),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_full_memory_is_named_with_what_helps(phase, saved, photographs, tmp_path):
+    flags, advice = PHASES[phase]
+    flags = ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, *flags)
+    flags = (*flags, "--sample-batch-size", 4000, "--output-dir", tmp_path / "run")
+    done = run([sys.executable, "-c", LIMITED, *map(str, flags)], tmp_path, status=1)
+    assert done.complaint == f"train.py: error: cpu ran out of memory {phase}; {advice}"
+    assert not (tmp_path / "run" / "model.safetensors").exists()

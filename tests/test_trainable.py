@@ -1,0 +1,67 @@
+"""One object owns what trains: another way of fine-tuning is one class, and nothing else of the program changes."""
+
+import inspect
+
+import pytest
+import torch
+from runs import SMALL, call, checkpoints, losses
+from safetensors.torch import load_file
+
+from ldm import InputError, StableDiffusion
+from ldm.dreambooth import FullTuning, Trainable
+
+LATEST = ("--resume-from-checkpoint", "latest")
+
+
+class KeysAndValues(Trainable):
+    """Trains the cross-attention's keys and values alone (Custom Diffusion, Kumari et al. 2023, section 3.1)."""
+
+    def __init__(self, sd, settings):
+        names = [name for name in sd.parameters() if "attn2.to_k." in name or "attn2.to_v." in name]
+        super().__init__(sd, settings, {name: sd.parameters()[name] for name in names})
+
+
+@pytest.fixture
+def base(saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, "--learning-rate", "1e-2")
+
+
+def test_the_second_way_is_short():
+    assert len(inspect.getsource(KeysAndValues).splitlines()) < 40
+
+
+@pytest.mark.parametrize("flags", [(), ("--use-ema", "--mixed-precision", "bf16", "--gradient-accumulation-steps", 2)])
+def test_keys_and_values_alone_train_stop_resume_and_are_written(flags, base, saved, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    base = (*base, *flags)
+    call(*base, "--max-train-steps", 6, "--output-dir", whole, tuning=KeysAndValues)
+    call(*base, "--max-train-steps", 3, "--output-dir", parts, "--checkpointing-steps", 1, tuning=KeysAndValues)
+    assert checkpoints(parts)[-1] == 3
+    call(*base, "--max-train-steps", 6, "--output-dir", parts, *LATEST, tuning=KeysAndValues)
+    assert losses(whole) == losses(parts) and len(losses(whole)) == 6
+
+    a, b = load_file(whole / "trained.safetensors"), load_file(parts / "trained.safetensors")
+    before = StableDiffusion.load(saved["official"]).state()
+    assert a.keys() == b.keys() == {name for name in before if "attn2.to_k" in name or "attn2.to_v" in name}
+    assert all(torch.equal(a[name], b[name]) and not torch.equal(a[name], before[name]) for name in a)
+    moments = load_file(parts / "checkpoints" / "checkpoint-000003" / "training.safetensors")
+    assert {name.partition("model.")[2] for name in moments if "exp_avg" in name} == {
+        n.partition("model.")[2] for n in a
+    }
+    assert not (whole / "model.safetensors").exists()  # nothing but what the run is for
+
+
+def test_nothing_else_changes(base, saved):
+    """The gradient of the prediction reaches the keys and values, and no other parameter."""
+    sd = StableDiffusion.load(saved["official"])
+    settings = type("Settings", (), {"gradient_checkpointing": False})
+    trainable = KeysAndValues(sd, settings)
+    trainable(torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), ["a dog", "a sks dog"]).square().mean().backward()
+    assert {name for name, p in sd.parameters().items() if p.grad is not None} == trainable.trained.keys()
+
+
+def test_a_run_goes_on_as_it_began(base, tmp_path):
+    flags = (*base, "--output-dir", tmp_path / "run", "--checkpointing-steps", 1)
+    call(*flags, "--max-train-steps", 1, tuning=KeysAndValues)
+    with pytest.raises(InputError, match="tuning was 'KeysAndValues' and is 'FullTuning'"):
+        call(*flags, *LATEST, tuning=FullTuning)
