@@ -12,7 +12,7 @@ runtime formats model dreambooth training __main__""".split()
 WINGS = {
     "runtime": "cli files memory threads signals processes",
     "formats": "names archive unpickle ckpt tensors folder weights",
-    "training": "precision ema optimizer tracking settings state checkpoint continuity claim run "
+    "training": "precision ema optimizer tracking settings options state checkpoint continuity claim run "
     "latents batches class_pictures validation",
 }
 

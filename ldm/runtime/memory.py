@@ -7,7 +7,6 @@ import torch
 
 from ldm.errors import RunError
 
-
 # How torch's allocator on the CPU and oneDNN say it: neither has an exception of its own.
 MESSAGES = ("can't allocate memory", "could not create a primitive")
 

@@ -1,6 +1,7 @@
 """What a run is: from settings and photographs to a tuned model, stopped and resumed at any step.
 
-settings        every setting of a run, from the command line or a TOML file
+settings        every setting of a run, and whether a run that resumes may change it
+options         from the command line and TOML files to settings
 latents         pictures, encoded once
 batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
@@ -18,9 +19,10 @@ tracking        TensorBoard and Weights & Biases
 from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows
 from ldm.training.class_pictures import ClassPictures
 from ldm.training.latents import encode, encode_pictures
+from ldm.training.options import parse
 from ldm.training.precision import set_exactness
 from ldm.training.run import Run
-from ldm.training.settings import Settings, parse
+from ldm.training.settings import Settings
 from ldm.training.state import TrainingState
 from ldm.training.validation import make_comparison, make_sheet, sheet_path
 

@@ -26,6 +26,9 @@ def adamw(groups: Iterable[dict[str, Any]], eight_bit: bool) -> torch.optim.Opti
     return AdamW8bit(groups, **options)
 
 
+LR_SCHEDULES = ("constant", "linear", "cosine")
+
+
 def lr_factor(kind: str, step: int, warmup: int, total: int) -> float:
     """The factor on the learning rate at a step, counted from 1: rises to 1 at step `warmup`, then follows `kind`."""
     if step <= warmup:

@@ -1,16 +1,14 @@
-"""The settings of a DreamBooth run: one dataclass, filled from defaults, a TOML file and the command line."""
+"""The settings of a DreamBooth run: one frozen dataclass, whose fields are the flags of train.py."""
 
-import argparse
 import math
-import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ldm import samplers
-from ldm.errors import InputError
-from ldm.runtime.cli import MAX_COUNT, Parser, positive
+from ldm.runtime.cli import positive
+from ldm.training.optimizer import LR_SCHEDULES
 from ldm.training.tracking import TRACKERS, check_installed
 
 
@@ -37,7 +35,6 @@ SAVES_MEMORY = {
     "training": "give --gradient-checkpointing, --mixed-precision bf16, --use-8bit-adam or a lower --train-batch-size",
     "sampling": "give --mixed-precision bf16 or a lower --sample-batch-size",
 }
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -46,49 +43,53 @@ class Settings:
 
     model: str | None = setting(
         None,
-        "official .safetensors file or diffusers folder; the embedded tiny model if not given",
+        "official .safetensors or .ckpt file, or diffusers folder; the embedded tiny model if not given",
         flags=("--pretrained-model-name-or-path",),
         path=True,
         may_change=True,
     )
-    ema: bool = setting(False, "of a full training checkpoint, begin with the averaged UNet instead of the last one")
-    prediction_type: str | None = setting(None, "eps or v, over what the file says; SD 2.x files often say nothing")
-    variant: str | None = setting(None, 'of a diffusers folder, take the files of this name: "fp16"')
+    ema: bool = setting(False, "begin with the averaged UNet of a full training checkpoint instead of the last one")
+    prediction_type: str | None = setting(
+        None, "what the model predicts, eps or v; overrides the file, and SD 2.x files often do not say"
+    )
+    variant: str | None = setting(None, 'load the files of this variant of a diffusers folder, for example "fp16"')
     instance_data_dir: str | None = setting(None, "folder with photographs of the subject", path=True, may_change=True)
-    instance_prompt: str | None = setting(None, 'names the subject by a rare word: "a photo of sks dog"')
+    instance_prompt: str | None = setting(None, 'prompt that names the subject by a rare word: "a photo of sks dog"')
     class_data_dir: str | None = setting(
         None,
-        "folder for class pictures, yours or generated; class/ in the output folder if not given",
+        "folder for class pictures, your own or generated; class/ in the output folder if not given",
         path=True,
         may_change=True,
     )
-    class_prompt: str | None = setting(None, 'names its class: "a photo of a dog"')
+    class_prompt: str | None = setting(None, 'prompt that names the class of the subject: "a photo of a dog"')
     with_prior_preservation: bool = setting(True, "train on class pictures beside the photographs")
     prior_loss_weight: float = setting(1.0, "weight of the prior-preservation term, lambda in eq. 2 of the paper")
-    num_class_images: int = setting(200, "class pictures to have; the missing ones are generated", type=positive)
+    num_class_images: int = setting(200, "number of class pictures; missing ones are generated", type=positive)
     resolution: int = setting(512, "side of the square that pictures are resized and cut to, in pixels", type=positive)
     train_batch_size: int = setting(
-        1, "photographs a step; as many class pictures join them", type=positive, may_change=True
+        1, "photographs in a batch; as many class pictures join them", type=positive, may_change=True
     )
     gradient_accumulation_steps: int = setting(
-        1, "batches whose gradients are averaged into one step", type=positive, may_change=True
+        1, "batches whose gradients are averaged in one step", type=positive, may_change=True
     )
-    random_crop: bool = setting(False, "cut another square of a picture each time; latents are not cached then")
+    random_crop: bool = setting(False, "cut another square out of a picture each time; latents are not cached then")
     random_flip: bool = setting(False, "mirror pictures half of the time")
     max_train_steps: int = setting(
         800, "optimizer steps", type=positive, may_change=lambda s: s.lr_scheduler == "constant"
     )
-    learning_rate: float = setting(2e-6, "of AdamW")
-    lr_scheduler: str = setting("constant", "how the learning rate moves", choices=SCHEDULES)
+    learning_rate: float = setting(2e-6, "AdamW learning rate")
+    lr_scheduler: str = setting("constant", "learning rate over the steps", choices=LR_SCHEDULES)
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     train_text_encoder: bool = setting(True, "train the text encoder beside the UNet")
-    text_encoder_learning_rate: float | None = setting(None, "the UNet's if not given", type=float)
+    text_encoder_learning_rate: float | None = setting(
+        None, "learning rate of the text encoder; the UNet's if not given", type=float
+    )
     text_encoder_stop_step: int | None = setting(None, "freeze the text encoder after this step", type=positive)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it")
     snr_gamma: float | None = setting(None, "min-SNR weighting of the loss; 5 is usual", type=float)
     use_ema: bool = setting(False, "save the average of the weights instead of the last ones")
-    ema_decay: float = setting(0.9999, "of that average, once it has warmed up")
-    mixed_precision: str = setting("no", "what autocast computes in", choices=("no", "fp16", "bf16"))
+    ema_decay: float = setting(0.9999, "decay of that average, once it has warmed up")
+    mixed_precision: str = setting("no", "type that autocast computes in", choices=("no", "fp16", "bf16"))
     gradient_checkpointing: bool = setting(
         False, "less memory, a third more time: activations are computed twice", may_change=True
     )
@@ -97,32 +98,34 @@ class Settings:
     deterministic: bool = setting(False, "the same bits each time on a GPU too; slower")
     checkpointing_steps: int = setting(500, "save the whole state every so many steps", type=positive, may_change=True)
     checkpoints_total_limit: int | None = setting(
-        None, "how many of them to keep; all if not given", type=positive, may_change=True
+        None, "number of checkpoints to keep; all if not given", type=positive, may_change=True
     )
     resume_from_checkpoint: str | None = setting(
-        None, "latest, or a checkpoint folder: go on from there", path=True, may_change=True
+        None, "resume from this checkpoint folder, or from the latest one of the run", path=True, may_change=True
     )
-    seed: int = setting(0, "of everything random: order, noise, class pictures")
+    seed: int = setting(0, "random seed of the order of pictures, noise, timesteps and class pictures")
     output_dir: str | None = setting(
         None, "a new folder for the run; runs/dreambooth, numbered if taken", path=True, may_change=True
     )
-    layout: str = setting("official", "of the saved model", choices=("official", "diffusers"), may_change=True)
-    sampler: str = setting("ddim", "for class pictures and sheets", metavar="NAME")
+    layout: str = setting("official", "layout of the saved model", choices=("official", "diffusers"), may_change=True)
+    sampler: str = setting("ddim", "sampler of class pictures and sheets", metavar="NAME")
     sample_steps: int = setting(50, "sampling steps for class pictures and sheets", type=positive)
     guidance_scale: float = setting(7.5, "classifier-free guidance for class pictures and sheets")
-    class_guidance_scale: float | None = setting(None, "another for class pictures: lower is more varied", type=float)
+    class_guidance_scale: float | None = setting(
+        None, "guidance scale of class pictures alone; lower is more varied", type=float
+    )
     sample_batch_size: int = setting(4, "pictures sampled at once", type=positive, may_change=True)
     validation_prompt: tuple[str, ...] = setting(
         (),
-        "a row of the before/after sheet, repeatable; instance and class prompt if not given",
+        "prompt of one row of the before/after sheet, repeatable; instance and class prompt if not given",
         action="append",
         may_change=True,
     )
     num_validation_images: int = setting(4, "pictures in a row of the sheet", type=positive, may_change=True)
     report_to: str = setting(
-        "none", "show the metrics there too; needs the tracking extra", choices=TRACKERS, may_change=True
+        "none", "also send the metrics to this tracker; needs the tracking extra", choices=TRACKERS, may_change=True
     )
-    device: str | None = setting(None, "cuda, cpu, ...; the best one here if not given", may_change=True)
+    device: str | None = setting(None, "cuda, cpu, ...; cuda where there is one if not given", may_change=True)
 
     def may_change(self, name: str) -> bool:
         """Whether a run that resumes may have another value of this setting, or of this part of its identity."""
@@ -132,7 +135,7 @@ class Settings:
         return known(self) if callable(known) else known
 
     def problems(self) -> str | None:
-        """What can't be trained with, as one line; None if all is well as far as settings go."""
+        """The first thing wrong with the settings, as one line; None if nothing is."""
         if self.instance_data_dir is None:
             return "--instance-data-dir is missing: the folder with photographs of your subject"
         if not (self.instance_prompt or "").strip():
@@ -163,86 +166,3 @@ class Settings:
         samplers.find(self.sampler)
         check_installed(self.report_to)
         return None
-
-
-def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
-    """Defaults, then `tiny` if no model is named, then --config, then the other flags.
-
-    Raises InputError for unknown flags and keys, values of the wrong kind, and settings that can't be trained with.
-    """
-    given = vars(_parser().parse_args(argv))
-    config = given.pop("config", None)
-    from_file = _read_toml(Path(config)) if config else {}
-    settings = Settings()
-    if "model" not in given and "model" not in from_file:
-        settings = replace(settings, **_read_toml(tiny))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = replace(settings, **{**from_file, **given})
-    if problem := settings.problems():
-        raise InputError(problem)
-    return settings
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="train.py",
-        description="DreamBooth: teaches a Stable Diffusion one subject from a few photographs.",
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE.toml", help="settings by their names below; flags go over it")
-    for f in fields(Settings):
-        meta, flag = f.metadata, "--" + f.name.replace("_", "-")
-        options = dict(meta["options"])
-        if isinstance(f.default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif "type" not in options and isinstance(f.default, int | float):
-            options["type"] = type(f.default)
-        shown = "" if f.default in (None, ()) else f" (default: {f.default})"
-        parser.add_argument(flag, *meta["flags"], dest=f.name, help=meta["help"] + shown, **options)
-    return parser
-
-
-KINDS = {positive: int, float: float}
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path} can't be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not TOML: {error}") from None
-    known = {f.name: f for f in fields(Settings)}
-    known |= {_key(flag): f for f in fields(Settings) for flag in f.metadata["flags"]}
-    settings: dict[str, Any] = {}
-    for key, value in tree.items():
-        if (f := known.get(_key(key))) is None:
-            raise InputError(f"--config {path}: there is no setting {key!r}; train.py --help lists them")
-        settings[f.name] = _checked(f"--config {path}: {key}", f, value, path.parent)
-    return settings
-
-
-def _key(name: str) -> str:
-    return name.lstrip("-").replace("-", "_")
-
-
-def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
-    """The value of one key, of the kind that its default has."""
-    kind = KINDS.get(f.metadata["options"].get("type"), str) if f.default is None else type(f.default)
-    if kind is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise InputError(f"{where} is not a list of strings")
-        return tuple(value)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise InputError(f"{where} is {value!r}, and should be a {kind.__name__}")
-    options = f.metadata["options"]
-    if options.get("type") is positive and not 1 <= value <= MAX_COUNT:
-        raise InputError(f"{where} is {value}, and should be from 1 to {MAX_COUNT}")
-    if "choices" in options and value not in options["choices"]:
-        raise InputError(f"{where} is {value!r}; there are {', '.join(options['choices'])}")
-    name = f.name in ("model", "resume_from_checkpoint")  # which may be no path: "latest", or a name on a hub
-    if f.metadata["path"] and (not name or (folder / value).exists()):
-        return str(folder / value)
-    return value

@@ -1,4 +1,4 @@
-"""Metrics for people who watch curves: TensorBoard or Weights & Biases, beside metrics.jsonl."""
+"""Sends the metrics of metrics.jsonl to TensorBoard or Weights & Biases as well."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ Track = Callable[[int, dict[str, float]], Any]
 
 
 def check_installed(name: str) -> None:
-    """Raises InputError if the tracker's package is not there."""
+    """Raises InputError if the tracker's package is not installed."""
     if name != "none" and find_spec(name) is None:
         raise InputError(f'--report-to {name} needs the tracking extra: pip install -e ".[tracking]"')
 

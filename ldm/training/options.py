@@ -1,0 +1,96 @@
+"""From the command line and TOML files to `Settings`."""
+
+import argparse
+import tomllib
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import InputError
+from ldm.runtime.cli import MAX_COUNT, Parser, positive
+from ldm.training.settings import Settings
+
+
+def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
+    """The settings of a command line: defaults, overridden by `tiny` if no model is given, by --config, and by flags.
+
+    tiny: TOML file with the settings of the embedded model. Raises InputError for unknown flags and keys, values of the
+    wrong type, and settings that do not go together.
+    """
+    given = vars(_parser().parse_args(argv))
+    config = given.pop("config", None)
+    from_file = _read_toml(Path(config)) if config else {}
+    settings = Settings()
+    if "model" not in given and "model" not in from_file:
+        settings = replace(settings, **_read_toml(tiny))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings = replace(settings, **{**from_file, **given})
+    if problem := settings.problems():
+        raise InputError(problem)
+    return settings
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="train.py",
+        description="DreamBooth: teaches a Stable Diffusion one subject from a few photographs.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="settings by their names below; flags override them")
+    for f in fields(Settings):
+        meta, flag = f.metadata, "--" + f.name.replace("_", "-")
+        options = dict(meta["options"])
+        if isinstance(f.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif "type" not in options and isinstance(f.default, int | float):
+            options["type"] = type(f.default)
+        shown = "" if f.default in (None, ()) else f" (default: {f.default})"
+        parser.add_argument(flag, *meta["flags"], dest=f.name, help=meta["help"] + shown, **options)
+    return parser
+
+
+TYPES = {positive: int, float: float}  # of a setting without a default, by its argparse type
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path} can't be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not TOML: {error}") from None
+    known = {f.name: f for f in fields(Settings)}
+    known |= {_key(flag): f for f in fields(Settings) for flag in f.metadata["flags"]}
+    settings: dict[str, Any] = {}
+    for key, value in tree.items():
+        if (f := known.get(_key(key))) is None:
+            raise InputError(f"--config {path}: there is no setting {key!r}; train.py --help lists them")
+        settings[f.name] = _checked(f"--config {path}: {key}", f, value, path.parent)
+    return settings
+
+
+def _key(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
+    """The value of one key, which must have the type of the setting's default. folder: of the TOML file."""
+    kind = TYPES.get(f.metadata["options"].get("type"), str) if f.default is None else type(f.default)
+    if kind is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InputError(f"{where} is not a list of strings")
+        return tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(f"{where} is {value!r}, and should be a {kind.__name__}")
+    options = f.metadata["options"]
+    if options.get("type") is positive and not 1 <= value <= MAX_COUNT:
+        raise InputError(f"{where} is {value}, and should be from 1 to {MAX_COUNT}")
+    if "choices" in options and value not in options["choices"]:
+        raise InputError(f"{where} is {value!r}; there are {', '.join(options['choices'])}")
+    may_be_a_name = f.name in ("model", "resume_from_checkpoint")  # "latest", or a name on a hub
+    if f.metadata["path"] and (not may_be_a_name or (folder / value).exists()):
+        return str(folder / value)
+    return value
