@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = world.on_main(lambda: plan(args, prompts))
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     batches = batches[world.rank :: world.size]  # torchrun's processes share them
-    steps = args.steps if init_image is None else samplers.taken(args.steps, args.strength)
-    total = len(batches) * samplers.evaluations(args.sampler, steps)
+    steps = args.steps if init_image is None else samplers.steps_for_strength(args.steps, args.strength)
+    total = len(batches) * samplers.find(args.sampler).evaluations(steps)
 
     if world.main:
         print(sd.summary)
@@ -76,7 +76,7 @@ def load(args: Namespace, device: torch.device) -> tuple[StableDiffusion, Tensor
     sd.check_finite()
     if args.zero_terminal_snr:
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
-    sd.schedule.spaced(args.steps)
+    sd.schedule.check_steps(args.steps)
     _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
     if args.init_image is None:
         return sd, None
@@ -198,7 +198,7 @@ def check(args: Namespace) -> None:
         raise InputError(f"--guidance-scale {args.guidance_scale} is not a number; 7.5 is usual")
     if not 0.0 <= args.guidance_rescale <= 1.0:
         raise InputError(f"--guidance-rescale {args.guidance_rescale} is not between 0 and 1")
-    samplers.taken(args.steps, args.strength)
+    samplers.steps_for_strength(args.steps, args.strength)
     if not 0.0 <= args.eta <= 1.0:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
     if not 0 <= args.seed < 2**63 - args.num_images:

@@ -35,7 +35,7 @@ def main(
     # Whatever is wrong with the input is found here, before anything is written.
     run = Run(settings, world)
     with world.agreed():
-        photographs = images.find_pictures(settings.instance_data_dir, "--instance-data-dir")
+        photographs = images.find_pictures(settings.instance_data_dir)
         sd = load(run)
     base = world.on_main(sd.fingerprint)
     with world.agreed():
@@ -105,7 +105,7 @@ def load(run: Run) -> StableDiffusion:
     source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
     sd = StableDiffusion.load(settings.model, run.world.device, **source)
     sd.latent_shape(settings.resolution, settings.resolution)
-    sd.schedule.spaced(settings.sample_steps)
+    sd.schedule.check_steps(settings.sample_steps)
     if run.world.main:
         sd.check_finite()
     return sd

@@ -1,7 +1,7 @@
-"""CLIP's text encoder (Radford et al. 2021, section 2.4), OpenAI's and OpenCLIP's kind in one tree.
+"""CLIP's text encoder (Radford et al. 2021, section 2.4), OpenAI's for SD1 and OpenCLIP's for SD2.
 
-The attribute tree spells the Hugging Face names, as the SD1 checkpoint does under `cond_stage_model.transformer.`;
-OpenCLIP's names in SD2 checkpoints are a table in names.py.
+The attributes spell the Hugging Face names, as the SD1 checkpoint does under `cond_stage_model.transformer.`; the names
+of OpenCLIP in SD2 checkpoints are a table in formats/names.py.
 """
 
 import torch
@@ -13,7 +13,7 @@ from ldm.config import TextConfig
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, L) -> one vector a token (B, L, D), which is what the UNet is conditioned on."""
+    """Token ids (B, L) -> context (B, L, D): a vector for each token, which the UNet is conditioned on."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -25,6 +25,8 @@ class TextEncoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
+    """Embeddings, `layers` blocks and a final norm: ids (B, L) -> (B, L, D)."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.checkpointing = False  # as in the UNet
@@ -44,6 +46,8 @@ class TextTransformer(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """One vector for the token and one for its position, added: ids (B, L) -> (B, L, D)."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.token_embedding = embedding(config.vocab_size, config.width, std=0.02)  # as CLIP was initialised
@@ -56,12 +60,14 @@ class Embeddings(nn.Module):
 
 def embedding(rows: int, width: int, std: float) -> nn.Embedding:
     weight = torch.empty(rows, width)
-    if not weight.is_meta:  # there it would draw nothing, and yet take a second: torch imports its compiler for it
+    if not weight.is_meta:  # drawing there takes a second: torch imports its compiler for it
         nn.init.normal_(weight, std=std)
     return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 class Block(nn.Module):
+    """Self-attention and an MLP, each after a norm and with a residual connection: (B, L, D) -> (B, L, D)."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.self_attn = CausalAttention(config)
@@ -75,7 +81,7 @@ class Block(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """A token sees itself and those before it; padding is not masked, as in the original."""
+    """Self-attention of each token to itself and the tokens before it. Padding is not masked, as in the original."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -86,6 +92,7 @@ class CausalAttention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, L, D) -> (B, L, D)."""
         q, k, v = (
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, D/heads)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
@@ -95,6 +102,8 @@ class CausalAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """fc2(activation(fc1(x))): (B, L, D) -> (B, L, D)."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]

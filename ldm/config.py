@@ -1,4 +1,4 @@
-"""What a model is, as data: one frozen dataclass a network, and the presets of the official releases.
+"""A model as data: one frozen dataclass for each network, and the presets of the official releases.
 
 Sources of the presets: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml and
 Stability-AI/stablediffusion configs/stable-diffusion/v2-inference{,-v}.yaml.
@@ -8,27 +8,27 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-MOST_LAYERS, MOST_LEVELS, LARGEST = 64, 16, 2**20  # more than any Stable Diffusion has; each costs memory
+MAX_LAYERS, MAX_LEVELS, MAX_SIZE = 64, 16, 2**20  # more than any Stable Diffusion has
 
 
 class Checked:
-    """Fields hold what they are declared to, within bounds: a configuration that comes from a file can say anything."""
+    """Checks that fields have their declared types, within bounds, since a file can hold anything. Raises ValueError."""
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if not _fits(value, f.type) or (f.name in ("blocks", "layers") and value > MOST_LAYERS):
+            if not _fits(value, f.type) or (f.name in ("blocks", "layers") and value > MAX_LAYERS):
                 raise ValueError(f"{type(self).__name__}.{f.name} can't be {value!r}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a declared type; whole numbers count from 0, and no tuple is empty or long."""
+    """Whether a value has the declared type. Whole numbers are 0 to MAX_SIZE, tuples have 1 to MAX_LEVELS items."""
     if get_origin(kind) is tuple:
-        short = isinstance(value, tuple) and 0 < len(value) <= MOST_LEVELS
+        short = isinstance(value, tuple) and 0 < len(value) <= MAX_LEVELS
         return short and all(_fits(item, get_args(kind)[0]) for item in value)
     if isinstance(kind, UnionType):
         return any(_fits(value, one) for one in get_args(kind))
-    return type(value) in ((int, float) if kind is float else (kind,)) and (kind is not int or 0 <= value <= LARGEST)
+    return type(value) in ((int, float) if kind is float else (kind,)) and (kind is not int or 0 <= value <= MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class UNetConfig(Checked):
     in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    attention: tuple[bool, ...] = (True, True, True, False)  # which levels look at the text
-    blocks: int = 2  # residual blocks a level (one more on the way up)
+    attention: tuple[bool, ...] = (True, True, True, False)  # levels with cross-attention to the text
+    blocks: int = 2  # residual blocks in a level, one more on the way up
     heads: int | None = 8  # SD1: eight heads at every width
     head_dim: int | None = None  # SD2: 64-wide heads, as many as fit
     linear_projection: bool = False  # SD2: proj_in and proj_out are matrices, not 1x1 convolutions
@@ -48,11 +48,11 @@ class UNetConfig(Checked):
 
     @property
     def upcast_attention(self) -> bool:
-        """Whether attention logits outgrow fp16, as SD2's do: they are fp32 then."""
+        """Whether attention logits are computed in fp32, since SD2's overflow fp16."""
         return self.head_dim is not None
 
     def heads_at(self, channels: int) -> int:
-        """Attention heads of a layer `channels` wide."""
+        """Number of attention heads in a layer of this width."""
         return self.heads if self.heads is not None else channels // self.head_dim
 
 
@@ -68,7 +68,7 @@ class VAEConfig(Checked):
 
     @property
     def factor(self) -> int:
-        """Pixels along one side of a latent."""
+        """Pixels along one side of one latent position: 8 in SD."""
         return 2 ** (len(self.channels) - 1)
 
 
@@ -80,27 +80,27 @@ class TextConfig(Checked):
     context_length: int = 77
     width: int = 768
     mlp_width: int = 3072
-    layers: int = 12  # blocks that run; SD2 leaves OpenCLIP's last one out
+    layers: int = 12  # blocks that run; SD2 leaves out OpenCLIP's last one
     heads: int = 12
-    activation: str = "quick_gelu"  # OpenAI's CLIP; OpenCLIP has the exact "gelu"
+    activation: str = "quick_gelu"  # in OpenAI's CLIP; OpenCLIP uses the exact "gelu"
     pad_id: int = 49407  # SD1 pads with end-of-text, SD2 with 0
 
     @property
     def openclip(self) -> bool:
-        """Whether this is OpenCLIP's text encoder, which official files name and stack in a way of their own."""
+        """Whether this is OpenCLIP's text encoder. Official files name and stack its tensors differently."""
         return self.activation == "gelu"
 
 
 @dataclass(frozen=True)
 class ScheduleConfig(Checked):
-    """The forward process (DDPM) and what the UNet predicts of it."""
+    """The forward process (DDPM), and what the UNet predicts."""
 
     timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     prediction: str = "eps"  # or "v"
-    zero_terminal_snr: bool = False  # the last step is noise alone (Lin et al. 2023); models that predict v only
-    spacing: str = "leading"  # of sampling steps; or "trailing", which begins at the very last one
+    zero_terminal_snr: bool = False  # the last step is pure noise (Lin et al. 2023); for models that predict v
+    spacing: str = "leading"  # of sampling steps; "trailing" begins at the noisiest step
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ModelConfig(Checked):
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "ModelConfig":
-        """The inverse of `to_dict`, also after a trip through JSON (lists become tuples again)."""
+        """The inverse of `to_dict`, also for a tree read from JSON, where tuples are lists."""
         parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig, "schedule": ScheduleConfig}
         made = {name: kind(**{k: _tuple(v) for k, v in tree[name].items()}) for name, kind in parts.items()}
         return cls(**made, **{k: v for k, v in tree.items() if k not in parts})

@@ -1,7 +1,4 @@
-"""What `StableDiffusion.generate` makes pictures of: noise from seeds, guidance, and 8-bit colours in the end.
-
-Knows no network: the UNet and what the text encoder made of the prompts are given.
-"""
+"""Seeded noise and classifier-free guidance: what turns a UNet into the denoiser that a sampler runs on."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,9 +11,11 @@ from ldm.schedule import Schedule
 
 
 def guided(without: Tensor, with_prompt: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): away from one prediction, beyond the other (B, C, h, w).
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
-    rescale: how far each picture's spread, which that widens, is led back to the prompt's: 0 not, 1 all the way.
+    Extrapolates from the prediction without the prompt through the prediction with it, (B, C, h, w) each. scale: 1
+    returns the latter. rescale: guidance raises each picture's standard deviation; 0 keeps that, 1 restores the
+    prompt's own, values between mix the two.
     """
     prediction = without + scale * (with_prompt - without)
     if rescale == 0.0:
@@ -34,17 +33,16 @@ def denoiser(
     rescale: float = 0.0,
     progress: Callable[[], object] | None = None,
 ) -> Denoise:
-    """denoise(x, t) -> eps for x (B, C, h, w), guided.
+    """Makes denoise(x, t) -> eps, guided, for x (B, C, h, w) and a step t.
 
-    context: (2B, L, D), of the negative prompts and then of the prompts, which go through the UNet in one batch; or
-    (B, L, D), of the prompts alone, which costs half: then nothing is guided.
-    progress: called after each evaluation of the UNet.
+    context: (2B, L, D), negative prompts first, then prompts; both halves go through the UNet in one batch. Or
+    (B, L, D), prompts alone: no guidance, at half the cost. progress: called after each evaluation of the UNet.
     """
     dtype = next(unet.parameters()).dtype
 
     def denoise(x: Tensor, t: float) -> Tensor:
         rows = x.repeat(len(context) // len(x), 1, 1, 1)
-        steps = torch.full((len(rows),), round(t), device=x.device)  # it has seen whole steps only
+        steps = torch.full((len(rows),), round(t), device=x.device)  # the UNet was trained on whole steps
         prediction = unet(rows.to(dtype), steps, context).to(x.dtype)
         if len(rows) > len(x):
             prediction = guided(*prediction.chunk(2), scale, rescale)
@@ -55,10 +53,10 @@ def denoiser(
     return denoise
 
 
-class Noise:
-    """noise() -> standard normal, (B, C, h, w) and float32: fresh at each call, row i from seeds[i] and no other.
+class SeededNoise:
+    """noise() -> standard normal noise, (B, C, h, w) float32, fresh at each call. Row i depends on seeds[i] alone.
 
-    It is what `torch.Generator().manual_seed(seed)` draws on the CPU, on any device.
+    The numbers are those of `torch.Generator().manual_seed(seed)` on the CPU, whatever the device.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device):
@@ -69,8 +67,11 @@ class Noise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
-def paired(prompts: Sequence[str], seeds: Sequence[int], latents: int) -> tuple[list[str], list[int]]:
-    """As many prompts as seeds: what there is one of serves all. Raises InputError if they do not pair up."""
+def pair_up(prompts: Sequence[str], seeds: Sequence[int], latents: int) -> tuple[list[str], list[int]]:
+    """As many prompts as seeds: a list of length one is broadcast. latents: how many are given.
+
+    Raises InputError if the three lengths do not agree.
+    """
     count = max(len(prompts), len(seeds), latents)
     if any(length not in (1, count) for length in (len(prompts), len(seeds), latents)):
         raise InputError(f"{len(prompts)} prompts, {len(seeds)} seeds and {latents} latents do not pair up")

@@ -1,4 +1,4 @@
-"""Photographs as people have them -> square pictures in [-1, 1] -> training rows."""
+"""Photographs -> square tensors in [-1, 1]; tensors -> pictures; pictures -> contact sheets."""
 
 import warnings
 from collections.abc import Container
@@ -13,28 +13,28 @@ from ldm.errors import InputError, RunError
 
 Row = tuple[str, list[Image.Image]]
 
-SMALLEST = 128  # pixels along a cell
+MIN_CELL = 128  # pixels along a cell of a contact sheet
 MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
 
 
-def find_pictures(folder: str | Path, flag: str) -> list[Path]:
-    """The picture files in a folder, by name; see `list_pictures`. flag: the folder's at the command line, to say so.
+def find_pictures(folder: str | Path) -> list[Path]:
+    """The picture files in a folder, sorted by name; see `list_pictures`.
 
     Raises InputError if there is no such folder, or no picture in it.
     """
     if not Path(folder).is_dir():
-        raise InputError(f"{flag}: {folder} is not a folder; give one with the pictures in it")
+        raise InputError(f"{folder} is not a folder; give the folder of the photographs")
     if pictures := list_pictures(folder):
         return pictures
-    raise InputError(f"{flag}: {folder} holds no picture; put the photographs (.jpg, .png, ...) there")
+    raise InputError(f"{folder} holds no picture; put the photographs (.jpg, .png, ...) there")
 
 
 def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
-    """The picture files in a folder, by name. What is no picture is skipped, with a warning.
+    """The picture files in a folder, sorted by name. Other files are skipped with a warning.
 
-    ours: names to pass over without a word.
+    ours: names of files to skip without a warning.
     """
-    formats = Image.registered_extensions()  # loads Pillow's plugins; some of them, such as PDF's, can only write
+    formats = Image.registered_extensions()  # loads Pillow's plugins; some, such as PDF's, can only write
     known = {extension for extension, format in formats.items() if format in Image.OPEN}
     pictures = []
     for path in sorted(Path(folder).iterdir()):
@@ -43,7 +43,7 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
         if path.is_file() and path.suffix.lower() in known and not path.name.startswith("."):
             pictures.append(path)
         else:
-            warnings.warn(f"skipped {path}: not a picture of a kind that can be read here", stacklevel=2)
+            warnings.warn(f"skipped {path}: not a picture file that can be read", stacklevel=2)
     return pictures
 
 
@@ -65,22 +65,21 @@ def square(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5
 def fit(path: str | Path, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """One picture as 8-bit RGB: upright, resized until it covers `width` x `height`, and cut to that.
 
-    centre: where it is cut, from (0, 0), left and top, to (1, 1).
-
-    Raises InputError, which names the file, if it can't be read.
+    centre: where it is cut, from (0, 0), left and top, to (1, 1). Raises InputError, which names the file, if it can't
+    be read.
     """
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             return ImageOps.fit(to_rgb(upright), (width, height), Image.Resampling.LANCZOS, centering=centre)
-    except Exception as error:  # a damaged picture can make Pillow's plugins raise anything
+    except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes -> 8-bit RGB: sixteen bits are scaled, not clipped; what is transparent becomes white.
+    """Any of Pillow's modes -> 8-bit RGB. Sixteen bits are scaled, not clipped; transparent parts become white.
 
-    Raises ValueError for floating-point pictures: nothing says which number is white.
+    Raises ValueError for floating-point pictures, since the file does not say which number is white.
     """
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers; save it with 8 or 16 bits")
@@ -94,7 +93,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures. Raises RunError for what is no colour."""
+    """Images (B, 3, H, W) in [-1, 1] -> 8-bit RGB pictures. Raises RunError for NaN and infinity."""
     if not images.isfinite().all():
         raise RunError(
             "a picture came out as NaN or infinity: fp16 is too narrow for the model (take bf16 or fp32), the guidance "
@@ -105,9 +104,9 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def grid(rows: list[Row]) -> Image.Image:
-    """One sheet of rows (label, pictures), all cells of the first picture's size, magnified if that is small."""
+    """One sheet of rows (label, pictures). All cells have the first picture's size, magnified if it is small."""
     first = rows[0][1][0]
-    factor = max(1, -(-SMALLEST // min(first.size)))
+    factor = max(1, -(-MIN_CELL // min(first.size)))
     width, height = first.width * factor, first.height * factor
     font = ImageFont.load_default(size=max(13, height // 12))
     label = font.size + 2 * MARGIN
@@ -124,7 +123,7 @@ def grid(rows: list[Row]) -> Image.Image:
 
 
 def beside(top: Image.Image, left: Image.Image, right: Image.Image) -> Image.Image:
-    """One sheet above two that stand side by side."""
+    """One sheet above two others side by side."""
     width = max(top.width, left.width + right.width)
     sheet = Image.new("RGB", (width, top.height + max(left.height, right.height)), PAPER)
     for picture, corner in ((top, (0, 0)), (left, (0, top.height)), (right, (left.width, top.height))):

@@ -15,7 +15,7 @@ from ldm.clip import TextEncoder
 from ldm.config import ModelConfig
 from ldm.errors import InputError
 from ldm.formats import names, weights
-from ldm.guidance import Noise, denoiser, paired
+from ldm.guidance import SeededNoise, denoiser, pair_up
 from ldm.images import to_pil
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
@@ -241,29 +241,30 @@ class StableDiffusion:
         latents: (B, 4, h, w) standard normal noise to start from instead, for B pictures.
         init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: how much of the way
         from noise is gone again, from 0, the picture as it is, to 1, nothing of it (SDEdit, Meng et al. 2022).
-        progress: called after each evaluation of the UNet; `samplers.evaluations` tells how many there are.
+        progress: called after each evaluation of the UNet; `Sampler.evaluations` tells how many there are.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
         Raises InputError for sizes, steps, samplers, strengths and outputs that there are not, and RunError if a
         picture for PIL came out as NaN or infinity.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        prompts, seeds = paired(prompts, seeds, 1 if latents is None else len(latents))
+        prompts, seeds = pair_up(prompts, seeds, 1 if latents is None else len(latents))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
-        run, times = samplers.find(sampler), samplers.times(sampler, self.schedule, steps)
-        start = 0 if init_image is None else steps - samplers.taken(steps, strength)
+        chosen = samplers.find(sampler)
+        times = chosen.times(self.schedule, steps)
         if init_image is not None:
             height, width = init_image.shape[1:]
         shape = self.latent_shape(height, width) if latents is None else tuple(latents.shape[1:])
-        noise = Noise(seeds, shape, self.device)
+        noise = SeededNoise(seeds, shape, self.device)
         picture = None if init_image is None else self._samples(init_image, noise.generators)  # each one's first draw
         x = noise() if latents is None else latents.to(self.device, torch.float32)
         if picture is not None:
-            x = self.schedule.add_noise(picture, x, times[start]) if start < steps else picture
+            times = times[steps - samplers.steps_for_strength(steps, strength) :]
+            x = self.schedule.add_noise(picture, x, times[0]) if times else picture
         negative = [negative_prompt] * len(prompts) if guidance != 1.0 else []
         context = self.encode_prompt(negative + prompts)
         denoise = denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress)
-        z = run(denoise, x, self.schedule, steps, eta=eta, noise=noise, start=start)
+        z = chosen.loop(denoise, x, self.schedule, times, eta=eta, noise=noise)
         if output == "latent":
             return z
         images = self.decode_latents(z).float()

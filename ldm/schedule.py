@@ -2,11 +2,12 @@
 
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)                                      DDPM, eq. 4
 
-Every formula here is about x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps and nothing else. A step t is a tensor, (B,)
-whole steps, one for each row; or one number for all rows, which may lie between two whole steps.
+Every formula follows from x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. A step t is a tensor (B,) of whole steps, one
+for each row, or one number for all rows, which may lie between two whole steps.
 """
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -15,18 +16,18 @@ from torch import Tensor
 from ldm.config import ScheduleConfig
 from ldm.errors import InputError
 
-FLOOR = 2.0**-24  # of abar; only a schedule with zero terminal SNR reaches it
+FLOOR = 2.0**-24  # smallest abar; only a schedule with zero terminal SNR reaches it
 
 
 class Schedule:
-    """betas and alphas_cumprod, (T,) float64 on the CPU, and what follows from them.
+    """betas and alphas_cumprod, (T,) float64 on the CPU, and the formulas on them.
 
-    With zero terminal SNR the last beta is 1, and abar would end on 0, where x_0 can't be had from eps: it ends on
+    With zero terminal SNR the last beta is 1 and abar would end on 0, where x_0 does not follow from eps. It ends on
     2**-24 instead, as in diffusers' Euler and DPM-Solver++. In float32, x0 = (x - sqrt(1 - abar) eps) / sqrt(abar)
-    loses about 2**-24 / sqrt(abar) to rounding, and the floor itself shifts it by sqrt(abar): 2**-12 makes them equal.
+    loses about 2**-24 / sqrt(abar) to rounding, and the floor shifts it by sqrt(abar): both are 2**-12 here.
 
-    Raises InputError for a spacing that there is not, and for zero terminal SNR with a model that predicts eps, or
-    with leading steps.
+    Raises InputError for an unknown spacing, and for zero terminal SNR with a model that predicts eps or with leading
+    steps.
     """
 
     def __init__(self, config: ScheduleConfig):
@@ -42,27 +43,26 @@ class Schedule:
             raise InputError(f"unknown spacing of steps {config.spacing!r}; there are leading and trailing")
         if config.zero_terminal_snr:
             if config.prediction == "eps":
-                raise InputError(
-                    "zero terminal SNR needs a model that predicts v: the eps of pure noise says nothing of a picture"
-                )
+                raise InputError("zero terminal SNR needs a model that predicts v: the eps of pure noise tells nothing")
             if config.spacing != "trailing":
-                raise InputError("zero terminal SNR needs trailing steps: leading ones never begin at the last")
+                raise InputError("zero terminal SNR needs trailing steps: leading steps never begin at the last one")
             self.betas = _zero_terminal_snr(self.betas)
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0).clamp(min=FLOOR)
+        self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @property
     def timesteps(self) -> int:
         return self.config.timesteps
 
     def alpha_bar(self, t: float) -> float:
-        """abar at step t. Between whole steps log sigma is linear, and with it logit(abar) = -2 log sigma."""
+        """abar at step t. Between whole steps log sigma is interpolated linearly: logit(abar) = -2 log sigma."""
         low = min(int(t), self.timesteps - 2)
         if t == int(t):
             return self.alphas_cumprod[int(t)].item()
         return torch.lerp(*self.alphas_cumprod[low : low + 2].logit(), t - low).sigmoid().item()
 
     def step_at(self, sigma: float) -> float:
-        """The inverse: the step, between 0 and T - 1, at which sqrt((1 - abar) / abar) is sigma."""
+        """The step from 0 to T - 1 at which sqrt((1 - abar) / abar) is sigma; the inverse of `alpha_bar`."""
         table = -self.alphas_cumprod.logit() / 2  # log sigma, rising
         place = torch.tensor(math.log(sigma), dtype=table.dtype)
         low = int(torch.searchsorted(table, place).clamp(1, self.timesteps - 1)) - 1
@@ -70,12 +70,12 @@ class Schedule:
         return low + part.clamp(0.0, 1.0).item()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """A draw from q(x_t | x_0), DDPM eq. 4. x0, noise: (B, C, h, w)."""
+        """A sample of q(x_t | x_0), DDPM eq. 4. x0, noise: (B, C, h, w)."""
         signal, sigma = self._scales(t, x0)
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """What the UNet is asked for at step t: the noise (DDPM, eq. 14), or v."""
+        """The tensor that the UNet is trained to predict at step t: the noise (DDPM, eq. 14), or v."""
         return noise if self.config.prediction == "eps" else self.v(x0, noise, t)
 
     def v(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
@@ -84,37 +84,50 @@ class Schedule:
         return signal * noise - sigma * x0
 
     def eps(self, prediction: Tensor, x: Tensor, t: Tensor | float) -> Tensor:
-        """The noise in x (B, C, h, w) at step t, whichever of the two the network predicts."""
+        """The noise in x (B, C, h, w) at step t, from a prediction of eps or of v."""
         if self.config.prediction == "eps":
             return prediction
         signal, sigma = self._scales(t, x)
         return signal * prediction + sigma * x  # Salimans & Ho 2022, appendix D
 
     def x0(self, eps: Tensor, x: Tensor, t: Tensor | float) -> Tensor:
-        """The clean latents that this noise leaves: DDPM eq. 4 solved for x_0."""
+        """The clean latents of x, given its noise: DDPM eq. 4 solved for x_0."""
         signal, sigma = self._scales(t, x)
         return (x - sigma * eps) / signal
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio abar / (1 - abar) at steps t: (B,) float32."""
-        abar = self.alphas_cumprod.to(t.device, torch.float32)[t]
+        abar = self._table("abar", t.device, torch.float32)[t]
         return abar / (1.0 - abar)
 
     def spaced(self, steps: int) -> list[int]:
-        """The steps that a sampler takes, noisiest first; exactly as many, also where the number does not divide T.
+        """The steps t of a sampler, noisiest first; exactly as many, also where the number does not divide T.
 
-        leading: 1 + i * (T // steps), as the official DDIM. trailing: from T - 1 on, so that the first step is the
-        noisiest that there is (Lin et al. 2023, table 2). Raises InputError unless 1 <= steps < T.
+        leading: 1 + i * (T // steps), as the official DDIM; a warning says so where this begins far from pure noise.
+        trailing: from T - 1 on, so that the first step is the noisiest (Lin et al. 2023, table 2).
+        Raises InputError unless 1 <= steps < T.
         """
-        if not 1 <= steps < self.timesteps:
-            raise InputError(f"steps must be 1 to {self.timesteps - 1}, not {steps}")
+        self.check_steps(steps)
         if self.config.spacing == "trailing":
             t = np.arange(self.timesteps, 0, -self.timesteps / steps)[:steps]  # rounding may make one too many
-            return [int(after) - 1 for after in t.round()]
-        return [1 + i * (self.timesteps // steps) for i in reversed(range(steps))]
+            return [int(s) - 1 for s in t.round()]
+        stride, rest = divmod(self.timesteps, steps)
+        times = [1 + i * stride for i in reversed(range(steps))]
+        if times[0] < self.timesteps - 1 and (stride == 1 or rest > self.timesteps // 10):
+            warnings.warn(
+                f"{steps} leading steps begin at t = {times[0]} of {self.timesteps}, far from pure noise; "
+                f"take fewer than {self.timesteps // (stride + 1)} steps, or trailing spacing",
+                stacklevel=2,
+            )
+        return times
+
+    def check_steps(self, steps: int) -> None:
+        """Raises InputError unless 1 <= steps < T."""
+        if not 1 <= steps < self.timesteps:
+            raise InputError(f"steps must be 1 to {self.timesteps - 1}, not {steps}")
 
     def official_buffers(self) -> dict[str, Tensor]:
-        """The twelve (T,) float32 tables that the official class stores in its checkpoints; we use none of them."""
+        """The twelve (T,) float32 tables that official checkpoints hold. This program writes them and uses none."""
         betas, abar = self.betas, self.alphas_cumprod
         before = torch.cat([abar.new_ones(1), abar[:-1]])  # abar_{t-1}
         variance = betas * (1.0 - before) / (1.0 - abar)  # of q(x_{t-1} | x_t, x_0), DDPM eq. 7
@@ -135,17 +148,25 @@ class Schedule:
         return {name: table.float() for name, table in tables.items()}
 
     def _scales(self, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """sqrt(abar_t) and sqrt(1 - abar_t): (B, 1, 1, 1) of the type and on the device of `like`, or two numbers."""
+        """sqrt(abar_t) and sqrt(1 - abar_t): (B, 1, 1, 1) with the type and device of `like`, or two numbers."""
         if not isinstance(t, Tensor):
             abar = self.alpha_bar(t)
             return abar**0.5, (1.0 - abar) ** 0.5
+        signal, sigma = (self._table(name, like.device, like.dtype) for name in ("signal", "sigma"))
         shape = (-1, *[1] * (like.ndim - 1))
-        signal, sigma = self.alphas_cumprod.sqrt().to(like), (1.0 - self.alphas_cumprod).sqrt().to(like)
         return signal[t].view(shape), sigma[t].view(shape)
+
+    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(T,) "abar", or its roots "signal" and "sigma"; each is moved to a device and type once."""
+        if (name, device, dtype) not in self._moved:
+            abar = self.alphas_cumprod
+            table = {"abar": abar, "signal": abar.sqrt(), "sigma": (1.0 - abar).sqrt()}[name]
+            self._moved[name, device, dtype] = table.to(device, dtype)
+        return self._moved[name, device, dtype]
 
 
 def _zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas whose abar ends on 0 and begins where it did: Lin et al. 2023, algorithm 1."""
+    """Betas whose abar ends on 0 and begins unchanged: Lin et al. 2023, algorithm 1."""
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return 1.0 - torch.cat([abar[:1], abar[1:] / abar[:-1]])

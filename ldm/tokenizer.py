@@ -1,7 +1,7 @@
 """Prompts -> token ids: CLIP's byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2), run by `tokenizers`.
 
-A prompt is lower-cased and split into words; of each word the UTF-8 bytes, the last one marked `</w>`, are merged pair
-by pair, the pair that was learned first going first. CLIP's 49,408 tokens are the 256 bytes, the same 256 at a word's
+A prompt is lower-cased and split into words. The UTF-8 bytes of each word, the last one marked `</w>`, are merged pair
+by pair, in the order in which the pairs were learned. CLIP's 49,408 tokens are the 256 bytes, the same 256 at a word's
 end, the 48,894 merges of vocab/clip_merges.txt.gz, start-of-text and end-of-text.
 """
 
@@ -27,15 +27,15 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Contractions, runs of letters, single digits, runs of anything else (openai/CLIP, clip/simple_tokenizer.py).
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged tokenizer can raise
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # that a damaged tokenizer can raise
 
 
 class Tokenizer:
     """tokenizer(prompts): list of B strings -> ids, LongTensor (B, context_length).
 
-    A row is start-of-text, the words, end-of-text, then `pad_id` up to `context_length`. Words beyond that are cut off
-    before the end-of-text, with a warning that names them. What the vocabulary cannot spell becomes end-of-text.
-    Raises InputError where vocabulary and merges do not make a tokenizer.
+    A row is start-of-text, the words, end-of-text, then `pad_id` up to `context_length`. Words that do not fit are cut
+    off before the end-of-text, with a warning that names them. What the vocabulary cannot spell becomes end-of-text.
+    Raises InputError if vocabulary and merges do not make a tokenizer.
     """
 
     def __init__(self, vocab: Vocab, merges: Merges, context_length: int, pad_id: int):
@@ -48,14 +48,14 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], pad_id
         try:
             self._bpe = tokenizers.Tokenizer(BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=EOS))
-        except Exception as error:  # the library knows no narrower kind
+        except Exception as error:  # the library raises no narrower class
             raise InputError(f"the tokenizer's merges do not fit its vocabulary: {error}") from error
         clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         split = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
         self._bpe.normalizer = normalizers.Sequence(clean)
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        # A prompt may spell these two. SD2's padding, "!" with id 0, is not special: a prompt's "!" is "!</w>", 256, as
-        # in OpenCLIP, which SD2 was trained with (transformers makes it 0, huggingface/diffusers#4153).
+        # A prompt may contain these two. SD2's padding, "!" with id 0, is not special: a prompt's "!" is "!</w>", 256,
+        # as in OpenCLIP, which SD2 was trained with (transformers makes it 0, huggingface/diffusers#4153).
         self._bpe.add_special_tokens([AddedToken(token, normalized=True) for token in (BOS, EOS)])
 
     @classmethod
@@ -75,7 +75,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long).view(-1, self.context_length)
 
     def dropped(self, prompt: str) -> str:
-        """The end of the prompt that is cut off, from the first word that loses a token; "" where all of it fits."""
+        """The end of the prompt that is cut off, from the first word that loses a token; "" if all of it fits."""
         encoding, room = self._encode(prompt), self.context_length - 2
         if len(encoding) <= room:
             return ""
@@ -91,7 +91,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """The tokenizer/ folder of a diffusers model: vocab.json and merges.txt, or tokenizer.json alone (newer ones).
 
-        Length and padding are the folder's own unless given. Raises InputError if files are missing or damaged.
+        Without the arguments, length and padding are the folder's own. Raises InputError for missing or damaged files.
         """
         folder = Path(folder)
         try:
@@ -122,7 +122,7 @@ class Tokenizer:
         _write_json(folder / "special_tokens_map.json", special)
 
     def to_metadata(self) -> str:
-        """One line of JSON for a safetensors header; CLIP's vocabulary is only named."""
+        """One line of JSON for a safetensors header. CLIP's own vocabulary is named, not written out."""
         vocab, merges = self.vocab, [" ".join(pair) for pair in self.merges]
         if (self.vocab, self.merges) == clip_vocabulary():
             vocab, merges = "clip", []
@@ -146,7 +146,7 @@ def clip_vocabulary() -> tuple[Vocab, Merges]:
     """CLIP's tokens and merges, from the table that the package carries."""
     table = Path(__file__).parent / "vocab" / "clip_merges.txt.gz"
     merges = _parse_merges(gzip.decompress(table.read_bytes()).decode())
-    # Bytes that print stand for themselves and come first, the other 68 borrow the characters from U+0100 on (GPT-2).
+    # Printable bytes stand for themselves and come first; the other 68 take the characters from U+0100 on (GPT-2).
     characters = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges] + [BOS, EOS]
     return {token: id for id, token in enumerate(tokens)}, merges
@@ -158,7 +158,7 @@ def _parse_merges(text: str) -> Merges:
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
-    """A merge is spelled "a b" in files, and ["a", "b"] in tokenizer.json since tokenizers 0.20."""
+    """A merge is written "a b" in files, and ["a", "b"] in tokenizer.json since tokenizers 0.20."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
@@ -169,7 +169,7 @@ def _padding_and_length(folder: Path) -> tuple[str, int]:
         _read_json(folder / name) if (folder / name).exists() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json")
     )
-    if "added_tokens_decoder" not in config:  # older folders: the map has the last word, as for SD2's "!"
+    if "added_tokens_decoder" not in config:  # older folders: the map overrides, as for SD2's "!"
         config |= special
     pad, length = config.get("pad_token", EOS), config.get("model_max_length", 77)
     return pad["content"] if isinstance(pad, dict) else pad, length if length < 10**6 else 77  # 1e30 means "not set"

@@ -1,7 +1,7 @@
-"""The denoiser: a U-Net that looks at the text through cross-attention (LDM, section 3.3; after DDPM and ADM).
+"""The denoiser: a U-Net with cross-attention to the text (LDM, section 3.3; after DDPM and ADM).
 
-The attribute tree spells the official checkpoint's names under `model.diffusion_model.`, hence the numbered
-`input_blocks` and `output_blocks`; what each number holds is said where it is built.
+The attributes spell the official checkpoint's names under `model.diffusion_model.`, hence the numbered `input_blocks`
+and `output_blocks`; comments in `__init__` say what each number holds.
 """
 
 import math
@@ -15,10 +15,16 @@ from ldm.config import UNetConfig
 
 
 class UNet(nn.Module):
+    """Noisy latents, a step and the text -> the noise in the latents (or v), of the same size.
+
+    Level i works at 1/2**i of the latents' size. The way down leaves a skip connection after every stage; the way up
+    takes them in reverse order.
+    """
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # compute a stage's activations again in the backward pass instead of keeping them
+        self.checkpointing = False  # recompute a stage's activations in the backward pass instead of keeping them
         width = config.channels[0]
         emb = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -29,7 +35,7 @@ class UNet(nn.Module):
                 layers.append(SpatialTransformer(out, config))
             return Stage(*layers)
 
-        # Down: one convolution, then a level's blocks, then a stage that halves the size.
+        # Down: one convolution; then for each level its blocks, and a stage that halves the size.
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))])
         skips = [width]
         for level, out in enumerate(config.channels):
@@ -47,7 +53,7 @@ class UNet(nn.Module):
             ResBlock(width, width, emb, config.norm_groups),
         )
 
-        # Up: every stage takes the skip that mirrors it; the last of a level also doubles the size.
+        # Up: every stage takes the skip connection that mirrors it; the last of a level also doubles the size.
         self.output_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(config.channels))):
             for i in range(config.blocks + 1):
@@ -75,7 +81,7 @@ class UNet(nn.Module):
         h = self._run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
-            size = skips[-1].shape[-2:] if skips else None  # 65 latents halve to 33 and must come back to 65
+            size = skips[-1].shape[-2:] if skips else None  # 65 halves to 33 and must grow back to 65
             h = self._run(block, h, emb, context, size)
         return self.out(h)
 
@@ -86,7 +92,10 @@ class UNet(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each given what it asks for: the timestep, the text or the size to grow to."""
+    """Layers in a row: each also gets the timestep embedding, the context or the target size, if it takes one.
+
+    h: (B, C, H, W); emb: (B, 4C); context: (B, L, D); size: (H, W) after an Upsample.
+    """
 
     def forward(self, h: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
         for layer in self:
@@ -102,7 +111,10 @@ class Stage(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the timestep embedding, which is added to every position."""
+    """Two convolutions, with the timestep embedding added to every position between them.
+
+    x: (B, C, H, W); emb: (B, 4C) -> (B, C', H, W).
+    """
 
     def __init__(self, width: int, out: int, emb: int, groups: int):
         super().__init__()
@@ -111,7 +123,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             norm(out, groups),
             nn.SiLU(),
-            nn.Identity(),  # the original's dropout, always 0; it keeps the convolution's name at 3
+            nn.Identity(),  # in place of the original's dropout of 0, so that the convolution is named 3
             zero(nn.Conv2d(out, out, 3, padding=1)),
         )
         self.skip_connection = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
@@ -122,7 +134,10 @@ class ResBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Flattens the picture to a sequence of positions, and lets it look at itself and at the text."""
+    """Flattens the picture to a sequence of positions and applies attention to itself and to the text.
+
+    x: (B, C, H, W); context: (B, L, D) -> (B, C, H, W).
+    """
 
     def __init__(self, width: int, config: UNetConfig):
         super().__init__()
@@ -148,6 +163,11 @@ class SpatialTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and a feed-forward network, each with a residual connection.
+
+    x: (B, N, C); context: (B, L, D) -> (B, N, C).
+    """
+
     def __init__(self, width: int, config: UNetConfig):
         super().__init__()
         heads, upcast = config.heads_at(width), config.upcast_attention
@@ -166,10 +186,10 @@ class TransformerBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V, LDM eq. 3; queries from the picture, keys and values from the context."""
+    """softmax(Q K^T / sqrt(d)) V, LDM eq. 3. Queries come from the picture, keys and values from the context."""
 
     def __init__(self, width: int, context_dim: int, heads: int, upcast: bool):
-        """upcast: do what needs range, Q K^T, in fp32 where it would be fp16."""
+        """upcast: compute Q K^T in fp32 where it would be fp16, which it can overflow."""
         super().__init__()
         self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(width, width, bias=False)
@@ -192,9 +212,11 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Widens each position four times and back: (B, N, C) -> (B, N, C)."""
+
     def __init__(self, width: int):
         super().__init__()
-        # the identity stands where the original has a dropout of 0, so that names stay net.0 and net.2
+        # the identity replaces the original's dropout of 0, so that names stay net.0 and net.2
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,7 +224,7 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """value * gelu(gate), Shazeer 2020; the value is the first half."""
+    """value * gelu(gate), Shazeer 2020; the value is the first half. (B, N, C) -> (B, N, 4C)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -214,6 +236,8 @@ class GEGLU(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halves the size, rounding up: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.op = nn.Conv2d(width, width, 3, stride=2, padding=1)
@@ -223,6 +247,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Grows to a given size: (B, C, h, w) -> (B, C, *size)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
@@ -244,7 +270,7 @@ def norm(width: int, groups: int) -> nn.GroupNorm:
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Starts a residual branch at nothing, so that an untrained network is the identity around it (ADM)."""
+    """Zeroes the last layer of a residual branch, so that the branch starts as nothing (ADM)."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -1,6 +1,6 @@
 """The autoencoder: 8x8 pixels to one latent of four numbers, and back (LDM, Rombach et al. 2022, section 3.1).
 
-The attribute tree spells the official checkpoint's names under `first_stage_model.`.
+The attributes spell the official checkpoint's names under `first_stage_model.`.
 """
 
 import torch
@@ -11,7 +11,10 @@ from ldm.config import VAEConfig
 
 
 class DiagonalGaussian:
-    """The encoder's answer: a normal distribution for each number of the latent, all (B, C, h, w)."""
+    """The encoder's output: an independent normal distribution for each number of the latent.
+
+    mean, logvar, std: (B, C, h, w); logvar is clamped to [-30, 20].
+    """
 
     def __init__(self, moments: Tensor):
         self.mean, logvar = moments.chunk(2, dim=1)
@@ -57,6 +60,11 @@ class Autoencoder(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pictures (B, 3, H, W) -> moments (B, 2z, H/f, W/f): mean and log-variance of z numbers each.
+
+    Each level has `blocks` residual blocks of its width; all but the last then halve the size.
+    """
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.channels, config.norm_groups
@@ -86,6 +94,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (B, z, h, w) -> pictures (B, 3, f h, f w).
+
+    Levels run from the coarsest: each has one residual block more than the encoder's; all but the finest then double
+    the size.
+    """
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.channels, config.norm_groups

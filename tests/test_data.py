@@ -134,15 +134,15 @@ def test_pictures_are_found_and_the_rest_is_skipped_with_a_warning(tmp_path, rec
         (tmp_path / name).write_bytes(b"junk")
     (tmp_path / "more.png").mkdir()
     picture.save(tmp_path / "more.png" / "d.png")
-    assert [path.name for path in find_pictures(tmp_path, "--instance-data-dir")] == ["a.Png", "b.JPG", "c.webp"]
+    assert [path.name for path in find_pictures(tmp_path)] == ["a.Png", "b.JPG", "c.webp"]
     skipped = [".DS_Store", ".hidden.png", "Thumbs.db", "more.png", "notes.txt", "paper.pdf"]
-    why = "not a picture of a kind that can be read here"
+    why = "not a picture file that can be read"
     assert [str(w.message) for w in recwarn] == [f"skipped {tmp_path / name}: {why}" for name in skipped]
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("what", ["missing", "a file", "empty", "junk only"])
-def test_a_folder_without_pictures_is_an_error_that_names_the_flag(what, tmp_path):
+def test_a_folder_without_pictures_is_an_error_that_names_it(what, tmp_path):
     folder = tmp_path / "dogs"
     if what == "a file":
         folder.write_text("no folder")
@@ -150,8 +150,8 @@ def test_a_folder_without_pictures_is_an_error_that_names_the_flag(what, tmp_pat
         folder.mkdir()
     if what == "junk only":
         (folder / "notes.txt").write_text("nothing to see")
-    with pytest.raises(InputError, match=r"^--instance-data-dir: .*dogs (is not a folder|holds no picture); \w+"):
-        find_pictures(folder, "--instance-data-dir")
+    with pytest.raises(InputError, match=r"^.*dogs (is not a folder|holds no picture); \w+"):
+        find_pictures(folder)
 
 
 def damaged() -> dict[str, bytes]:

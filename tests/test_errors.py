@@ -120,8 +120,8 @@ def test_no_word_in_a_folders_json_is_a_bug_of_ours(name, saved, tmp_path):
 
 
 TRAIN = {
-    "--instance-data-dir nowhere": "--instance-data-dir: nowhere is not a folder; give",
-    "--instance-data-dir empty": r"--instance-data-dir: empty holds no picture; put the photographs",
+    "--instance-data-dir nowhere": "nowhere is not a folder; give the folder of the photographs",
+    "--instance-data-dir empty": "empty holds no picture; put the photographs",
     "--instance-data-dir broken": r"broken/cat\.jpg can't be read as a picture .*; repair it or take it away",
     "--class-data-dir broken": r"broken/cat\.jpg can't be read as a picture",
     "--class-data-dir photographs": "--class-data-dir photographs is --instance-data-dir too",

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -252,6 +253,32 @@ def test_a_disk_that_fills_up(moment, base, mounted):
 def test_a_mistake_is_answered_once_by_two_processes(base, tmp_path):
     done = run(command([*base, "--instance-data-dir", "nowhere", "--output-dir", "run"], 2), tmp_path, status=1)
     assert "nowhere is not a folder" in done.complaint and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_the_main_process_reaches_the_others(random_model, base, tmp_path):
+    """Only the main process makes sheets. When it can't, the others end by themselves, and do not wait for it.
+
+    The processes are started by hand: torchrun would end them all.
+    """
+    sd = random_model()
+    with torch.no_grad():  # too wide for fp16: the sheet comes out as NaN
+        sd.unet.out[2].weight.mul_(1e9)
+        sd.unet.out[0].weight.mul_(1e-9)
+        sd.unet.out[0].bias.mul_(1e-9)
+    sd.save(tmp_path / "wide.safetensors")
+    flags = ("--model", tmp_path / "wide.safetensors", "--mixed-precision", "fp16", "--output-dir", tmp_path / "run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = {}
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        started[rank] = start(command([*base, *flags]), tmp_path / rank, **world, **own)
+    for rank, process in started.items():
+        done = finish(process, tmp_path / rank, seconds=100)
+        assert done.status == 1 and "fp16 is too narrow" in done.complaint, (rank, done.err)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(base, mounted):

@@ -124,7 +124,7 @@ def test_strength_says_how_much_of_the_picture_is_left(sampler, sd, image):
             output="tensor",
             progress=lambda: calls.append(1),
         )
-        assert len(calls) == samplers.evaluations(sampler, round(10 * strength))
+        assert len(calls) == samplers.find(sampler).evaluations(round(10 * strength))
         distances.append((made - kept).square().mean().item())
     assert distances[0] < 1e-8 and distances[1] < 0.8 * distances[2]
 

@@ -136,7 +136,7 @@ def run(entry: dict) -> Tensor:
         x = schedule.add_noise(X, NOISE, steps - start) if start else X
     else:
         schedule, times, x = schedule_of(abar, prediction), list(range(len(abar))), X
-        assert [round(t) for t in samplers.times(sampler, schedule, steps)] == entry["timesteps"]
+        assert [round(t) for t in samplers.find(sampler).times(schedule, steps)] == entry["timesteps"]
     seen = []
     denoise = denoiser(entry, schedule, times)
     loop(sampler, lambda x, t: seen.append(x) or denoise(x, t), x, schedule, steps, noise, start)
@@ -144,7 +144,8 @@ def run(entry: dict) -> Tensor:
 
 
 def loop(sampler: str, denoise: Callable, x: Tensor, schedule: Schedule, steps: int, noise: Callable, start: int):
-    return samplers.find(sampler)(denoise, x, schedule, steps, noise=noise, start=start)
+    found = samplers.find(sampler)
+    return found.loop(denoise, x, schedule, found.times(schedule, steps)[start:], noise=noise)
 
 
 @pytest.mark.parametrize("entry", LOOPS, ids=[entry["name"] for entry in LOOPS])

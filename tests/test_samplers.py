@@ -261,9 +261,9 @@ def test_takes_exactly_the_steps_asked_for(name):
         for steps in (1, 2, 3, 47, 999):
             calls: list[float] = []
             x = sample(name, schedule, steps, calls)
-            t = samplers.times(name, schedule, steps)
+            t = SAMPLERS[name].times(schedule, steps)
             assert len(t) == len(set(t)) == steps and sorted(set(calls), reverse=True) == t
-            assert len(calls) == samplers.evaluations(name, steps)
+            assert len(calls) == SAMPLERS[name].evaluations(steps)
             assert x.isfinite().all()
 
 
@@ -277,12 +277,13 @@ def test_refuses_other_numbers_of_steps(name, steps):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_starts_part_way(name):
     schedule = Schedule(ScheduleConfig())
-    t = samplers.times(name, schedule, 20)
+    sampler = SAMPLERS[name]
+    t = sampler.times(schedule, 20)
     for start in (5, 19, 20):
         calls: list[float] = []
-        x = sample(name, schedule, 20, calls, start=start)
+        x = sampler.loop(denoiser(schedule, calls), normal(0)(), schedule, t[start:], noise=normal(1))
         assert sorted(set(calls), reverse=True) == t[start:]
-        assert len(calls) == samplers.evaluations(name, 20 - start)
+        assert len(calls) == sampler.evaluations(20 - start)
         if start == 20:
             assert torch.equal(x, normal(0)())
 
@@ -308,6 +309,6 @@ def test_unknown_names_are_refused():
 
 @pytest.mark.parametrize("strength", [-0.1, 1.01, math.nan])
 def test_strength_is_between_0_and_1(strength):
-    assert [samplers.taken(50, s) for s in (0.0, 0.019, 0.5, 0.8, 1.0)] == [0, 0, 25, 40, 50]
+    assert [samplers.steps_for_strength(50, s) for s in (0.0, 0.019, 0.5, 0.8, 1.0)] == [0, 0, 25, 40, 50]
     with pytest.raises(InputError, match="between 0"):
-        samplers.taken(50, strength)
+        samplers.steps_for_strength(50, strength)

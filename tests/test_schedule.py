@@ -1,6 +1,7 @@
 """The schedule against published numbers, and its formulas against each other."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from ldm.config import ScheduleConfig
 from ldm.errors import InputError
+from ldm.samplers import SAMPLERS
 from ldm.schedule import Schedule
 
 FACTS = json.loads(Path(__file__).with_name("facts").joinpath("schedulers.json").read_text())["schedule"]
@@ -136,3 +138,31 @@ def test_adding_noise_keeps_the_variance():
 def test_snr():
     t = torch.tensor([0, 500, 999])
     assert SD.snr(t).tolist() == pytest.approx([0.99915 / 0.00085, 0.2763326838 / 0.7236673162, 0.0046819], rel=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "first"), [(334, 667), (400, 799), (501, 501), (600, 600), (900, 900)])
+def test_leading_steps_that_begin_far_from_noise_are_told(steps, first):
+    schedule = Schedule(ScheduleConfig())
+    with pytest.warns(UserWarning, match=f"{steps} leading steps begin at t = {first} of 1000, far from pure noise"):
+        assert schedule.spaced(steps)[0] == first
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.check_steps(steps)
+        Schedule(ScheduleConfig(spacing="trailing")).spaced(steps)
+
+
+@pytest.mark.parametrize("steps", [1, 20, 25, 47, 50, 100, 250, 332, 333, 499, 500, 999])
+def test_other_numbers_of_steps_give_no_warning(steps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Schedule(ScheduleConfig()).spaced(steps)
+        SAMPLERS["dpmpp_2m_karras"].times(Schedule(ScheduleConfig()), steps)
+
+
+def test_tables_are_moved_once():
+    schedule, x = Schedule(ScheduleConfig()), torch.randn(2, 4, 8, 8)
+    t = torch.tensor([10, 700])
+    first = schedule.add_noise(x, x, t)
+    table = schedule._table("signal", x.device, x.dtype)
+    assert torch.equal(schedule.add_noise(x, x, t), first)
+    assert schedule._table("signal", x.device, x.dtype) is table

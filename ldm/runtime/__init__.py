@@ -8,6 +8,7 @@ signals     stopping well when asked
 processes   several processes as one world
 """
 
+from ldm.runtime import cli, processes
 from ldm.runtime.files import check_writable, replacing, written
 from ldm.runtime.memory import out_of_memory_named
 from ldm.runtime.processes import World
@@ -20,7 +21,9 @@ __all__ = [
     "World",
     "at_once",
     "check_writable",
+    "cli",
     "out_of_memory_named",
+    "processes",
     "replacing",
     "side_by_side",
     "written",

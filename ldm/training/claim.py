@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ldm.errors import InputError
-from ldm.runtime import check_writable
-from ldm.runtime.processes import launch, restarted
+from ldm.runtime import check_writable, processes
 from ldm.training import checkpoint
 from ldm.training.checkpoint import METRICS
 from ldm.training.continuity import CONFIG, read_config
@@ -107,7 +106,7 @@ def choose(settings: Settings) -> Claim:
 
 def was_here(folder: Path) -> bool:
     """Whether torchrun has restarted us after it lost a worker, and we were at work in that folder before."""
-    return restarted() and (read_config(folder) or {}).get("launch") == launch()
+    return processes.restarted() and (read_config(folder) or {}).get("launch") == processes.launch()
 
 
 def numbered_folders() -> dict[int, Path]:

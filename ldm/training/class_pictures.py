@@ -103,7 +103,7 @@ class ClassPictures:
         batches = [batch for batch in batches if missing & set(batch)]
         share = at_once(world.device)  # batches that a process makes side by side
         rounds = [batches[i : i + share * world.size] for i in range(0, len(batches), share * world.size)]
-        evaluations = samplers.evaluations(self.recipe["sampler"], self.recipe["steps"])
+        evaluations = samplers.find(self.recipe["sampler"]).evaluations(self.recipe["steps"])
         total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
         with tqdm(total=total, desc="class pictures", unit="step", disable=not world.main) as bar:
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
-from ldm.runtime.cli import MAX_COUNT, Parser, positive
+from ldm.runtime import cli
 from ldm.training.settings import Settings
 
 
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = cli.Parser(
         prog="train.py",
         description="DreamBooth: teaches a Stable Diffusion one subject from a few photographs.",
         argument_default=argparse.SUPPRESS,
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-TYPES = {positive: int, float: float}  # of a setting without a default, by its argparse type
+TYPES = {cli.positive: int, float: float}  # of a setting without a default, by its argparse type
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
     if type(value) is not kind:
         raise InputError(f"{where} is {value!r}, and should be a {kind.__name__}")
     options = f.metadata["options"]
-    if options.get("type") is positive and not 1 <= value <= MAX_COUNT:
-        raise InputError(f"{where} is {value}, and should be from 1 to {MAX_COUNT}")
+    if options.get("type") is cli.positive and not 1 <= value <= cli.MAX_COUNT:
+        raise InputError(f"{where} is {value}, and should be from 1 to {cli.MAX_COUNT}")
     if "choices" in options and value not in options["choices"]:
         raise InputError(f"{where} is {value!r}; there are {', '.join(options['choices'])}")
     may_be_a_name = f.name in ("model", "resume_from_checkpoint")  # "latest", or a name on a hub

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from ldm.dreambooth import Losses
 from ldm.errors import InputError, RunError
-from ldm.runtime import Stop, World, out_of_memory_named, replacing, written
-from ldm.runtime.processes import launch
+from ldm.runtime import Stop, World, out_of_memory_named, processes, replacing, written
 from ldm.training import checkpoint, claim, continuity
 from ldm.training.checkpoint import METRICS
 from ldm.training.continuity import CONFIG
@@ -51,7 +50,7 @@ class Run:
         pictures: the user's own, which a resumed run has to have too. Raises InputError if another run is at work in
         the folder, or was there with other settings; RunError if the disk has too little space.
         """
-        self.identity |= {"base": state.base, "tuning": type(state.trainable).__name__, "launch": launch()}
+        self.identity |= {"base": state.base, "tuning": type(state.trainable).__name__, "launch": processes.launch()}
         self.identity["pictures"] = self.world.on_main(lambda: continuity.digest(pictures))
         self.resumed_from: Path | None = self.world.on_main(lambda: self._begin(state))
         with self.world.agreed():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import samplers
-from ldm.runtime.cli import positive
+from ldm.runtime import cli
 from ldm.training.optimizer import LR_SCHEDULES
 from ldm.training.tracking import TRACKERS, check_installed
 
@@ -64,18 +64,20 @@ class Settings:
     class_prompt: str | None = setting(None, 'prompt that names the class of the subject: "a photo of a dog"')
     with_prior_preservation: bool = setting(True, "train on class pictures beside the photographs")
     prior_loss_weight: float = setting(1.0, "weight of the prior-preservation term, lambda in eq. 2 of the paper")
-    num_class_images: int = setting(200, "number of class pictures; missing ones are generated", type=positive)
-    resolution: int = setting(512, "side of the square that pictures are resized and cut to, in pixels", type=positive)
+    num_class_images: int = setting(200, "number of class pictures; missing ones are generated", type=cli.positive)
+    resolution: int = setting(
+        512, "side of the square that pictures are resized and cut to, in pixels", type=cli.positive
+    )
     train_batch_size: int = setting(
-        1, "photographs in a batch; as many class pictures join them", type=positive, may_change=True
+        1, "photographs in a batch; as many class pictures join them", type=cli.positive, may_change=True
     )
     gradient_accumulation_steps: int = setting(
-        1, "batches whose gradients are averaged in one step", type=positive, may_change=True
+        1, "batches whose gradients are averaged in one step", type=cli.positive, may_change=True
     )
     random_crop: bool = setting(False, "cut another square out of a picture each time; latents are not cached then")
     random_flip: bool = setting(False, "mirror pictures half of the time")
     max_train_steps: int = setting(
-        800, "optimizer steps", type=positive, may_change=lambda s: s.lr_scheduler == "constant"
+        800, "optimizer steps", type=cli.positive, may_change=lambda s: s.lr_scheduler == "constant"
     )
     learning_rate: float = setting(2e-6, "AdamW learning rate")
     lr_scheduler: str = setting("constant", "learning rate over the steps", choices=LR_SCHEDULES)
@@ -84,7 +86,7 @@ class Settings:
     text_encoder_learning_rate: float | None = setting(
         None, "learning rate of the text encoder; the UNet's if not given", type=float
     )
-    text_encoder_stop_step: int | None = setting(None, "freeze the text encoder after this step", type=positive)
+    text_encoder_stop_step: int | None = setting(None, "freeze the text encoder after this step", type=cli.positive)
     max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it")
     snr_gamma: float | None = setting(None, "min-SNR weighting of the loss; 5 is usual", type=float)
     use_ema: bool = setting(False, "save the average of the weights instead of the last ones")
@@ -96,9 +98,11 @@ class Settings:
     use_8bit_adam: bool = setting(False, "AdamW with 8-bit moments; needs the bitsandbytes extra")
     allow_tf32: bool = setting(False, "faster, coarser fp32 matrix products on NVIDIA GPUs")
     deterministic: bool = setting(False, "the same bits each time on a GPU too; slower")
-    checkpointing_steps: int = setting(500, "save the whole state every so many steps", type=positive, may_change=True)
+    checkpointing_steps: int = setting(
+        500, "save the whole state every so many steps", type=cli.positive, may_change=True
+    )
     checkpoints_total_limit: int | None = setting(
-        None, "number of checkpoints to keep; all if not given", type=positive, may_change=True
+        None, "number of checkpoints to keep; all if not given", type=cli.positive, may_change=True
     )
     resume_from_checkpoint: str | None = setting(
         None, "resume from this checkpoint folder, or from the latest one of the run", path=True, may_change=True
@@ -109,19 +113,19 @@ class Settings:
     )
     layout: str = setting("official", "layout of the saved model", choices=("official", "diffusers"), may_change=True)
     sampler: str = setting("ddim", "sampler of class pictures and sheets", metavar="NAME")
-    sample_steps: int = setting(50, "sampling steps for class pictures and sheets", type=positive)
+    sample_steps: int = setting(50, "sampling steps for class pictures and sheets", type=cli.positive)
     guidance_scale: float = setting(7.5, "classifier-free guidance for class pictures and sheets")
     class_guidance_scale: float | None = setting(
         None, "guidance scale of class pictures alone; lower is more varied", type=float
     )
-    sample_batch_size: int = setting(4, "pictures sampled at once", type=positive, may_change=True)
+    sample_batch_size: int = setting(4, "pictures sampled at once", type=cli.positive, may_change=True)
     validation_prompt: tuple[str, ...] = setting(
         (),
         "prompt of one row of the before/after sheet, repeatable; instance and class prompt if not given",
         action="append",
         may_change=True,
     )
-    num_validation_images: int = setting(4, "pictures in a row of the sheet", type=positive, may_change=True)
+    num_validation_images: int = setting(4, "pictures in a row of the sheet", type=cli.positive, may_change=True)
     report_to: str = setting(
         "none", "also send the metrics to this tracker; needs the tracking extra", choices=TRACKERS, may_change=True
     )

@@ -53,7 +53,7 @@ def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
     seeds = range(settings.seed, settings.seed + settings.num_validation_images)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     batches = [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]
-    total = len(batches) * samplers.evaluations(settings.sampler, settings.sample_steps)
+    total = len(batches) * samplers.find(settings.sampler).evaluations(settings.sample_steps)
     pictures = []
     with tqdm(total=total, desc=f"sheet {when}", unit="step") as bar:
 
