@@ -12,7 +12,7 @@ MAX_LAYERS, MAX_LEVELS, MAX_SIZE = 64, 16, 2**20  # more than any Stable Diffusi
 
 
 class Checked:
-    """Checks that fields have their declared types, within bounds, since a file can hold anything. Raises ValueError."""
+    """Checks that fields have their declared types, within bounds: a file can hold anything. Raises ValueError."""
 
     def __post_init__(self):
         for f in fields(self):
