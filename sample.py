@@ -93,7 +93,7 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
         "guidance_scale": args.guidance_scale,
         "guidance_rescale": args.guidance_rescale,
         "zero_terminal_snr": sd.config.schedule.zero_terminal_snr,
-        "model": sd.fingerprint(),
+        "model": sd.source_fingerprint(),
     }
     if args.init_image is not None:
         how |= {"init_image": Path(args.init_image).name, "strength": args.strength}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm import dreambooth, images
 from ldm.errors import RunError
-from ldm.formats import weights
+from ldm.formats import abbreviate
 from ldm.model import StableDiffusion
 from ldm.runtime import cli, processes
 from ldm.runtime.processes import World
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sd = load(settings, world)
         if world.main:
             sd.check_finite()
-    base = world.on_main(sd.fingerprint)
+    base = world.on_main(sd.source_fingerprint)
     with world.agreed():
         class_pictures = plan(sd, settings, run, photographs, base)
     trainee = dreambooth.Trainee(sd, settings.train_text_encoder, settings.gradient_checkpointing)
@@ -185,7 +185,7 @@ def plan(sd: StableDiffusion, settings: Settings, run: Run, photographs: list[Pa
 
     Raises InputError for settings and pictures that the model can't be trained with.
     """
-    sd.latent_shape(settings.resolution, settings.resolution)
+    sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.spaced(settings.sample_steps)
     pictures, class_pictures = photographs, None
     if settings.with_prior_preservation:
@@ -252,7 +252,7 @@ def finish(
         return
     with state.averaged(), precision.autocast():
         if left_out := run.save_model(state):
-            print(f"not in the model: {weights.listed(left_out)}")
+            print(f"not in the model: {abbreviate(left_out)}")
         after = images.grid(samples(sd, settings, "after"))
     run.save_sheet("after", after)
     squares = [images.square(path, settings.resolution) for path in photographs]

@@ -1,6 +1,6 @@
 """Opens files in a process of its own, and tells what it saw.
 
-python tests/guard.py FOLDER            ldm.ckpt.read on each file, with little memory; a line of JSON for each
+python tests/guard.py FOLDER            ckpt.read_pickle on each file, with little memory; a line of JSON for each
 python tests/guard.py FOLDER --trust    Python's own unpickler on each file's data.pkl, in a folder FILE.d
 """
 
@@ -50,7 +50,7 @@ def main(folder: Path, mode: str = "") -> None:
         events.clear()
         watching.append(True)
         try:
-            tree = ckpt.read(path)
+            tree = ckpt.read_pickle(path)
         except InputError as error:
             report["error"], tree = str(error), None
         watching.clear()

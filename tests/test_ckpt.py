@@ -67,7 +67,10 @@ def test_reads_what_torch_reads(tmp_path, protocol):
     saved |= {"module": torch.nn.Linear(3, 2).state_dict(), "dtype": torch.bfloat16}  # with its _metadata
     path = tmp_path / "模型.ckpt"
     torch.save(saved, path, pickle_protocol=protocol)
-    ours, theirs = ckpt.read(path), torch.load(path, weights_only=False)  # our own file; True knows no protocol 4
+    ours, theirs = (
+        ckpt.read_pickle(path),
+        torch.load(path, weights_only=False),
+    )  # our own file; True knows no protocol 4
     for part in ("state_dict", "module"):
         a, b = ours.pop(part), theirs.pop(part)
         assert type(a) is OrderedDict and list(a) == list(b)
@@ -78,7 +81,7 @@ def test_reads_what_torch_reads(tmp_path, protocol):
 def test_tied_tensors_stay_tied_and_writing_stays_off_the_file(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save(state_dict(), path)
-    before, read = path.read_bytes(), ckpt.read(path)
+    before, read = path.read_bytes(), ckpt.read_pickle(path)
     read["tied"][4, 0] = 123.0
     assert read["transposed"][0, 4] == read["tail"][0, 0] == read["rows"][2, 0] == read["parameter"][4, 0] == 123.0
     assert not read["parameter"].requires_grad and read["torch.float32"][4, 0] != 123.0
@@ -110,7 +113,7 @@ def test_reads_the_official_kind_of_checkpoint(tmp_path, monkeypatch):
 
     with pytest.raises(Exception, match="Weights only load failed.*|Unsupported global"):
         torch.load(tmp_path / "x.ckpt", weights_only=True)
-    read = ckpt.read(tmp_path / "x.ckpt")
+    read = ckpt.read_pickle(tmp_path / "x.ckpt")
     assert not any(module.startswith(("pytorch_lightning", "omegaconf")) for module in sys.modules)
     assert all(equal(tensor, read["state_dict"][key]) for key, tensor in state_dict().items())
     assert (read["epoch"], read["global_step"], read["lr_schedulers"]) == (26, 470000, [{"last_epoch": 1}])
@@ -198,4 +201,4 @@ def test_what_is_no_file_is_refused(tmp_path):
         (tmp_path / "pipe.ckpt", "no"),
     ):
         with pytest.raises(InputError, match=says):
-            ckpt.read(path)
+            ckpt.read_pickle(path)

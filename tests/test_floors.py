@@ -11,7 +11,7 @@ runtime formats model dreambooth training __main__""".split()
 
 WINGS = {
     "runtime": "cli files threads signals processes",
-    "formats": "names archive unpickle ckpt tensors folder weights",
+    "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
     "training": "precision ema optimizer tracking settings batches class_pictures state checkpoint run",
 }
 
@@ -50,6 +50,12 @@ def test_imports_point_one_way_within_a_wing():
         for i, room in enumerate(rooms):
             inside = {name.removeprefix(f"{wing}.") for name in imported(LDM / wing / f"{room}.py") if wing in name}
             assert inside <= set(rooms[:i]), f"{wing}/{room} imports {inside - set(rooms[:i])}"
+
+
+def test_the_formats_are_entered_by_their_public_names():
+    for path in sorted(LDM.rglob("*.py")):
+        if path.parent.name != "formats":
+            assert not [name for name in imported(path) if name.startswith("formats.")], path
 
 
 def test_mathematics_knows_no_files_and_no_devices():

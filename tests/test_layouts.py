@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm import InputError, StableDiffusion
-from ldm.formats import weights
+from ldm.formats import Source, single
 from ldm.formats.folder import PARTS
 from ldm.formats.tensors import save_tensors
 
@@ -149,7 +149,7 @@ def test_any_layout_into_any_other_and_back_is_bitwise(family, layout, dtype, na
     third = StableDiffusion.load(there / "third.safetensors", dtype=None)
     for sd in (second, third):
         assert same_bits(sd.state(), expected) and sd.config == original.config
-    assert first.fingerprint() == third.fingerprint()
+    assert first.source_fingerprint() == third.source_fingerprint()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,7 +162,7 @@ def test_folders_that_diffusers_writes_in_pieces_are_read(safe, family, narrow, 
     pipe.save_pretrained(there / "theirs", safe_serialization=safe, variant="fp16", max_shard_size="100KB")
     names = [path.name for path in (there / "theirs" / "unet").iterdir()]
     assert any("index.fp16.json" in name for name in names) and sum("-of-" in name for name in names) > 1
-    with pytest.raises(InputError, match="variant fp16 only; give --variant fp16$"):
+    with pytest.raises(InputError, match="variant fp16 only; give variant fp16$"):
         StableDiffusion.load(there / "theirs")
     sd = StableDiffusion.load(there / "theirs", dtype=None, variant="fp16")
     assert same_bits(sd.state(), {name: tensor.half() for name, tensor in original.state().items()})
@@ -186,7 +186,7 @@ def test_of_a_full_checkpoint_either_unet_is_taken_and_the_average_is_never_writ
         with safe_open(there / "saved.safetensors", "pt") as file:
             assert not any(name.startswith(EMA) for name in file.keys())
         assert same_bits(StableDiffusion.load(there / "saved.safetensors").state(), sd.state())
-        with pytest.raises(InputError, match=r"has no EMA weights for model\.diffusion_model\..* leave --ema out"):
+        with pytest.raises(InputError, match=r"has no EMA weights for model\.diffusion_model\..* load it without ema"):
             StableDiffusion.load(there / "saved.safetensors", ema=True)
 
 
@@ -234,10 +234,10 @@ def test_what_the_model_predicts_is_said_by_somebody_and_told(narrow, there):
     file = safetensors(narrow("sd2_v"), there, None)
     guessed = StableDiffusion.load(file)
     assert (guessed.config.schedule.prediction, guessed.config.resolution) == ("v", 768)
-    assert "predicts v (assumed of SD 2.x; for a 512-base model give --prediction-type eps)" in guessed.summary
+    assert "predicts v (assumed for SD 2.x; a 512-base model needs prediction eps)" in guessed.summary
     told = StableDiffusion.load(file, prediction="eps")
     assert (told.config.schedule.prediction, told.config.resolution) == ("eps", 512)
-    assert told.summary.endswith("predicts eps (--prediction-type)") and str(file) in told.summary
+    assert told.summary.endswith("predicts eps (as requested)") and str(file) in told.summary
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
     for word, said in {"epsilon": ("eps", 512), "v": ("v", 768), "v_prediction": ("v", 768)}.items():
@@ -250,10 +250,10 @@ def test_what_the_model_predicts_is_said_by_somebody_and_told(narrow, there):
     guessed.save(there / "folder", "diffusers")
     assert StableDiffusion.load(there / "folder").summary.endswith("predicts v (the scheduler's JSON)")
     overruled = StableDiffusion.load(there / "folder", prediction="eps")
-    assert overruled.summary.endswith("predicts eps (--prediction-type)")
+    assert overruled.summary.endswith("predicts eps (as requested)")
     first = safetensors(narrow("sd1"), there, None)
     assert "Stable Diffusion 1, official single file, float32, predicts eps" in StableDiffusion.load(first).summary
-    with pytest.raises(InputError, match="--prediction-type x0 is neither eps nor v"):
+    with pytest.raises(InputError, match="prediction 'x0' is neither eps nor v"):
         StableDiffusion.load(first, prediction="x0")
 
 
@@ -520,6 +520,6 @@ def test_a_saved_file_has_the_tensors_of_the_published_ones(family, official, mo
     with torch.device("meta"):
         sd = StableDiffusion(preset)
     written = {}
-    monkeypatch.setattr(weights, "save_tensors", lambda path, tensors, header: (path.touch(), written.update(tensors)))
-    weights.write_single(tmp_path / "a.safetensors", weights.Source(preset, sd.state(), sd.tokenizer))
+    monkeypatch.setattr(single, "save_tensors", lambda path, tensors, header: (path.touch(), written.update(tensors)))
+    single.write_single(tmp_path / "a.safetensors", Source(preset, sd.tokenizer, sd.state()))
     assert {name: (tuple(t.shape), t.dtype) for name, t in written.items()} == published_rows(official)

@@ -11,8 +11,10 @@ from ldm.config import SD1, SD2
 from ldm.formats import names
 from ldm.schedule import Schedule
 
-PREFIXES = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.TEXT}
-POSITION_IDS = names.TEXT + "text_model.embeddings.position_ids"  # 0 to 76, a buffer of older versions of transformers
+PREFIXES = {"unet": names.UNET_PREFIX, "vae": names.VAE_PREFIX, "text_encoder": names.TEXT_PREFIX}
+POSITION_IDS = (
+    names.TEXT_PREFIX + "text_model.embeddings.position_ids"
+)  # 0 to 76, a buffer of older versions of transformers
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -59,7 +61,7 @@ def test_a_network_has_the_published_parameters(family, part, count):
 
 def test_what_else_is_in_a_published_file():
     """The schedule's buffers, which we write too, the position ids, and two leftovers of the moving average."""
-    networks = (names.UNET, names.VAE, names.TEXT)
+    networks = (names.UNET_PREFIX, names.VAE_PREFIX, names.TEXT_PREFIX)
     rest = {name: shape for name, shape in published("sd1").items() if not name.startswith(networks)}
     buffers = {name: tuple(table.shape) for name, table in Schedule(SD1.schedule).official_buffers().items()}
     assert rest == buffers | {"model_ema.decay": (), "model_ema.num_updates": ()}

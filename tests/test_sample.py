@@ -49,7 +49,7 @@ def test_pictures_say_how_they_were_made(run, saved, tmp_path):
         "steps": "2",
         "guidance_scale": "7.5",
         "size": "32x16",
-        "model": StableDiffusion.load(saved["diffusers"]).fingerprint(),
+        "model": StableDiffusion.load(saved["diffusers"]).source_fingerprint(),
     }
     assert expected.items() <= picture.text.items()
 

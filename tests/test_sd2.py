@@ -86,7 +86,9 @@ def test_the_text_encoder_equals_openclips_under_the_official_names(layers, towe
     assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
     back = names.to_openclip(ours.state_dict(), config)
-    unused = {name.removeprefix(names.OPENCLIP): tensor.shape for name, tensor in names.unused_text(config).items()}
+    unused = {
+        name.removeprefix(names.OPENCLIP_PREFIX): tensor.shape for name, tensor in names.unused_text(config).items()
+    }
     assert back.keys() | unused.keys() == official.keys() | {"logit_scale"}  # that one belongs to the whole CLIP
     assert all(torch.equal(back[name], official[name]) for name in back)
     assert all(official[name].shape == shape for name, shape in unused.items() if name != "logit_scale")
@@ -113,7 +115,11 @@ def test_an_official_file_of_sd2_runs_in_openclip(towers, narrow, tmp_path):
     sd = narrow("sd2")
     sd.save(tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
-    text = {name.removeprefix(names.OPENCLIP): t for name, t in tensors.items() if name.startswith(names.OPENCLIP)}
+    text = {
+        name.removeprefix(names.OPENCLIP_PREFIX): t
+        for name, t in tensors.items()
+        if name.startswith(names.OPENCLIP_PREFIX)
+    }
     text.pop("logit_scale")
     theirs = tower(towers, sd.config.text)
     theirs.load_state_dict(text)

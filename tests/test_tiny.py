@@ -34,7 +34,7 @@ def assert_golden(name: str, found: dict[str, list]) -> None:
 
 
 def test_the_goldens_are_of_these_weights(sd):
-    assert sd.fingerprint() == GOLDENS["model"], "the weights have changed: python tests/make_goldens.py"
+    assert sd.source_fingerprint() == GOLDENS["model"], "the weights have changed: python tests/make_goldens.py"
 
 
 @torch.no_grad()
@@ -96,9 +96,9 @@ def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
         done = call(*command.split())
         assert done.returncode == 0, done.stderr
         if command.startswith("unet.py"):
-            made.append(StableDiffusion.load(tmp_path / "base").fingerprint())
+            made.append(StableDiffusion.load(tmp_path / "base").source_fingerprint())
     assert made[0] != made[1]
-    assert StableDiffusion.load(BASE).fingerprint() == GOLDENS["model"], "what is shipped has changed"
+    assert StableDiffusion.load(BASE).source_fingerprint() == GOLDENS["model"], "what is shipped has changed"
 
     assert call("text_encoder.py").returncode == 0
     refused = call("unet.py", "--resume")
@@ -122,7 +122,7 @@ def test_the_first_command_of_the_readme_gives_a_model_that_diffusers_opens(root
     assert min(sheet.size) > 500
 
     tuned = StableDiffusion.load(out / "model.safetensors")
-    assert tuned.fingerprint() != GOLDENS["model"]
+    assert tuned.source_fingerprint() != GOLDENS["model"]
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     tuned.save(tmp_path / "folder", "diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder")

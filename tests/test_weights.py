@@ -38,19 +38,22 @@ def test_a_round_trip_through_any_two_layouts_is_bitwise(first, second, dtype, r
     assert original.config == once.config == twice.config  # odd widths and all
     prompt = ["a photo of sks dog, isn't it?"]
     assert torch.equal(original.tokenizer(prompt), twice.tokenizer(prompt))
-    assert once.fingerprint() == twice.fingerprint()  # of what is stored, not of how
+    assert once.source_fingerprint() == twice.source_fingerprint()  # of what is stored, not of how
 
 
 def test_the_fingerprint_tells_models_and_types_apart(saved, random_model, tmp_path):
     original = StableDiffusion.load(saved["official"])
-    assert original.fingerprint() == StableDiffusion.load(saved["diffusers"]).fingerprint()
-    assert original.fingerprint() == StableDiffusion.load(saved["official"], dtype=torch.float16).fingerprint()
+    assert original.source_fingerprint() == StableDiffusion.load(saved["diffusers"]).source_fingerprint()
+    assert (
+        original.source_fingerprint()
+        == StableDiffusion.load(saved["official"], dtype=torch.float16).source_fingerprint()
+    )
     original.save(tmp_path / "half.safetensors", dtype=torch.float16)
     with torch.no_grad():
         changed = random_model()
         changed.vae.post_quant_conv.bias[0] += 1e-6
     prints = [original, StableDiffusion.load(tmp_path / "half.safetensors"), changed]
-    assert len({sd.fingerprint() for sd in prints}) == 3
+    assert len({sd.source_fingerprint() for sd in prints}) == 3
 
 
 # The tables that CompVis' DDPM.register_schedule keeps in its checkpoints: first, second and last entry, evaluated
@@ -172,7 +175,7 @@ def test_folders_of_every_age_are_read(saved, tmp_path):
     (theirs / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": merges}}))
     loaded = StableDiffusion.load(theirs)
     assert same_bits(loaded.state(), expected.state())
-    assert loaded.config == expected.config and loaded.fingerprint() == expected.fingerprint()
+    assert loaded.config == expected.config and loaded.source_fingerprint() == expected.source_fingerprint()
     assert torch.equal(loaded.tokenizer(["a photo, that's it"]), expected.tokenizer(["a photo, that's it"]))
 
 
@@ -180,7 +183,7 @@ def test_folders_of_every_age_are_read(saved, tmp_path):
 def test_a_save_that_fails_leaves_the_old_model_whole(layout, random_model, saved, tmp_path, monkeypatch):
     path = tmp_path / LAYOUTS[layout]
     random_model().save(path, layout)
-    before = StableDiffusion.load(path).fingerprint()
+    before = StableDiffusion.load(path).source_fingerprint()
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -190,10 +193,10 @@ def test_a_save_that_fails_leaves_the_old_model_whole(layout, random_model, save
     with pytest.raises(OSError, match="No space"):
         random_model(1).save(path, layout)
     monkeypatch.undo()
-    assert StableDiffusion.load(path).fingerprint() == before
+    assert StableDiffusion.load(path).source_fingerprint() == before
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # and no litter
     random_model(1).save(path, layout)
-    assert StableDiffusion.load(path).fingerprint() == random_model(1).fingerprint()
+    assert StableDiffusion.load(path).source_fingerprint() == random_model(1).source_fingerprint()
 
 
 def test_a_folder_with_other_things_is_not_replaced(random_model, tmp_path):

@@ -23,8 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ldm.errors import InputError, RunError
-from ldm.formats.tensors import Tensors, open_tensors, save_tensors
-from ldm.formats.weights import CHECKPOINT_MODEL, read
+from ldm.formats import CHECKPOINT_MODEL, Tensors, open_tensors, read, save_tensors
 
 MODEL, TRAINING, STATE, METRICS = CHECKPOINT_MODEL, "training.safetensors", "state.json", "metrics.jsonl"
 FILES, SUMS = (MODEL, TRAINING, STATE, METRICS), "SHA256SUMS"

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.errors import InputError, RunError
-from ldm.formats.tensors import Tensors
+from ldm.formats import Tensors
 from ldm.runtime import files
 from ldm.runtime.processes import World, launch, restarted
 from ldm.training import checkpoint

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.dreambooth import Trainee
 from ldm.errors import RunError
-from ldm.formats.tensors import Tensors
+from ldm.formats import Tensors
 from ldm.model import StableDiffusion
 from ldm.training import optimizer
 from ldm.training.ema import EMA

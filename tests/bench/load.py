@@ -25,8 +25,8 @@ import torch  # noqa: E402
 
 from ldm import StableDiffusion  # noqa: E402
 from ldm.config import SD1, SD2, SD2_V, ModelConfig  # noqa: E402
-from ldm.formats import weights  # noqa: E402
-from ldm.formats.folder import config_files  # noqa: E402
+from ldm.formats import read  # noqa: E402
+from ldm.formats.folder_config import config_files  # noqa: E402
 from ldm.tokenizer import Tokenizer  # noqa: E402
 
 PRESETS = {"sd1": SD1, "sd2": SD2, "sd2_v": SD2_V}
@@ -49,7 +49,7 @@ def main() -> None:
             file = Path(scratch, f"{args.random}.safetensors")
             write_random(file, PRESETS[args.random])
         config = Path(scratch, "config")
-        source = weights.read(file)
+        source = read(file)
         write_config(config, source.config, source.tokenizer)
         del source
         runs = {who: [] for who in LOADERS}
