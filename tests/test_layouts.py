@@ -453,9 +453,12 @@ def test_a_folder_of_another_architecture_is_refused_by_what_it_says(file, name,
 
 def test_where_a_model_comes_from_stays_with_it(random_model, there):
     origin = {"ldm.base": "f" * 64, "ldm.step": "7", "ldm.instance_prompt": "a sks dog"}
+    origin["ldm.sampling"] = '{"sampler": "ddim", "steps": 25}'
     random_model().save(there / "a.safetensors", metadata=origin)
     StableDiffusion.load(there / "a.safetensors").save(there / "folder", "diffusers")
-    StableDiffusion.load(there / "folder").save(there / "b.safetensors")
+    for part, stem in PARTS.items():  # and so it does in files of another name
+        (there / "folder" / part / f"{stem}.safetensors").rename(there / "folder" / part / f"{stem}.fp16.safetensors")
+    StableDiffusion.load(there / "folder", variant="fp16").save(there / "b.safetensors")
     with safe_open(there / "b.safetensors", "pt") as file:
         assert {key: text for key, text in file.metadata().items() if key in origin} == origin
     StableDiffusion.load(there / "b.safetensors").save(there / "c.safetensors", metadata={"ldm.step": "9"})

@@ -123,6 +123,8 @@ def test_the_first_command_of_the_readme_gives_a_model_that_diffusers_opens(root
 
     tuned = StableDiffusion.load(out / "model.safetensors")
     assert tuned.source_fingerprint() != GOLDENS["model"]
+    sampling = {"sampler": "ddim", "steps": 25, "guidance_scale": 4.0, "resolution": 64}
+    assert tuned.source.sampling() == sampling
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     tuned.save(tmp_path / "folder", "diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder")

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm import InputError, StableDiffusion
+from ldm.formats.tensors import STORED_DTYPES, raw_bytes, save_tensors
 
 TEXT = "cond_stage_model.transformer.text_model."
 LAYOUTS = {"official": "model.safetensors", "diffusers": "model"}  # and what we call a model there
@@ -54,6 +58,79 @@ def test_the_fingerprint_tells_models_and_types_apart(saved, random_model, tmp_p
         changed.vae.post_quant_conv.bias[0] += 1e-6
     prints = [original, StableDiffusion.load(tmp_path / "half.safetensors"), changed]
     assert len({sd.source_fingerprint() for sd in prints}) == 3
+
+
+def test_the_fingerprint_is_of_the_source_whatever_was_done_to_the_model_since(saved):
+    sd = StableDiffusion.load(saved["official"])
+    before, summary = sd.source_fingerprint(), sd.summary
+    with torch.no_grad():
+        sd.unet.out[2].bias += 1.0
+    assert sd.source_fingerprint() == before and sd.summary == summary
+    assert sd.source.path == saved["official"] and sd.source.tensors == {}  # nothing large is held twice
+    with pytest.raises(ValueError, match="without its tensors has no fingerprint"):
+        sd.source.fingerprint()
+
+
+def test_latents_that_overflow_fp16_are_decoded_in_fp32_and_leave_the_model_as_it_was(random_model, tmp_path):
+    sd = random_model()
+    with torch.no_grad():
+        sd.vae.post_quant_conv.weight *= 1e4
+    sd.vae.half()
+    weights = {name: tensor.clone() for name, tensor in sd.vae.state_dict().items()}
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 10
+    with torch.no_grad():
+        assert not sd.vae.decode((z / sd.config.vae.scale_factor).half()).isfinite().all()
+        images = sd.decode_latents(z)
+        assert images.dtype == torch.float32 and images.isfinite().all()
+        assert same_bits(sd.vae.state_dict(), weights)
+        sd.save(tmp_path / "a.safetensors")
+        assert torch.equal(images, sd.vae.float().decode(z / sd.config.vae.scale_factor))
+    stored = load_file(tmp_path / "a.safetensors")
+    assert {t.dtype for name, t in stored.items() if name.startswith("first_stage_model.")} == {torch.float16}
+
+
+SAVE_TWICE = """
+import sys
+from ldm import StableDiffusion
+sd = StableDiffusion.load(sys.argv[1])
+metadata = {f"ldm.{name}": name for name in ("step", "base", "instance_prompt", "class_prompt", "sampling", "größe")}
+sd.save(sys.argv[2] + ".safetensors", metadata=metadata)
+sd.save(sys.argv[2], "diffusers", metadata=metadata)
+"""
+
+
+def test_the_same_model_is_saved_to_the_same_bytes_by_any_process(saved, root, tmp_path):
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", SAVE_TWICE, saved["official"], tmp_path / seed]
+        subprocess.run(command, cwd=root, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+    first, second = (
+        {
+            path.relative_to(tmp_path / seed): path.read_bytes()
+            for path in (tmp_path / seed).rglob("*")
+            if path.is_file()
+        }
+        for seed in ("1", "2")
+    )
+    assert len(first) > 8 and first == second
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+def test_a_header_is_what_the_safetensors_library_writes(tmp_path):
+    """All types of the format, odd shapes, and names in no order."""
+    ramp = torch.arange(6).view(2, 3)
+    tensors = {f"{i % 3}.{dtype}": ramp.to(dtype) for i, dtype in enumerate(STORED_DTYPES)}
+    tensors |= {"ö": torch.zeros(0, 3), "scalar": torch.tensor(2.5), 'a "b"': torch.zeros(3, dtype=torch.bool)}
+    for metadata in ({}, {"format": "pt"}):
+        save_tensors(tmp_path / "a.safetensors", tensors, metadata)
+        save_file(tensors, tmp_path / "b.safetensors", metadata or None)
+        assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    save_tensors(tmp_path / "a.safetensors", tensors, {"b": "2", "a": "ö"})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"a": "ö", "b": "2"}
+        assert all((raw_bytes(file.get_tensor(n)) == raw_bytes(t)).all() for n, t in tensors.items())
+    with pytest.raises(InputError, match=r"w holds torch\.complex128, which a \.safetensors file can't hold"):
+        save_tensors(tmp_path / "c.safetensors", {"w": torch.zeros(1, dtype=torch.complex128)}, {})
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 # The tables that CompVis' DDPM.register_schedule keeps in its checkpoints: first, second and last entry, evaluated

@@ -1,5 +1,6 @@
 """All that changes while a run trains, as tensors and numbers that can be saved and put back bit for bit."""
 
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ class TrainingState:
         """Where the model comes from, for the headers of its files."""
         prompts = {"instance_prompt": self.settings.instance_prompt, "class_prompt": self.settings.class_prompt}
         about = {"step": str(self.step), "base": self.base} | {name: text for name, text in prompts.items() if text}
+        s = self.settings
+        sampling = {"sampler": s.sampler, "steps": s.sample_steps, "guidance_scale": s.guidance_scale}
+        about["sampling"] = json.dumps(sampling | {"resolution": s.resolution})  # sample.py's defaults for this model
         return {f"ldm.{name}": text for name, text in about.items()}
 
     def tensors(self) -> Tensors:
