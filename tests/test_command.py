@@ -1,4 +1,4 @@
-"""python -m ldm weights inspect|convert|verify: what it prints, and one line for what is wrong."""
+"""python -m ldm weights inspect|convert|verify: what it prints, and its one-line errors."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from ldm import InputError, StableDiffusion, __main__
 
 @pytest.fixture
 def run(capsys):
-    """run(words...): the lines that the command prints."""
+    """run(words...) runs the command. Returns the lines that it prints."""
 
     def call(*words) -> list[str]:
         __main__.main(["weights", *map(str, words)])
@@ -25,7 +25,7 @@ def run(capsys):
 
 @pytest.fixture
 def file(narrow, tmp_path):
-    """An official file of SD1 with averages of its UNet, and nothing said in its header."""
+    """An official file of SD1 with averages of its UNet, and no metadata."""
     narrow("sd1").save(tmp_path / "saved.safetensors")
     tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "saved.safetensors").items()}
     for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:

@@ -52,7 +52,7 @@ def test_imports_point_one_way_within_a_wing():
             assert inside <= set(rooms[:i]), f"{wing}/{room} imports {inside - set(rooms[:i])}"
 
 
-def test_the_formats_are_entered_by_their_public_names():
+def test_other_modules_import_the_formats_by_their_public_names():
     for path in sorted(LDM.rglob("*.py")):
         if path.parent.name != "formats":
             assert not [name for name in imported(path) if name.startswith("formats.")], path

@@ -1,4 +1,4 @@
-"""sample.py, and what a picture depends on: its prompt and its seed, and nothing beside it."""
+"""sample.py and `generate`: a picture depends on its prompt and its seed, and not on its batch."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def sd(random_model) -> StableDiffusion:
 
 @pytest.fixture
 def run(saved, tmp_path, monkeypatch):
-    """run(flags...) runs sample.py with the tiny model in an empty folder, and gives the names of samples/."""
+    """run(flags...) runs sample.py with the small model in an empty folder. Returns the names of the files it made."""
     monkeypatch.chdir(tmp_path)
 
     def main(*flags: str) -> list[str]:
@@ -60,7 +60,7 @@ SAMPLING = {"sampler": "euler", "steps": 3, "guidance_scale": 4.0, "resolution":
 
 @pytest.fixture
 def sampled(saved, tmp_path, monkeypatch, capsys):
-    """sampled(metadata, layout, flags...): how a model with these metadata is sampled, and what is printed."""
+    """sampled(metadata, layout, flags...): how sample.py samples a model with this metadata, and what it prints."""
 
     def run(metadata: dict[str, str], layout: str, *flags: str) -> tuple[dict, list[str]]:
         name = {"official": "a.safetensors", "diffusers": "a", "checkpoint": "checkpoint-000003/model.safetensors"}

@@ -1,4 +1,4 @@
-"""The embedded model: golden numbers by diffusers and live, the scripts that made it, train.py as README has it."""
+"""The embedded model: golden numbers from diffusers, the scripts that made it, README's first command."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_what_is_shipped_is_small(root):
 
 @pytest.mark.slow
 def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
-    """In the order of weights/tiny/README.md, with few drawings and a step of training each."""
+    """Runs them in the order of weights/tiny/README.md, with few drawings and one training step each."""
     scripts = root / "weights" / "tiny"
 
     def call(script: str, *flags: str) -> subprocess.CompletedProcess:
@@ -107,7 +107,7 @@ def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_first_command_of_the_readme_gives_a_model_that_diffusers_opens(root, tmp_path):
-    """Shortened by two flags; everything else is weights/tiny/train.toml."""
+    """The command is shortened by two flags; all else is as in weights/tiny/train.toml."""
     short = ["--max-train-steps", "3", "--num-class-images", "4"]
     done = subprocess.run(
         [sys.executable, root / "train.py", *short], cwd=tmp_path, capture_output=True, text=True, check=False

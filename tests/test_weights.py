@@ -1,4 +1,4 @@
-"""Model files: the same tensors, bit for bit, in every layout, and nothing in them that is not accounted for."""
+"""Model files: the same tensors, bit for bit, in every layout; strict loading; saving in one step."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from ldm import InputError, StableDiffusion
 from ldm.formats.tensors import STORED_DTYPES, raw_bytes, save_tensors
 
 TEXT = "cond_stage_model.transformer.text_model."
-LAYOUTS = {"official": "model.safetensors", "diffusers": "model"}  # and what we call a model there
+LAYOUTS = {"official": "model.safetensors", "diffusers": "model"}  # and a model's file name in each
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -42,7 +42,7 @@ def test_a_round_trip_through_any_two_layouts_is_bitwise(first, second, dtype, r
     assert original.config == once.config == twice.config  # odd widths and all
     prompt = ["a photo of sks dog, isn't it?"]
     assert torch.equal(original.tokenizer(prompt), twice.tokenizer(prompt))
-    assert once.source_fingerprint() == twice.source_fingerprint()  # of what is stored, not of how
+    assert once.source_fingerprint() == twice.source_fingerprint()  # the layout does not count
 
 
 def test_the_fingerprint_tells_models_and_types_apart(saved, random_model, tmp_path):
@@ -174,7 +174,7 @@ def test_an_official_file_has_the_tables_that_the_original_class_expects(saved):
 def test_what_an_official_file_has_beside_the_networks_is_carried_over(saved, tmp_path):
     tensors = load_file(saved["official"])
     kept = {
-        "betas": torch.full((1000,), 0.5),  # not ours to correct
+        "betas": torch.full((1000,), 0.5),  # even wrong values are kept
         "first_stage_model.loss.logvar": torch.tensor(0.25),
         TEXT + "embeddings.position_ids": torch.arange(24, dtype=torch.int64)[None],
     }
@@ -190,7 +190,7 @@ def test_what_an_official_file_has_beside_the_networks_is_carried_over(saved, tm
 
 @contextmanager
 def rewritten(file):
-    """The tensors of a .safetensors file, to be changed in the block and written back at its end."""
+    """Yields the tensors of a .safetensors file. Changes made in the block are written back at its end."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -208,7 +208,7 @@ def test_loading_is_strict_and_names_the_tensor(layout, fault, saved, tmp_path):
     else:
         shutil.copytree(saved[layout], path)
         file, name = path / "unet" / "diffusion_pytorch_model.safetensors", "down_blocks.0.resnets.0.norm1.weight"
-    official = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"  # our name for both
+    official = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"  # its name in messages about either layout
     with rewritten(file) as tensors:
         if fault == "missing":
             del tensors[name]
@@ -227,7 +227,7 @@ def test_loading_is_strict_and_names_the_tensor(layout, fault, saved, tmp_path):
 
 
 def test_folders_of_every_age_are_read(saved, tmp_path):
-    """Hub folders and today's differ in the text encoder's names, the tokenizer's files and the VAE's attention."""
+    """Old and new folders differ in the text encoder's names, the tokenizer's files and the VAE's attention."""
     theirs, expected = tmp_path / "model", StableDiffusion.load(saved["diffusers"])
     shutil.copytree(saved["diffusers"], theirs)
     encoder = theirs / "text_encoder" / "model.safetensors"
@@ -265,13 +265,13 @@ def test_a_save_that_fails_leaves_the_old_model_whole(layout, random_model, save
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("to_metadata", "save"):  # in the midst of writing either layout
+    for name in ("to_metadata", "save"):  # each is called in the middle of writing a layout
         monkeypatch.setattr("ldm.tokenizer.Tokenizer." + name, full)
     with pytest.raises(OSError, match="No space"):
         random_model(1).save(path, layout)
     monkeypatch.undo()
     assert StableDiffusion.load(path).source_fingerprint() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # and no litter
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no temporary files
     random_model(1).save(path, layout)
     assert StableDiffusion.load(path).source_fingerprint() == random_model(1).source_fingerprint()
 
@@ -288,7 +288,7 @@ def test_a_folder_with_other_things_is_not_replaced(random_model, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_others_may_read_a_saved_model_as_they_may_any_new_file(layout, random_model, tmp_path):
-    """safetensors keeps its files for their owner; a picture server may run under another name."""
+    """The safetensors library makes files that only their owner may read; a server may run as another user."""
     (tmp_path / "any").touch()
     (tmp_path / "anywhere").mkdir()
     random_model().save(tmp_path / LAYOUTS[layout], layout)
