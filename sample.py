@@ -2,8 +2,8 @@
 
     python sample.py --prompt "a photo of a red cat on the beach" --num-images 4 --grid
 
-Picture i of each prompt has the seed --seed + i, so that a grid's columns share their seeds. A picture's file carries
-its prompt, seed, sampler, steps, guidance and the model's fingerprint as PNG text.
+Picture i of each prompt has the seed --seed + i, so that the pictures in a column of a grid share their seed. Each PNG
+file says how its picture was made: prompt, seed, sampler, steps, guidance and the model's fingerprint.
 """
 
 import math
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ldm import images, samplers
 from ldm.errors import InputError, RunError
 from ldm.model import StableDiffusion
-from ldm.runtime import cli, files, processes
+from ldm.runtime import check_writable, cli, out_of_memory_named, processes, replacing, written
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 
@@ -38,7 +38,6 @@ class Job(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    settle(args)
     if args.sampler == "help":
         print(samplers.listing())
         return
@@ -46,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     world = processes.start(args.device)
     with world.agreed():
-        sd, init_image = load(args, world.device)
+        sd = load(args, world.device)
+        from_run = fill_in(args, sd)
+        init_image = load_init_image(args, sd)
         how = recipe(args, sd)
-    jobs = world.on_main(lambda: plan(args, prompts))
+    jobs = world.on_main(lambda: make_jobs(args, prompts))
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     batches = batches[world.rank :: world.size]  # torchrun's processes share them
     steps = args.steps if init_image is None else samplers.steps_for_strength(args.steps, args.strength)
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if world.main:
         print(sd.summary)
+        if from_run:
+            print(f"sampling as in the model's training run: {', '.join(from_run)}")
     with world.agreed(), tqdm(total=total, desc="sampling", unit="step", disable=not world.main) as bar:
         for batch in batches:
             pictures = make(args, sd, init_image, batch, bar.update)
@@ -69,22 +72,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     world.close()
 
 
-def load(args: Namespace, device: torch.device) -> tuple[StableDiffusion, Tensor | None]:
-    """The model, and the picture to start from if one is given. Raises InputError for what does not suit the model."""
+def load(args: Namespace, device: torch.device) -> StableDiffusion:
     source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
-    sd = StableDiffusion.load(args.model, device, cli.DTYPES[args.dtype], **source)
+    sd = StableDiffusion.load(args.model or TINY / "base", device, cli.DTYPES[args.dtype], **source)
     sd.check_finite()
     if args.zero_terminal_snr:
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
+    return sd
+
+
+def fill_in(args: Namespace, sd: StableDiffusion) -> list[str]:
+    """Fills in the flags that were not given: as in the model's training run if it is known, else the usual values.
+
+    Returns what was taken from the training run, in words. Raises InputError for values that do not suit the model.
+    """
+    values = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "resolution": sd.config.resolution}
+    if args.model is None:  # the embedded model is best at other values
+        tiny = tomllib.loads((TINY / "train.toml").read_text(encoding="utf-8"))
+        values |= {"steps": tiny["sample_steps"], "guidance_scale": tiny["guidance_scale"]}
+    run, from_run = sd.source.sampling(), []
+    words = {"sampler": "{}", "steps": "{} steps", "guidance_scale": "guidance {}", "resolution": "{} px"}
+    for name, value in (values | run).items():
+        flags = ("height", "width") if name == "resolution" else (name,)
+        absent = [flag for flag in flags if getattr(args, flag) is None]
+        for flag in absent:
+            setattr(args, flag, value)
+        if absent and name in run:
+            from_run.append(words[name].format(value))
     sd.schedule.check_steps(args.steps)
-    _, height, width = (side * sd.config.vae.factor for side in sd.latent_shape(args.height, args.width))
+    sd.check_size(args.height, args.width)
+    return from_run
+
+
+def load_init_image(args: Namespace, sd: StableDiffusion) -> Tensor | None:
+    """The picture to start from, (3, H, W) in [-1, 1], resized and cut to the size to sample; None if there is none."""
     if args.init_image is None:
-        return sd, None
-    return sd, images.to_tensor(images.fit(args.init_image, width, height))
+        return None
+    return images.to_tensor(images.fit(args.init_image, args.width, args.height))
 
 
 def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
-    """How all pictures are made, for their files to tell."""
+    """How the pictures are made: the text in their files that they have in common."""
     how = {
         "negative_prompt": args.negative_prompt,
         "sampler": args.sampler,
@@ -93,15 +121,15 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
         "guidance_scale": args.guidance_scale,
         "guidance_rescale": args.guidance_rescale,
         "zero_terminal_snr": sd.config.schedule.zero_terminal_snr,
-        "model": sd.fingerprint(),
+        "model": sd.source_fingerprint(),
     }
     if args.init_image is not None:
         how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
     return how
 
 
-def plan(args: Namespace, prompts: list[str]) -> list[Job]:
-    """A job for each prompt and seed, under names that are free in the output folder, which is made."""
+def make_jobs(args: Namespace, prompts: list[str]) -> list[Job]:
+    """A job for each prompt and seed, with file names that are free in the output folder. Makes the folder."""
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +147,8 @@ def make(
     batch: list[Job],
     progress: Callable[[], object],
 ) -> list[Image.Image]:
-    """The pictures of a batch of jobs. Raises RunError if they are too many at once for the device."""
-    try:
+    """The pictures of a batch of jobs. Raises RunError if the device has too little memory for the batch."""
+    with out_of_memory_named(sd.device, "while it made pictures", "lower --batch-size, or give --dtype bf16"):
         return sd.generate(
             [job.prompt for job in batch],
             negative_prompt=args.negative_prompt,
@@ -136,77 +164,77 @@ def make(
             strength=args.strength,
             progress=progress,
         )
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise RunError(f"{sd.device} ran out of memory; lower --batch-size, or give --dtype bf16") from None
 
 
 def write_grid(prompts: list[str], jobs: list[Job], fingerprint: str) -> None:
     """One sheet: a row for each prompt, a column for each seed."""
     n = len(jobs) // len(prompts)
-    pictures = [Image.open(job.path).convert("RGB") for job in jobs]  # and so not more than one file is open
+    pictures = [
+        Image.open(job.path).convert("RGB") for job in jobs
+    ]  # converted at once, so that one file is open at a time
     rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
     folder = jobs[0].path.parent
     number = first_free_index(folder, "grid-")
     write_png(folder / f"grid-{number:05d}.png", images.grid(rows), {"model": fingerprint})
 
 
-def settle(args: Namespace) -> None:
-    """Fills in the model and what depends on it: the embedded one is best at steps and guidance of its own."""
-    usual = {"sample_steps": 50, "guidance_scale": 7.5}
-    if args.model is None:
-        args.model = str(TINY / "base")
-        usual |= tomllib.loads((TINY / "train.toml").read_text(encoding="utf-8"))
-    args.steps = usual["sample_steps"] if args.steps is None else args.steps
-    args.guidance_scale = usual["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
-
-
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="sample.py", description="Pictures from prompts.")
-    p.add_argument("--model", help="official .safetensors or .ckpt file or diffusers folder; the tiny one if not given")
-    cli.add_source_flags(p)
-    p.add_argument("--prompt", action="append", default=[], help="what to show; repeatable")
-    p.add_argument("--prompts-file", help="a file with one prompt a line")
-    p.add_argument("--negative-prompt", default="", help="what guidance leads away from")
-    p.add_argument("--num-images", type=cli.positive, default=1, help="pictures for each prompt")
-    p.add_argument("--steps", type=int, help="sampling steps, 1 to 999; 50 if not given")
-    p.add_argument("--guidance-scale", type=float, help="how strongly to follow the prompt; 1 is off, 7.5 if not given")
-    p.add_argument("--guidance-rescale", type=float, default=0.0, help="undoes its excess of contrast, 0 to 1")
+    as_run = "as in the model's training run, else"
+    p = cli.Parser(prog="sample.py", description="Makes pictures from prompts.")
     p.add_argument(
-        "--zero-terminal-snr", action="store_true", help="begin at pure noise; for models that predict v and learned so"
+        "--model", help="official .safetensors or .ckpt file or diffusers folder; the embedded tiny model if not given"
     )
-    p.add_argument("--sampler", default="ddim", help=f"{', '.join(samplers.SAMPLERS)}; or help, for a line on each")
-    p.add_argument("--eta", type=float, default=0.0, help="noise in DDIM, from 0 to 1")
-    p.add_argument("--seed", type=int, default=0, help="of each prompt's first picture; the i-th has seed + i")
-    p.add_argument("--height", type=int, help="pixels; the size that the model was trained at if not given")
-    p.add_argument("--width", type=int, help="pixels; the size that the model was trained at if not given")
-    p.add_argument("--init-image", help="a picture to start from instead of noise")
-    p.add_argument("--strength", type=float, default=0.8, help="how much of that picture is redone, 0 to 1")
+    cli.add_source_flags(p)
+    p.add_argument("--prompt", action="append", default=[], help="text that the picture should show; repeatable")
+    p.add_argument("--prompts-file", help="text file with one prompt per line")
+    p.add_argument("--negative-prompt", default="", help="text that the picture should not show")
+    p.add_argument("--num-images", type=cli.positive, default=1, help="pictures per prompt")
+    p.add_argument("--steps", type=int, help=f"sampling steps, 1 to 999; if not given, {as_run} 50")
+    p.add_argument(
+        "--guidance-scale", type=float, help=f"classifier-free guidance; 1 is off; if not given, {as_run} 7.5"
+    )
+    p.add_argument(
+        "--guidance-rescale", type=float, default=0.0, help="reduces the contrast that guidance adds, 0 to 1"
+    )
+    p.add_argument(
+        "--zero-terminal-snr", action="store_true", help="start at pure noise; for models trained to predict v that way"
+    )
+    p.add_argument(
+        "--sampler",
+        help=f"{', '.join(samplers.SAMPLERS)}; or help, which describes them; if not given, {as_run} ddim",
+    )
+    p.add_argument("--eta", type=float, default=0.0, help="noise that DDIM adds, 0 to 1")
+    p.add_argument("--seed", type=int, default=0, help="seed of each prompt's first picture; the i-th has seed + i")
+    p.add_argument("--height", type=int, help=f"pixels; if not given, {as_run} the size that the model was trained at")
+    p.add_argument("--width", type=int, help=f"pixels; if not given, {as_run} the size that the model was trained at")
+    p.add_argument("--init-image", help="picture to start from instead of noise")
+    p.add_argument("--strength", type=float, default=0.8, help="fraction of the steps to run from that picture, 0 to 1")
     p.add_argument("--batch-size", type=cli.positive, default=4, help="pictures computed at once")
-    p.add_argument("--device", help="cuda, cpu, ...; the best one here if not given")
-    p.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="what the networks compute in")
-    p.add_argument("--output-dir", default="samples", help="folder for the pictures; nothing in it is overwritten")
-    p.add_argument("--grid", action="store_true", help="also one sheet: a row for each prompt, a column for each seed")
+    p.add_argument("--device", help="cuda, cpu, ...; the best one on this machine if not given")
+    p.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="type that the networks compute in")
+    p.add_argument("--output-dir", default="samples", help="folder for the pictures; no file in it is overwritten")
+    p.add_argument("--grid", action="store_true", help="also write one sheet: a row per prompt, a column per seed")
     return p
 
 
 def check(args: Namespace) -> None:
-    """Raises InputError for what can be seen to be wrong before the model is read."""
-    samplers.find(args.sampler)
-    if not math.isfinite(args.guidance_scale):
+    """Raises InputError for flags that are wrong whatever the model is."""
+    if args.sampler is not None:
+        samplers.find(args.sampler)
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise InputError(f"--guidance-scale {args.guidance_scale} is not a number; 7.5 is usual")
     if not 0.0 <= args.guidance_rescale <= 1.0:
         raise InputError(f"--guidance-rescale {args.guidance_rescale} is not between 0 and 1")
-    samplers.steps_for_strength(args.steps, args.strength)
+    samplers.steps_for_strength(args.steps or 1, args.strength)
     if not 0.0 <= args.eta <= 1.0:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
-    files.check_writable(Path(args.output_dir), "--output-dir")
+    check_writable(Path(args.output_dir), "--output-dir")
 
 
 def read_prompts(args: Namespace) -> list[str]:
+    """The prompts of both flags. Raises InputError if there is none, or the file can't be read."""
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         try:
@@ -220,17 +248,17 @@ def read_prompts(args: Namespace) -> list[str]:
 
 
 def first_free_index(folder: Path, prefix: str = "") -> int:
-    """One more than the highest number that a picture's name in the folder has after the prefix."""
+    """One more than the highest number that follows the prefix in the name of a picture in the folder."""
     found = (re.match(rf"{prefix}(\d+)\b", path.name) for path in folder.glob("*.png"))
     return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
 def write_png(path: Path, picture: Image.Image, text: dict[str, object]) -> None:
-    """Writes a new file, all of it at once; an existing one is an error, never overwritten."""
+    """Writes a new file, in one step. Raises RunError if there is a file of that name already."""
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))
-    with files.written(path), files.replacing(path) as temporary:
+    with written(path), replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
         try:
             path.touch(exist_ok=False)

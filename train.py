@@ -16,7 +16,7 @@ import torch
 
 from ldm import images, training
 from ldm.dreambooth import Batch, FullTuning, Losses, Trainable, dreambooth_loss, min_snr_weight
-from ldm.formats import weights
+from ldm.formats import abbreviate
 from ldm.model import StableDiffusion
 from ldm.runtime import cli, processes
 from ldm.training import Batches, ClassPictures, Rows, Run, Settings, TrainingState
@@ -37,7 +37,7 @@ def main(
     with world.agreed():
         photographs = images.find_pictures(settings.instance_data_dir)
         sd = load(run)
-    base = world.on_main(sd.fingerprint)
+    base = world.on_main(sd.source_fingerprint)
     with world.agreed():
         class_pictures = plan_class_pictures(run, sd, base)
         check_pictures(settings, photographs, class_pictures)
@@ -104,7 +104,7 @@ def load(run: Run) -> StableDiffusion:
     settings = run.settings
     source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
     sd = StableDiffusion.load(settings.model, run.world.device, **source)
-    sd.latent_shape(settings.resolution, settings.resolution)
+    sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.check_steps(settings.sample_steps)
     if run.world.main:
         sd.check_finite()
@@ -169,7 +169,7 @@ def finish(run: Run, state: TrainingState, photographs: list[Path]) -> None:
     with state.averaged():
         path, left_out = run.world.on_main(lambda: run.save_result(state))
         if left_out:
-            run.world.print_main(f"not in the model: {weights.listed(left_out)}")
+            run.world.print_main(f"not in the model: {abbreviate(left_out)}")
         complete = training.make_sheet(run, state.trainable.sd, "after")
     if complete:
         sheet = run.world.on_main(lambda: training.make_comparison(run, photographs))

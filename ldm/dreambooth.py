@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.formats import names
-from ldm.formats.tensors import Tensors, open_tensors, save_tensors
-from ldm.formats.weights import CHECKPOINT_MODEL, read
+from ldm.formats import CHECKPOINT_MODEL, TEXT_PREFIX, UNET_PREFIX, Tensors, open_tensors, read, save_tensors
 from ldm.model import StableDiffusion
 from ldm.runtime import replacing
 
@@ -168,13 +166,13 @@ class FullTuning(Trainable):
     weights_file = CHECKPOINT_MODEL  # a whole model, so that sample.py takes a checkpoint folder as --model
 
     def __init__(self, sd: StableDiffusion, settings: Any):
-        networks = (names.UNET, names.TEXT) if settings.train_text_encoder else (names.UNET,)
+        networks = (UNET_PREFIX, TEXT_PREFIX) if settings.train_text_encoder else (UNET_PREFIX,)
         super().__init__(sd, settings, {n: p for n, p in sd.parameters().items() if n.startswith(networks)})
 
     def parameter_groups(self, settings: Any) -> list[dict[str, Any]]:
         unet, text = (
             [parameter for name, parameter in self.trained.items() if name.startswith(prefix)]
-            for prefix in (names.UNET, names.TEXT)
+            for prefix in (UNET_PREFIX, TEXT_PREFIX)
         )
         rate = settings.learning_rate
         groups = [{"name": "unet", "params": unet, "lr": rate, "stop": None}]

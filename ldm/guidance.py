@@ -67,11 +67,12 @@ class SeededNoise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
-def pair_up(prompts: Sequence[str], seeds: Sequence[int], latents: int) -> tuple[list[str], list[int]]:
+def pair_up(prompts: str | Sequence[str], seeds: Sequence[int], latents: int) -> tuple[list[str], list[int]]:
     """As many prompts as seeds: a list of length one is broadcast. latents: how many are given.
 
     Raises InputError if the three lengths do not agree.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     count = max(len(prompts), len(seeds), latents)
     if any(length not in (1, count) for length in (len(prompts), len(seeds), latents)):
         raise InputError(f"{len(prompts)} prompts, {len(seeds)} seeds and {latents} latents do not pair up")

@@ -1,8 +1,8 @@
 """Stable Diffusion: three networks, a tokenizer and a schedule, and what they do together."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import samplers
+from ldm import formats, samplers
 from ldm.clip import TextEncoder
 from ldm.config import ModelConfig
 from ldm.errors import InputError
-from ldm.formats import names, weights
 from ldm.guidance import SeededNoise, denoiser, pair_up
 from ldm.images import to_pil
 from ldm.schedule import Schedule
@@ -24,7 +23,10 @@ from ldm.vae import Autoencoder
 
 
 class StableDiffusion:
-    """unet, vae, text_encoder, tokenizer and schedule of one `ModelConfig`; random weights until loaded."""
+    """unet, vae, text_encoder, tokenizer and schedule of one `ModelConfig`; random weights until loaded.
+
+    source: what the model was loaded from, without the networks' tensors; None if it was made in code.
+    """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None):
         self.config = config
@@ -33,14 +35,10 @@ class StableDiffusion:
         self.text_encoder = TextEncoder(config.text)
         self.tokenizer = tokenizer or Tokenizer.clip(config.text.context_length, config.text.pad_id)
         self.schedule = Schedule(config.schedule)
-        self.summary = "random weights"  # what was loaded, in words
-        self._extra: weights.Tensors = {}  # of the official file, not computed with
-        self._dropped: list[str] = []  # names of what it had and is not saved
-        self._origin: dict[str, str] = {}  # what its metadata said of where it comes from
-        self._read: Callable[[], weights.Source] | None = None  # reads again what was loaded
-        self._frozen: weights.Tensors = {}  # what `freeze` has set aside, as it was
+        self.source: formats.Source | None = None
+        self._frozen: formats.Tensors = {}  # weights from before `freeze` cast them
 
-    # Files
+    # Load
 
     @classmethod
     def load(
@@ -53,20 +51,17 @@ class StableDiffusion:
         prediction: str | None = None,
         variant: str | None = None,
     ) -> "StableDiffusion":
-        """Loads an official single file or a diffusers folder; every tensor is insisted on, with its shape.
+        """Loads an official single file or a diffusers folder. Loading is strict: every tensor has to be there.
 
-        The networks adopt the file's memory-mapped tensors; only what has another type or device is copied.
-        dtype: of the networks; as stored if None. ema, prediction, variant: see `weights.read`.
-        Raises InputError, which names the tensor, if one is missing, unknown or of another shape. The numbers are not
-        looked at, and so not read from the disk before they are needed: `check_finite` does.
+        The networks adopt the file's memory-mapped tensors; only a tensor of another type or device is copied.
+        dtype: of the networks; as stored if None. ema, prediction, variant: see `formats.read`.
+        Raises InputError, which names the tensor, if one is missing, unknown or of another shape. The numbers are read
+        from the disk when they are first needed: `check_finite` checks them.
         """
-        read = partial(weights.read, path, ema=ema, prediction=prediction, variant=variant)
-        source = read()
-        sd = cls.without_weights(path, source)
-        sd.summary, sd._read = f"{path}: {weights.describe(source)}", read
-        sd._extra, sd._dropped, sd._origin = source.extra, source.dropped, source.origin
-        if problems := sd.differences(source.tensors):
-            raise InputError(f"{path}: {weights.listed(problems, 1)}")
+        source = formats.read(path, ema=ema, prediction=prediction, variant=variant)
+        sd = cls.without_weights(source)
+        if problems := formats.differences(source.tensors, sd.state()):
+            raise InputError(f"{path}: {formats.abbreviate(problems, 1)}")
         for prefix, network in sd.networks().items():
             state = {name: source.tensors[prefix + name].to(device, dtype) for name in network.state_dict()}
             network.load_state_dict(state, assign=True)
@@ -74,115 +69,55 @@ class StableDiffusion:
         return sd
 
     @classmethod
-    def without_weights(cls, path: str | Path, source: weights.Source) -> "StableDiffusion":
-        """The model that a source describes, on the meta device. Raises InputError if no such model could run."""
+    def without_weights(cls, source: formats.Source) -> "StableDiffusion":
+        """The model that a source describes, on the meta device. Raises InputError if such a model can't run."""
         try:
             with torch.device("meta"):
                 sd = cls(source.config, source.tokenizer)
                 sd.rehearse()
         except Exception as error:
-            raise InputError(f"{path}: what it says of itself makes no model that can run: {error}") from None
+            raise InputError(f"{source.path}: its configuration describes no model that can run: {error}") from None
+        sd.source = source.without_tensors()
         return sd
-
-    def save(
-        self,
-        path: str | Path,
-        layout: str = "official",
-        dtype: torch.dtype | None = None,
-        metadata: dict[str, str] | None = None,
-    ) -> list[str]:
-        """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
-
-        dtype: of the stored weights; as they are if None. metadata: more lines for the safetensors headers;
-        if None, those that tell where the loaded model came from.
-        What is at `path` stays whole until the new one is. Returns the names of the tensors beside the three networks
-        that the source had and that are not saved: EMA weights, and in a folder what it has no place for.
-        """
-        if layout not in weights.WRITERS:
-            raise InputError(f"unknown layout {layout!r}; there are {' and '.join(weights.WRITERS)}")
-        return weights.WRITERS[layout](path, self._now(dtype), metadata)
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights as they are stored where they were loaded from, or as they are if made here."""
-        return weights.fingerprint(self._read() if self._read else self._now(None))
-
-    def _now(self, dtype: torch.dtype | None) -> weights.Source:
-        """The weights as they are at present, ready to be written."""
-        state = self.state() | self._frozen
-        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
-        return weights.Source(self.config, tensors, self.tokenizer, self._extra, self._dropped, origin=self._origin)
-
-    def differences(self, tensors: weights.Tensors) -> list[str]:
-        """What keeps these tensors from being this model's, a phrase each: rule 2, loading is strict."""
-        expected = self.state()
-        problems = [f"missing tensor {name}" for name in sorted(expected.keys() - tensors.keys())]
-        problems += [f"unknown tensor {name}" for name in sorted(tensors.keys() - expected.keys())]
-        for name in sorted(expected.keys() & tensors.keys()):
-            found, shape = tensors[name], expected[name].shape
-            if found.shape != shape:
-                problems.append(f"{name} is {tuple(found.shape)}, and should be {tuple(shape)}")
-            elif found.dtype not in weights.DTYPES:
-                problems.append(f"{name} holds {found.dtype}, and should hold fp32, fp16 or bf16 numbers")
-        return problems
-
-    def check_finite(self) -> None:
-        """Raises InputError, which names the tensors, if weights are NaN or infinity. Reads all of them."""
-        if bad := weights.not_finite(self.state()):
-            what = weights.listed(bad, 1)
-            raise InputError(f"{what} holds NaN or infinity; the model's file is damaged, or the model has diverged")
 
     @torch.no_grad()
     def rehearse(self) -> None:
-        """Runs the three networks once for a small picture, unless their sizes are the official ones, known to run.
+        """Runs the three networks once on a small picture, to see that they fit each other and the tokenizer.
 
-        On the meta device, which knows shapes only, it costs next to nothing.
-
-        Raises whatever comes up where they do not fit each other, the tokenizer or this program.
+        Raises any error that comes up. Official sizes are known to fit. On the meta device only shapes are computed.
         """
         text, tokenizer = self.config.text, self.tokenizer
         if tokenizer.context_length != text.context_length or max(tokenizer.vocab.values()) >= text.vocab_size:
-            raise ValueError("the tokenizer is not the text encoder's")
-        if weights.family(self.config) is not None:
+            raise ValueError("the tokenizer does not belong to the text encoder")
+        if formats.family(self.config) is not None:
             return
         context = self.text_encoder(torch.zeros(1, text.context_length, dtype=torch.long))
         image = torch.zeros(1, 3, self.config.vae.factor, self.config.vae.factor)
         z = self.vae.encode(image).mode() * self.config.vae.scale_factor
         if self.unet(z, torch.zeros(1), context).shape != z.shape or self.vae.decode(z).shape != image.shape:
-            raise ValueError("what it makes of latents or pictures is not of their size")
+            raise ValueError("its networks return latents or pictures of another size than they are given")
 
-    def reschedule(self, **changes: Any) -> None:
-        """Changes entries of `config.schedule`. Raises InputError for those that do not go together."""
-        self.schedule = Schedule(replace(self.config.schedule, **changes))
-        self.config = replace(self.config, schedule=self.schedule.config)
+    def check_finite(self) -> None:
+        """Raises InputError, which names the tensors, if weights are NaN or infinity. Reads all of them."""
+        if bad := formats.not_finite(self.state()):
+            what = formats.abbreviate(bad, 1)
+            raise InputError(f"{what} holds NaN or infinity; the model's file is damaged, or the model has diverged")
 
-    def networks(self) -> dict[str, nn.Module]:
-        """The three networks by the prefix that their tensors have in an official file."""
-        return {names.UNET: self.unet, names.VAE: self.vae, names.TEXT: self.text_encoder}
+    @property
+    def summary(self) -> str:
+        """Where the model is from and what it is: one line."""
+        return "random weights" if self.source is None else f"{self.source.path}: {self.source.describe()}"
 
-    def state(self) -> weights.Tensors:
-        """All parameters under their official names."""
-        return {prefix + name: t for prefix, net in self.networks().items() for name, t in net.state_dict().items()}
+    def source_fingerprint(self) -> str:
+        """SHA-256 of the weights as stored where the model was loaded from, which is read again.
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The networks' parameters themselves, under their official names."""
-        return {prefix + name: p for prefix, net in self.networks().items() for name, p in net.named_parameters()}
-
-    def freeze(self, network: nn.Module, dtype: torch.dtype) -> None:
-        """Ends a network's training: no gradients, and its weights in the type to compute in.
-
-        What `save` writes of it stays as it is now.
+        Later changes of the model do not count. If it was made in code, its present weights are hashed.
         """
-        prefix = next(prefix for prefix, other in self.networks().items() if other is network)
-        now = {prefix + name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-        self._frozen = now | self._frozen
-        network.requires_grad_(False).to(dtype)
+        if self.source is None:
+            return self._snapshot(None).fingerprint()
+        return formats.read(self.source.path, **self.source.options).fingerprint()
 
-    def forget_encoder(self) -> None:
-        """Frees the autoencoder's encoder, which nothing needs once all pictures are latents; `save` still has it."""
-        self.freeze(self.vae, next(self.vae.parameters()).dtype)
-        self.vae.encoder = nn.Identity()
-
-    # Between people's things and tensors
+    # Encode
 
     @property
     def device(self) -> torch.device:
@@ -196,22 +131,10 @@ class StableDiffusion:
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents: a sample if a generator is given, else the mode."""
         posterior = self.vae.encode(images)
-        z = posterior.sample(generator) if generator is not None else posterior.mode()
+        z = posterior.mode() if generator is None else posterior.sample(generator)
         return z * self.config.vae.scale_factor
 
-    def decode_latents(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1].
-
-        In fp16, also autocast's, the autoencoder of SD can overflow to NaN: such latents are decoded again in fp32.
-        """
-        z = z / self.config.vae.scale_factor
-        images = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
-        if z.isfinite().all() and not images.isfinite().all():
-            with torch.autocast(self.device.type, enabled=False):
-                images = self.vae.float().decode(z.float())
-        return images
-
-    # Sampling
+    # Generate
 
     @torch.no_grad()
     def generate(
@@ -233,36 +156,31 @@ class StableDiffusion:
         output: str = "pil",
         progress: Callable[[], object] | None = None,
     ) -> list[Image.Image] | Tensor:
-        """Pictures for prompts, one prompt a seed; a list of length one serves all of the other.
+        """Pictures for prompts: one prompt per seed; a list of length one is broadcast to the other's length.
 
         A picture depends on its prompt and its seed alone, not on the batch: initial latents, then the sampler's
         noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU.
-        height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None.
-        latents: (B, 4, h, w) standard normal noise to start from instead, for B pictures.
-        init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: how much of the way
-        from noise is gone again, from 0, the picture as it is, to 1, nothing of it (SDEdit, Meng et al. 2022).
-        progress: called after each evaluation of the UNet; `Sampler.evaluations` tells how many there are.
+        height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None. latents:
+        (B, 4, h, w) standard normal noise to start from instead, for B pictures.
+        init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: fraction of the
+        sampling steps to run: 0 returns the picture, 1 ignores it (SDEdit, Meng et al. 2022). progress: called after
+        each evaluation of the UNet, of which there are `Sampler.evaluations`.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
-        Raises InputError for sizes, steps, samplers, strengths and outputs that there are not, and RunError if a
-        picture for PIL came out as NaN or infinity.
+        Raises InputError for impossible arguments, and RunError if a picture for PIL is NaN or infinity.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        shape = self._start_shape(latents, init_image, height, width)
         prompts, seeds = pair_up(prompts, seeds, 1 if latents is None else len(latents))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
         chosen = samplers.find(sampler)
         times = chosen.times(self.schedule, steps)
-        if init_image is not None:
-            height, width = init_image.shape[1:]
-        shape = self.latent_shape(height, width) if latents is None else tuple(latents.shape[1:])
         noise = SeededNoise(seeds, shape, self.device)
-        picture = None if init_image is None else self._samples(init_image, noise.generators)  # each one's first draw
+        picture = self._samples(init_image, noise.generators) if init_image is not None else None  # draws before x
         x = noise() if latents is None else latents.to(self.device, torch.float32)
         if picture is not None:
             times = times[steps - samplers.steps_for_strength(steps, strength) :]
             x = self.schedule.add_noise(picture, x, times[0]) if times else picture
-        negative = [negative_prompt] * len(prompts) if guidance != 1.0 else []
-        context = self.encode_prompt(negative + prompts)
+        context = self.encode_prompt(([negative_prompt] * len(prompts) if guidance != 1.0 else []) + prompts)
         denoise = denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress)
         z = chosen.loop(denoise, x, self.schedule, times, eta=eta, noise=noise)
         if output == "latent":
@@ -270,18 +188,111 @@ class StableDiffusion:
         images = self.decode_latents(z).float()
         return images if output == "tensor" else to_pil(images)
 
+    def _start_shape(
+        self, latents: Tensor | None, init_image: Tensor | None, height: int | None, width: int | None
+    ) -> tuple[int, ...]:
+        """(4, h, w) of the latents to sample. Raises InputError unless sampling can start from these."""
+        channels = self.config.unet.in_channels
+        if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels or 0 in latents.shape):
+            raise InputError(f"latents are {tuple(latents.shape)}, and should be (B, {channels}, h, w)")
+        if init_image is None:
+            return self.latent_shape(height, width) if latents is None else tuple(latents.shape[1:])
+        if init_image.ndim != 3 or len(init_image) != 3:
+            raise InputError(f"init_image is {tuple(init_image.shape)}, and should be (3, H, W)")
+        shape = self.latent_shape(*init_image.shape[1:])
+        if latents is not None and (found := tuple(latents.shape[1:])) != shape:
+            raise InputError(f"latents are {found} each, and init_image {tuple(init_image.shape)} makes {shape}")
+        return shape
+
     def _samples(self, image: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """(3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w): it is encoded once, and each generator draws of it."""
+        """(3, H, W) in [-1, 1] -> scaled latents (B, 4, h, w): encoded once, sampled by each of the B generators."""
         posterior = self.vae.encode(image[None].to(self.device, next(self.vae.parameters()).dtype))
         z = torch.cat([posterior.sample(generator) for generator in generators])
         return (z * self.config.vae.scale_factor).float()
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(4, h, w) for a picture of this size in pixels. Raises InputError if the autoencoder can't make it."""
-        factor, native = self.config.vae.factor, self.config.resolution
-        sides = {"height": native if height is None else height, "width": native if width is None else width}
-        for name, side in sides.items():
+        """(4, h, w) for a picture of this size in pixels, of the training size if None. Raises as `check_size`."""
+        height, width = (self.config.resolution if side is None else side for side in (height, width))
+        self.check_size(height, width)
+        return self.config.unet.in_channels, height // self.config.vae.factor, width // self.config.vae.factor
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises InputError if the autoencoder can't make pictures of this size in pixels."""
+        factor = self.config.vae.factor
+        for name, side in (("height", height), ("width", width)):
             if side <= 0 or side % factor:
                 near = max(factor, round(side / factor) * factor)
                 raise InputError(f"{name} {side} is not a positive multiple of {factor} pixels; take {near}")
-        return self.config.unet.in_channels, sides["height"] // factor, sides["width"] // factor
+
+    def reschedule(self, **changes: Any) -> None:
+        """Changes entries of `config.schedule`. Raises InputError for values that do not go together."""
+        self.schedule = Schedule(replace(self.config.schedule, **changes))
+        self.config = replace(self.config, schedule=self.schedule.config)
+
+    # Decode
+
+    def decode_latents(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1].
+
+        In fp16, autocast's too, SD's autoencoder can overflow to NaN: such latents are decoded again by an fp32 copy.
+        """
+        z = z / self.config.vae.scale_factor
+        images = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+        if z.isfinite().all() and not images.isfinite().all():
+            with torch.autocast(self.device.type, enabled=False):
+                images = deepcopy(self.vae).float().decode(z.float())
+        return images
+
+    # Save
+
+    def save(
+        self,
+        path: str | Path,
+        layout: str = "official",
+        dtype: torch.dtype | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> list[str]:
+        """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
+
+        dtype: of the stored weights; as they are if None. metadata: for the safetensors headers; the source's if None.
+        An older model at `path` stays whole until the new one is. Returns the names of the source's tensors that are
+        not saved: EMA weights, and in a folder what it has no place for. Raises InputError for an unknown layout.
+        """
+        snapshot = self._snapshot(dtype)
+        snapshot.metadata = snapshot.metadata if metadata is None else metadata
+        return formats.write(path, snapshot, layout)
+
+    def _snapshot(self, dtype: torch.dtype | None) -> formats.Source:
+        """The model as it is now, ready to be written."""
+        state = self.state() | self._frozen
+        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
+        source = self.source or formats.Source(self.config, self.tokenizer, {})
+        return replace(source, config=self.config, tokenizer=self.tokenizer, tensors=tensors, dtypes=())
+
+    # Parameters, and what training does with them
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The three networks by the prefix of their tensors' names in an official file."""
+        return {formats.UNET_PREFIX: self.unet, formats.VAE_PREFIX: self.vae, formats.TEXT_PREFIX: self.text_encoder}
+
+    def state(self) -> formats.Tensors:
+        """All parameters under their official names, detached."""
+        return {prefix + name: t for prefix, net in self.networks().items() for name, t in net.state_dict().items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The networks' parameters themselves, under their official names."""
+        return {prefix + name: p for prefix, net in self.networks().items() for name, p in net.named_parameters()}
+
+    def freeze(self, network: nn.Module, dtype: torch.dtype) -> None:
+        """Stops training one of the three networks: turns its gradients off and casts it to `dtype` for computing.
+
+        `save` writes its weights as they are now, before the cast.
+        """
+        prefix = next(prefix for prefix, other in self.networks().items() if other is network)
+        self._frozen = {prefix + n: t.detach().cpu() for n, t in network.state_dict().items()} | self._frozen
+        network.requires_grad_(False).to(dtype)
+
+    def forget_encoder(self) -> None:
+        """Frees the memory of the autoencoder's encoder, for when all pictures are latents. `save` still writes it."""
+        self.freeze(self.vae, next(self.vae.parameters()).dtype)
+        self.vae.encoder = nn.Identity()

@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 
 from ldm import StableDiffusion  # noqa: E402
 from ldm.config import SD1, SD2, SD2_V, ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E402
-from ldm.formats import weights  # noqa: E402
+from ldm.formats import source  # noqa: E402
 from ldm.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary  # noqa: E402
 
 
@@ -88,17 +88,15 @@ def narrow(randomised, monkeypatch):
     vae = VAEConfig(channels=(8, 16, 24, 24), norm_groups=4)
     text = {"width": 24, "mlp_width": 96, "layers": 2, "heads": 3}
     presets = {
-        "SD1": replace(SD1, unet=replace(SD1.unet, heads=4, **unet), vae=vae, text=replace(SD1.text, **text)),
-        "SD2": replace(SD2, unet=replace(SD2.unet, head_dim=4, **unet), vae=vae, text=replace(SD2.text, **text)),
+        "sd1": replace(SD1, unet=replace(SD1.unet, heads=4, **unet), vae=vae, text=replace(SD1.text, **text)),
+        "sd2": replace(SD2, unet=replace(SD2.unet, head_dim=4, **unet), vae=vae, text=replace(SD2.text, **text)),
     }
-    presets["SD2_V"] = replace(presets["SD2"], schedule=SD2_V.schedule, sample_size=SD2_V.sample_size)
+    presets["sd2_v"] = replace(presets["sd2"], schedule=SD2_V.schedule, sample_size=SD2_V.sample_size)
     for name, preset in presets.items():
-        monkeypatch.setattr(weights, name, preset)
-    families = {"Stable Diffusion 1": presets["SD1"], "Stable Diffusion 2": presets["SD2"]}
-    monkeypatch.setattr(weights, "FAMILIES", families)
+        monkeypatch.setitem(source.PRESETS, name, preset)
 
     def make(family: str, seed: int = 0) -> StableDiffusion:
-        sd = StableDiffusion(presets[family.upper()])
+        sd = StableDiffusion(presets[family])
         for network in sd.networks().values():
             randomised(network, seed).eval()
         return sd

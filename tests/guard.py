@@ -1,6 +1,6 @@
-"""Opens files in a process of its own, and tells what it saw.
+"""Reads files in a process with limited memory, and reports what happened.
 
-python tests/guard.py FOLDER            ldm.ckpt.read on each file, with little memory; a line of JSON for each
+python tests/guard.py FOLDER            ckpt.read_pickle on each file, with little memory; a line of JSON for each
 python tests/guard.py FOLDER --trust    Python's own unpickler on each file's data.pkl, in a folder FILE.d
 """
 
@@ -36,7 +36,7 @@ def main(folder: Path, mode: str = "") -> None:
         for path in files:
             unpickle(path)
         return
-    codecs.lookup("raw-unicode-escape")  # pickletools decodes the argument before an opcode can be refused
+    codecs.lookup("raw-unicode-escape")  # pickletools loads it before our reader can refuse the opcode
     events, watching, before = set(), [], resident("VmRSS")
     sys.addaudithook(lambda event, _: watching and events.add(event))
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -50,7 +50,7 @@ def main(folder: Path, mode: str = "") -> None:
         events.clear()
         watching.append(True)
         try:
-            tree = ckpt.read(path)
+            tree = ckpt.read_pickle(path)
         except InputError as error:
             report["error"], tree = str(error), None
         watching.clear()
@@ -70,7 +70,7 @@ def resident(field: str) -> int:
 
 
 def types(tree: Any) -> list[str]:
-    """The types of all there is in a tree. Tensors are read through, too: a view outside the file would crash."""
+    """The types of all objects in a tree. Reads the tensors too: a view outside the file would crash."""
     found, seen, todo, looked = set(), set(), [tree], 0
     while todo:
         thing = todo.pop()
@@ -92,7 +92,7 @@ def types(tree: Any) -> list[str]:
 
 
 def unpickle(path: Path) -> None:
-    """What those do who have no ckpt.py."""
+    """Reads the pickle as a program without ckpt.py would."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, reference: Any) -> None:
@@ -103,7 +103,7 @@ def unpickle(path: Path) -> None:
     with zipfile.ZipFile(path) as file:
         try:
             Unpickler(file.open("archive/data.pkl")).load()
-        except Exception as error:  # the harm is done by then
+        except Exception as error:  # the attack has already run
             print(f"{path.name}: {error}", file=sys.stderr)
 
 

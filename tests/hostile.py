@@ -1,7 +1,7 @@
-"""Malicious and broken checkpoints, made byte by byte: FILES has them by name, with what reading them is to say.
+"""Malicious and broken checkpoints, made byte by byte. FILES: name -> (content, what the error has to say, or None).
 
-Most are a checkpoint like any other, {"extra": ..., "state_dict": {"w": tensor([0., 1., 2., 3.])}}, and do their harm
-in "extra", which comes first.
+Most are a checkpoint like any other, {"extra": ..., "state_dict": {"w": tensor([0., 1., 2., 3.])}}, and attack in
+"extra", which comes first.
 """
 
 import io
@@ -82,7 +82,7 @@ def checkpoint(extra: bytes) -> bytes:
 
 @dataclass
 class Member:
-    """A member of a zip archive, and what its two headers say instead of the truth."""
+    """A member of a zip archive, and false values for its two headers."""
 
     name: str
     content: bytes
@@ -91,7 +91,7 @@ class Member:
 
 
 def zipped(members: Iterable[Member], count: int | None = None, start: int = 0, length: int = 0) -> bytes:
-    """A plain zip archive; `count`, `start` and `length` of its directory may be lied about."""
+    """A plain zip archive; `count`, `start` and `length` are written in its end record in place of the true values."""
     body, directory, members = bytearray(), bytearray(), list(members)
     for member in members:
         size = len(member.content)
@@ -120,7 +120,7 @@ WEIGHTS = struct.pack("<4f", 0, 1, 2, 3)
 
 
 def archive(pickle: bytes, *more: Member, weights: bytes = WEIGHTS, both: dict | None = None, **lies: dict) -> bytes:
-    """What torch.save makes of a pickle and one storage, with lies for the storage's central and local header."""
+    """The archive that torch.save makes of a pickle and one storage, with false values for the storage's headers."""
     lies = {"central": both, "local": both} if both else lies
     members = Member("archive/data.pkl", pickle), Member("archive/data/0", weights, **lies)
     return zipped([*members, Member("archive/version", b"3\n"), *more])
@@ -155,7 +155,7 @@ def tarred() -> bytes:
 
 SYSTEM, SHELL, PYTHON = name("os", "system"), text(COMMAND), text(CODE)
 RUN = call(SYSTEM, SHELL)
-OBJECT = name("argparse", "Namespace") + b")\x81"  # takes any attribute
+OBJECT = name("argparse", "Namespace") + b")\x81"  # an object that takes any attribute
 IMPORT_OS = call(name("builtins", "__import__"), text("os"))
 MAP = call(name("builtins", "map"), SYSTEM, tuple_(SHELL))
 MARSHALLED = call(name("marshal", "loads"), data(marshal.dumps(compile(CODE, "x", "exec"))))
@@ -196,7 +196,7 @@ WORKING = {  # Python's unpickler runs these
     "as-key": b"}" + RUN + b"Ns",
     "as-hooks": call(REBUILD, storage(), *PLACES[:-1], RUN),
 }
-WORKING_REFUSED = {  # and these, with opcodes that we do not have
+WORKING_REFUSED = {  # Python's unpickler runs these too; they use opcodes that ours refuses
     "inst": (b"(" + SHELL + b"ios\nsystem\n", "opcode INST"),
     "obj": (b"(" + SYSTEM + SHELL + b"o", "opcode OBJ"),
     "ext1": (b"\x82\x71" + tuple_(SHELL) + b"R", "opcode EXT1"),
@@ -206,7 +206,7 @@ WORKING_REFUSED = {  # and these, with opcodes that we do not have
     "persistent-id-of-call": (tuple_(text("storage"), RUN, text("0"), text("cpu"), b"K\x04") + b"Q", "no storage"),
     "storage-by-call": (tensor(over=RUN), "not a plain view"),
 }
-OTHER = {  # these need luck, another file or torch's unpickler
+OTHER = {  # these work only with luck, another file or torch's unpickler
     "newobj": (SYSTEM + tuple_(SHELL) + b"\x81", None),
     "newobj-ex": (name("subprocess", "Popen") + tuple_(SHELL) + b"}" + text("shell") + b"\x88s\x92", None),
     "torch-load": (call(name("torch", "load"), text("global-reduce.ckpt")), None),
@@ -227,12 +227,16 @@ OTHER = {  # these need luck, another file or torch's unpickler
 
 # Pickles that lie
 
-FLOOD = 500_000  # opcodes, a little fewer than are allowed
+FLOOD = 500_000  # opcodes: a little below the limit
 V3 = name("torch._utils", "_rebuild_tensor_v3")
 LAUGHS = b"]q\0" + b"".join(b"0" + list_(*[b"h" + bytes([i])] * 10) + b"q" + bytes([i + 1]) for i in range(60))
-LONG = text("a" * 2**22) + b"q\x000"  # to be had again by h 0
-CHAIN = name("x", "y") + b"q\0" + b"h\0)R" * (FLOOD // 4) + b"b" * (FLOOD // 4)  # each the state of the one before
-COLLIDING = b"}(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(10_000)) + b"u"  # to Python, one hash
+LONG = text("a" * 2**22) + b"q\x000"  # recalled by h 0
+CHAIN = (
+    name("x", "y") + b"q\0" + b"h\0)R" * (FLOOD // 4) + b"b" * (FLOOD // 4)
+)  # each is the state of the one before it
+COLLIDING = (
+    b"}(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(10_000)) + b"u"
+)  # all have the same hash in Python
 TENSORS = REBUILD + b"q\x000" + tuple_(storage(), *PLACES) + b"q\x010" + list_(b"h\0h\1R" * (FLOOD // 3))
 
 LYING = {
@@ -325,14 +329,14 @@ RAW = {  # the whole pickle is bad
 
 
 def overlapping() -> bytes:
-    """data/1 lies within data/0, with a header of its own."""
+    """An archive in which data/1, with a header of its own, lies within data/0."""
     inside = zipped([Member("archive/data/1", WEIGHTS)])[: 30 + 14 + 16]
     place = 30 + 16 + len(GOOD) + 30 + 14
     return archive(GOOD, Member("archive/data/1", WEIGHTS, central={"offset": place}), weights=inside)
 
 
 def wide(**values: int) -> dict:
-    """Header fields of 64 bits, by a zip64 extra field."""
+    """An archive whose header fields are in a zip64 extra field of 64 bits each."""
     numbers = [values[key] for key in ("size", "stored", "offset") if key in values]
     extra = struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
     return dict.fromkeys(values, 0xFFFFFFFF) | {"extra": extra}
@@ -395,13 +399,13 @@ FILES: dict[str, tuple[bytes, str | None]] = (
 
 
 def cut(whole: bytes) -> Iterator[bytes]:
-    """A file that ends too early, in many places, the last hundred among them."""
+    """The file, cut at many places, the last hundred bytes among them."""
     for end in (*range(1, len(whole) - 100, len(whole) // 100), *range(len(whole) - 100, len(whole))):
         yield whole[:end]
 
 
 def mutants(whole: bytes, count: int) -> Iterator[bytes]:
-    """A file with a few bytes changed, in a zip header, in the pickle or anywhere; or with parts of it moved."""
+    """The file with a few bytes changed in a zip header, in the pickle or anywhere, or with parts of it moved."""
     draw = random.Random(0)
     with zipfile.ZipFile(io.BytesIO(whole)) as opened:
         members = {entry.filename: opened.read(entry) for entry in opened.infolist()}

@@ -65,7 +65,7 @@ def main() -> None:
 
     outputs, picture = compute(BASE)
     made_by = {library.__name__: library.__version__ for library in (diffusers, transformers, torch)}
-    record = {"made_by": made_by, "model": StableDiffusion.load(BASE).fingerprint()}
+    record = {"made_by": made_by, "model": StableDiffusion.load(BASE).source_fingerprint()}
     record |= {name: digest(tensor) for name, tensor in outputs.items()}
     NUMBERS.parent.mkdir(exist_ok=True)
     NUMBERS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A pickled .ckpt comes back as it was saved, whatever classes it names; and it cannot do anything else."""
+"""A pickled .ckpt is read as it was saved, whatever classes it names, and nothing in it is run."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def _channels_last() -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, NaN included, with type, shape and strides."""
+    """Whether type, shape, strides and all bits are equal, those of NaN too."""
     same = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
     return same and torch.equal(*(t.detach().reshape(-1).view(torch.uint8) for t in (a, b)))
 
@@ -67,7 +67,8 @@ def test_reads_what_torch_reads(tmp_path, protocol):
     saved |= {"module": torch.nn.Linear(3, 2).state_dict(), "dtype": torch.bfloat16}  # with its _metadata
     path = tmp_path / "模型.ckpt"
     torch.save(saved, path, pickle_protocol=protocol)
-    ours, theirs = ckpt.read(path), torch.load(path, weights_only=False)  # our own file; True knows no protocol 4
+    ours = ckpt.read_pickle(path)
+    theirs = torch.load(path, weights_only=False)  # weights_only=True can't read protocol 4; the file is our own
     for part in ("state_dict", "module"):
         a, b = ours.pop(part), theirs.pop(part)
         assert type(a) is OrderedDict and list(a) == list(b)
@@ -78,7 +79,7 @@ def test_reads_what_torch_reads(tmp_path, protocol):
 def test_tied_tensors_stay_tied_and_writing_stays_off_the_file(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save(state_dict(), path)
-    before, read = path.read_bytes(), ckpt.read(path)
+    before, read = path.read_bytes(), ckpt.read_pickle(path)
     read["tied"][4, 0] = 123.0
     assert read["transposed"][0, 4] == read["tail"][0, 0] == read["rows"][2, 0] == read["parameter"][4, 0] == 123.0
     assert not read["parameter"].requires_grad and read["torch.float32"][4, 0] != 123.0
@@ -86,7 +87,7 @@ def test_tied_tensors_stay_tied_and_writing_stays_off_the_file(tmp_path):
 
 
 def test_reads_the_official_kind_of_checkpoint(tmp_path, monkeypatch):
-    """sd-v1-4.ckpt in small: Lightning's classes, which are not here when it is read, beside the weights."""
+    """A small sd-v1-4.ckpt: beside the weights it names Lightning's classes, which can't be imported here."""
 
     class ModelCheckpoint: ...
 
@@ -110,7 +111,7 @@ def test_reads_the_official_kind_of_checkpoint(tmp_path, monkeypatch):
 
     with pytest.raises(Exception, match="Weights only load failed.*|Unsupported global"):
         torch.load(tmp_path / "x.ckpt", weights_only=True)
-    read = ckpt.read(tmp_path / "x.ckpt")
+    read = ckpt.read_pickle(tmp_path / "x.ckpt")
     assert not any(module.startswith(("pytorch_lightning", "omegaconf")) for module in sys.modules)
     assert all(equal(tensor, read["state_dict"][key]) for key, tensor in state_dict().items())
     assert (read["epoch"], read["global_step"], read["lr_schedulers"]) == (26, 470000, [{"last_epoch": 1}])
@@ -129,7 +130,7 @@ def test_reads_the_official_kind_of_checkpoint(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, dict]:
-    """What came of every hostile file, and of honest ones that were broken, in a guarded process."""
+    """A guarded process's report on each hostile file, and on honest files that were damaged."""
     folder = tmp_path_factory.mktemp("hostile")
     for name, (content, _) in hostile.FILES.items():
         (folder / f"{name}.ckpt").write_bytes(content)
@@ -137,7 +138,7 @@ def reports(tmp_path_factory) -> dict[str, dict]:
     for kind, contents in {"cut": hostile.cut(honest), "mutant": hostile.mutants(honest, 400)}.items():
         for i, content in enumerate(contents):
             (folder / f"{kind}-{i}.ckpt").write_bytes(content)
-    torch.save({"w": torch.zeros(64 << 18)}, folder / "0-large.ckpt")  # the first to be read
+    torch.save({"w": torch.zeros(64 << 18)}, folder / "0-large.ckpt")  # its name makes it the first to be read
     done = subprocess.run([sys.executable, GUARD, folder], cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(folder.rglob("canary"))
@@ -163,7 +164,7 @@ def test_weights_are_as_they_are_stored(reports):
 
 
 def test_memory_is_bounded(reports):
-    """Whatever a file says, reading it takes at most 200 MB; reading 64 MB of honest weights takes next to nothing."""
+    """Reading any file takes at most 200 MB; reading 64 MB of honest weights takes under 16 MB."""
     assert max(report["megabytes"] for report in reports.values()) < 200
     assert reports["0-large"]["error"] is None and reports["0-large"]["megabytes"] < 16
 
@@ -182,7 +183,7 @@ def test_broken_file_is_refused_or_inert(reports):
 
 
 def test_attacks_are_real(tmp_path):
-    """Those called working do run their command where the file is opened by Python's own unpickler."""
+    """The attacks in WORKING do run their command when Python's own unpickler reads the file."""
     working = [*hostile.WORKING, *hostile.WORKING_REFUSED]
     for name in working:
         (tmp_path / f"{name}.ckpt").write_bytes(hostile.FILES[name][0])
@@ -198,4 +199,4 @@ def test_what_is_no_file_is_refused(tmp_path):
         (tmp_path / "pipe.ckpt", "no"),
     ):
         with pytest.raises(InputError, match=says):
-            ckpt.read(path)
+            ckpt.read_pickle(path)

@@ -1,4 +1,4 @@
-"""python -m ldm weights inspect|convert|verify: what it prints, and one line for what is wrong."""
+"""python -m ldm weights inspect|convert|verify: what it prints, and its one-line errors."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from ldm import InputError, StableDiffusion, __main__
 
 @pytest.fixture
 def run(capsys):
-    """run(words...): the lines that the command prints."""
+    """run(words...) runs the command. Returns the lines that it prints."""
 
     def call(*words) -> list[str]:
         __main__.main(["weights", *map(str, words)])
@@ -25,7 +25,7 @@ def run(capsys):
 
 @pytest.fixture
 def file(narrow, tmp_path):
-    """An official file of SD1 with averages of its UNet, and nothing said in its header."""
+    """An official file of SD1 with averages of its UNet, and no metadata."""
     narrow("sd1").save(tmp_path / "saved.safetensors")
     tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "saved.safetensors").items()}
     for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:
@@ -54,14 +54,17 @@ def test_inspect_tells_what_a_file_is(run, file, narrow):
     ]
 
 
-def test_inspect_names_what_is_missing_unknown_or_of_another_shape(run, file):
+def test_inspect_names_what_is_missing_unknown_or_of_another_shape_and_fails(run, file, capsys):
     tensors = load_file(file)
     del tensors["model.diffusion_model.out.2.bias"]
     tensors["first_stage_model.decoder.conv_in.bias"] = torch.zeros(3)
     tensors["cond_stage_model.transformer.adapter.weight"] = torch.zeros(3)
     damaged = file.with_name("damaged.safetensors")
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, damaged)
-    assert run("inspect", damaged)[-4:] == [
+    with pytest.raises(SystemExit) as end:
+        run("inspect", damaged)
+    assert end.value.code == 1
+    assert capsys.readouterr().out.splitlines()[-4:] == [
         "missing tensor model.diffusion_model.out.2.bias",
         "unknown tensor cond_stage_model.transformer.adapter.weight",
         "first_stage_model.decoder.conv_in.bias is (3,), and should be (24,)",
@@ -102,7 +105,7 @@ def test_verify_knows_the_official_files_by_their_hash(run, tmp_path, monkeypatc
         run("verify", file)
     sums = tmp_path / "SHA256SUMS"
     sums.write_text(f"# a comment\n{'0' * 64}  other.ckpt\n{digest}  v1-5.safetensors\n")
-    monkeypatch.setattr(__main__, "SUMS", sums)
+    monkeypatch.setattr(__main__, "OFFICIAL_SUMS", sums)
     assert run("verify", file) == [f"{file} is v1-5.safetensors (SHA-256 {digest})"]
     with pytest.raises(InputError, match="is no file; verify takes the official single files"):
         run("verify", tmp_path)
@@ -120,7 +123,7 @@ def test_what_this_user_may_not_read_is_one_line(run, file, narrow, monkeypatch)
 
 
 def test_the_list_of_hashes_is_one_that_sha256sum_reads():
-    lines = [line for line in __main__.SUMS.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in __main__.OFFICIAL_SUMS.read_text().splitlines() if not line.startswith("#")]
     assert len(lines) == 12 and all(re.fullmatch(r"[0-9a-f]{64}  [\w.-]+\.(ckpt|safetensors)", line) for line in lines)
     assert len({line[:64] for line in lines}) == len({line[66:] for line in lines}) == 12
 
@@ -135,7 +138,10 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, root):
         ),
         (["inspect", tmp_path / "a.safetensors"], "is not a whole .safetensors file"),
         (["convert", tmp_path / "a.safetensors"], "the following arguments are required: output"),
-        (["inspect", tmp_path / "a.safetensors", "--variant", "fp16"], "--variant fp16 is for diffusers folders"),
+        (
+            ["inspect", tmp_path / "a.safetensors", "--variant", "fp16"],
+            "is one file, and variant fp16 is for diffusers folders",
+        ),
         (["verify"], "the following arguments are required: path"),
         (["paint"], "invalid choice: 'paint'"),
     ):

@@ -18,7 +18,7 @@ runtime formats model dreambooth training __main__""".split()
 
 WINGS = {
     "runtime": "cli files memory threads signals processes",
-    "formats": "names archive unpickle ckpt tensors folder weights",
+    "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
     "training": "precision ema optimizer tracking settings options state checkpoint continuity claim run "
     "latents batches class_pictures validation",
 }

@@ -1,4 +1,4 @@
-"""Every layout that models come in, for both families: read, written, and all the way round, bit for bit."""
+"""Every layout of model files, for both families: reading, writing and converting keep every bit."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm import InputError, StableDiffusion
-from ldm.formats import weights
+from ldm.formats import Source, single
 from ldm.formats.folder import PARTS
 from ldm.formats.tensors import save_tensors
 
@@ -23,7 +23,7 @@ EMA = "model_ema."
 
 @pytest.fixture
 def there(tmp_path):
-    """A folder that is gone after the test."""
+    """A folder that is removed after the test."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -33,7 +33,7 @@ def same_bits(a: dict, b: dict) -> bool:
 
 
 def official_tensors(sd: StableDiffusion, folder: Path, dtype=None) -> dict[str, torch.Tensor]:
-    """What an official file of this model holds; its header's metadata is left behind."""
+    """The tensors of an official file of this model, without the metadata in its header."""
     file = folder / "official.safetensors"
     sd.save(file, dtype=dtype)
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -42,13 +42,13 @@ def official_tensors(sd: StableDiffusion, folder: Path, dtype=None) -> dict[str,
 
 
 def averages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Another UNet, as LitEma of the original code names it: without dots, and so without "model." before it."""
+    """Averages of the UNet, named as by the original code's LitEma: without dots, and without "model." at the front."""
     unet = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
     made = {EMA + name.removeprefix("model.").replace(".", ""): tensor * 0.5 for name, tensor in unet.items()}
     return made | {EMA + "decay": torch.tensor(0.9999), EMA + "num_updates": torch.tensor(7, dtype=torch.int32)}
 
 
-# Each writes one layout as others write it, and returns where the model is.
+# Each function writes one layout as other programs write it, and returns the model's path.
 
 
 def safetensors(sd, folder, dtype):
@@ -104,7 +104,7 @@ def diffusers_shards_variant(sd, folder, dtype):
 
 
 def shard(whole: Path, stem: str, index: str, count: int = 3) -> None:
-    """Cuts a file in pieces, with an index, as diffusers and transformers name them."""
+    """Cuts a file into shards with an index, named as by diffusers and transformers."""
     tensors = load_file(whole)
     names = sorted(tensors)
     weight_map = {}
@@ -149,7 +149,7 @@ def test_any_layout_into_any_other_and_back_is_bitwise(family, layout, dtype, na
     third = StableDiffusion.load(there / "third.safetensors", dtype=None)
     for sd in (second, third):
         assert same_bits(sd.state(), expected) and sd.config == original.config
-    assert first.fingerprint() == third.fingerprint()
+    assert first.source_fingerprint() == third.source_fingerprint()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,7 +162,7 @@ def test_folders_that_diffusers_writes_in_pieces_are_read(safe, family, narrow, 
     pipe.save_pretrained(there / "theirs", safe_serialization=safe, variant="fp16", max_shard_size="100KB")
     names = [path.name for path in (there / "theirs" / "unet").iterdir()]
     assert any("index.fp16.json" in name for name in names) and sum("-of-" in name for name in names) > 1
-    with pytest.raises(InputError, match="variant fp16 only; give --variant fp16$"):
+    with pytest.raises(InputError, match="variant fp16 only; give variant fp16$"):
         StableDiffusion.load(there / "theirs")
     sd = StableDiffusion.load(there / "theirs", dtype=None, variant="fp16")
     assert same_bits(sd.state(), {name: tensor.half() for name, tensor in original.state().items()})
@@ -186,7 +186,7 @@ def test_of_a_full_checkpoint_either_unet_is_taken_and_the_average_is_never_writ
         with safe_open(there / "saved.safetensors", "pt") as file:
             assert not any(name.startswith(EMA) for name in file.keys())
         assert same_bits(StableDiffusion.load(there / "saved.safetensors").state(), sd.state())
-        with pytest.raises(InputError, match=r"has no EMA weights for model\.diffusion_model\..* leave --ema out"):
+        with pytest.raises(InputError, match=r"has no EMA weights for model\.diffusion_model\..* load it without ema"):
             StableDiffusion.load(there / "saved.safetensors", ema=True)
 
 
@@ -194,7 +194,7 @@ def test_of_a_full_checkpoint_either_unet_is_taken_and_the_average_is_never_writ
 def test_what_a_folder_has_no_place_for_is_named_and_what_a_file_has_is_kept(family, narrow, there):
     tensors = official_tensors(narrow(family), there)
     kept = {"first_stage_model.loss.logvar": torch.tensor(0.25), "betas": torch.full((1000,), 0.5)}
-    if family != "sd1":  # OpenCLIP's last block and its projection: the original's class has them, nobody runs them
+    if family != "sd1":  # OpenCLIP's last block and its projection: the original's class has them and never runs them
         last = [name for name in tensors if ".resblocks.2." in name]
         assert len(last) == 12
         for name in [*last, "cond_stage_model.model.text_projection", "cond_stage_model.model.logit_scale"]:
@@ -205,7 +205,7 @@ def test_what_a_folder_has_no_place_for_is_named_and_what_a_file_has_is_kept(fam
     assert set(kept) <= set(left_out) and set(left_out) == set(tensors) - official_networks(tensors) | set(kept)
     assert sd.save(there / "b.safetensors", dtype=torch.float16) == []
     found = load_file(there / "b.safetensors")
-    assert same_bits({name: found[name] for name in kept}, kept)  # as it was, whatever the type of the networks
+    assert same_bits({name: found[name] for name in kept}, kept)  # unchanged, whatever the type of the networks
 
 
 def official_networks(tensors) -> set[str]:
@@ -227,17 +227,17 @@ def test_a_header_says_what_the_model_is_and_where_it_comes_from(narrow, there):
         assert file.metadata() == {"format": "pt", "ldm.step": "400"}
 
 
-# eps or v: tensors can't tell
+# eps or v: the tensors do not show which
 
 
-def test_what_the_model_predicts_is_said_by_somebody_and_told(narrow, there):
+def test_the_summary_says_what_the_model_predicts_and_how_that_is_known(narrow, there):
     file = safetensors(narrow("sd2_v"), there, None)
     guessed = StableDiffusion.load(file)
     assert (guessed.config.schedule.prediction, guessed.config.resolution) == ("v", 768)
-    assert "predicts v (assumed of SD 2.x; for a 512-base model give --prediction-type eps)" in guessed.summary
+    assert "predicts v (assumed for SD 2.x; a 512-base model needs prediction eps)" in guessed.summary
     told = StableDiffusion.load(file, prediction="eps")
     assert (told.config.schedule.prediction, told.config.resolution) == ("eps", 512)
-    assert told.summary.endswith("predicts eps (--prediction-type)") and str(file) in told.summary
+    assert told.summary.endswith("predicts eps (as requested)") and str(file) in told.summary
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
     for word, said in {"epsilon": ("eps", 512), "v": ("v", 768), "v_prediction": ("v", 768)}.items():
@@ -250,19 +250,19 @@ def test_what_the_model_predicts_is_said_by_somebody_and_told(narrow, there):
     guessed.save(there / "folder", "diffusers")
     assert StableDiffusion.load(there / "folder").summary.endswith("predicts v (the scheduler's JSON)")
     overruled = StableDiffusion.load(there / "folder", prediction="eps")
-    assert overruled.summary.endswith("predicts eps (--prediction-type)")
+    assert overruled.summary.endswith("predicts eps (as requested)")
     first = safetensors(narrow("sd1"), there, None)
     assert "Stable Diffusion 1, official single file, float32, predicts eps" in StableDiffusion.load(first).summary
-    with pytest.raises(InputError, match="--prediction-type x0 is neither eps nor v"):
+    with pytest.raises(InputError, match="prediction 'x0' is neither eps nor v"):
         StableDiffusion.load(first, prediction="x0")
 
 
-# Files that are not as they should be: one line, which names the file
+# Damaged files: the error is one line that names the file
 
 
 @pytest.fixture
 def sharded(narrow, there):
-    """A folder in pieces, and the index of its UNet."""
+    """A folder of shards, and the index of its UNet."""
     path = diffusers_shards(narrow("sd1"), there, None)
     return path, path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
 
@@ -323,7 +323,7 @@ def test_a_shard_that_is_a_link_elsewhere_is_what_hub_caches_have(sharded, there
 
 
 FLOATS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-# name: (header, data, and what is said)
+# name: (header, data, what the error says)
 HEADERS = {
     "length beyond all memory": (b"{}", b"", "header too large"),
     "length beyond the file": (b"{}", b"", "header"),
@@ -394,7 +394,7 @@ def test_a_tensor_that_is_no_weight_is_refused_by_name(value, said, dtype, narro
     tensors = official_tensors(narrow("sd1"), there)
     name = "model.diffusion_model.input_blocks.0.0.bias"
     save_file(tensors | {name: value}, there / "a.safetensors")
-    with pytest.raises(InputError, match=f"{name} {said}"):  # numbers are looked at by those that use them
+    with pytest.raises(InputError, match=f"{name} {said}"):  # loading does not read the numbers
         StableDiffusion.load(there / "a.safetensors", dtype=dtype).check_finite()
 
 
@@ -453,14 +453,19 @@ def test_a_folder_of_another_architecture_is_refused_by_what_it_says(file, name,
 
 def test_where_a_model_comes_from_stays_with_it(random_model, there):
     origin = {"ldm.base": "f" * 64, "ldm.step": "7", "ldm.instance_prompt": "a sks dog"}
+    origin["ldm.sampling"] = '{"sampler": "ddim", "steps": 25}'
     random_model().save(there / "a.safetensors", metadata=origin)
     StableDiffusion.load(there / "a.safetensors").save(there / "folder", "diffusers")
-    StableDiffusion.load(there / "folder").save(there / "b.safetensors")
+    for part, stem in PARTS.items():  # variants keep it too
+        (there / "folder" / part / f"{stem}.safetensors").rename(there / "folder" / part / f"{stem}.fp16.safetensors")
+    StableDiffusion.load(there / "folder", variant="fp16").save(there / "b.safetensors")
     with safe_open(there / "b.safetensors", "pt") as file:
         assert {key: text for key, text in file.metadata().items() if key in origin} == origin
     StableDiffusion.load(there / "b.safetensors").save(there / "c.safetensors", metadata={"ldm.step": "9"})
     with safe_open(there / "c.safetensors", "pt") as file:
-        assert file.metadata()["ldm.step"] == "9" and "ldm.base" not in file.metadata()  # another's story, not ours
+        assert (
+            file.metadata()["ldm.step"] == "9" and "ldm.base" not in file.metadata()
+        )  # given metadata replace the source's
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (71, 24), (72,)], ids=str)
@@ -511,7 +516,7 @@ def test_writing_to_a_loaded_model_does_not_reach_the_file(narrow, there):
 
 @pytest.mark.parametrize("family, official", [("SD1", "sd1"), ("SD2", "sd2"), ("SD2_V", "sd2")])
 def test_a_saved_file_has_the_tensors_of_the_published_ones(family, official, monkeypatch, tmp_path):
-    """At full size and without their bytes: names, shapes and types of all rows but the moving average's two."""
+    """At full size, on the meta device: names, shapes and types, without the two leftovers of the moving average."""
     from test_manifest import published_rows
 
     from ldm import config
@@ -520,6 +525,6 @@ def test_a_saved_file_has_the_tensors_of_the_published_ones(family, official, mo
     with torch.device("meta"):
         sd = StableDiffusion(preset)
     written = {}
-    monkeypatch.setattr(weights, "save_tensors", lambda path, tensors, header: (path.touch(), written.update(tensors)))
-    weights.write_single(tmp_path / "a.safetensors", weights.Source(preset, sd.state(), sd.tokenizer))
+    monkeypatch.setattr(single, "save_tensors", lambda path, tensors, header: (path.touch(), written.update(tensors)))
+    single.write_single(tmp_path / "a.safetensors", Source(preset, sd.tokenizer, sd.state()))
     assert {name: (tuple(t.shape), t.dtype) for name, t in written.items()} == published_rows(official)

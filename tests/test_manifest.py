@@ -11,8 +11,9 @@ from ldm.config import SD1, SD2
 from ldm.formats import names
 from ldm.schedule import Schedule
 
-PREFIXES = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.TEXT}
-POSITION_IDS = names.TEXT + "text_model.embeddings.position_ids"  # 0 to 76, a buffer of older versions of transformers
+PREFIXES = {"unet": names.UNET_PREFIX, "vae": names.VAE_PREFIX, "text_encoder": names.TEXT_PREFIX}
+# 0 to 76: a buffer of older versions of transformers
+POSITION_IDS = names.TEXT_PREFIX + "text_model.embeddings.position_ids"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -25,7 +26,7 @@ def published(family: str) -> Shapes:
 
 
 def published_rows(family: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every tensor of the published files but the leftovers of the moving average."""
+    """Shape and type of each tensor of the published files, without the two leftovers of the moving average."""
     lines = (Path(__file__).parent / "facts" / f"{family}_tensors.txt").read_text().splitlines()
     types = {line.split()[0]: (line.split() + ["float32"])[2] for line in lines if not line.startswith("#")}
     kept = {name: shape for name, shape in published(family).items() if not name.startswith("model_ema.")}
@@ -58,8 +59,8 @@ def test_a_network_has_the_published_parameters(family, part, count):
 
 
 def test_what_else_is_in_a_published_file():
-    """The schedule's buffers, which we write too, the position ids, and two leftovers of the moving average."""
-    networks = (names.UNET, names.VAE, names.TEXT)
+    """The schedule's tables, which we write too, the position ids, and two leftovers of the moving average."""
+    networks = (names.UNET_PREFIX, names.VAE_PREFIX, names.TEXT_PREFIX)
     rest = {name: shape for name, shape in published("sd1").items() if not name.startswith(networks)}
     buffers = {name: tuple(table.shape) for name, table in Schedule(SD1.schedule).official_buffers().items()}
     assert rest == buffers | {"model_ema.decay": (), "model_ema.num_updates": ()}

@@ -7,7 +7,7 @@ import torch
 
 from ldm.clip import TextEncoder
 from ldm.config import SD1, SD2, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from ldm.formats import folder, names
+from ldm.formats import folder_config, names
 from ldm.unet import UNet
 from ldm.vae import Autoencoder
 
@@ -37,7 +37,7 @@ TEXTS = {
 
 def theirs_of(part: str, config: ModelConfig):
     """The part of diffusers or transformers built from the JSON that we write for it."""
-    tree = dict(folder.config_files(config, eos_id=99, bos_id=98)[f"{part}/config.json"])
+    tree = dict(folder_config.config_files(config, eos_id=99, bos_id=98)[f"{part}/config.json"])
     if part == "text_encoder":
         return transformers.CLIPTextModel(transformers.CLIPTextConfig(**tree)).eval()
     kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]

@@ -1,5 +1,6 @@
-"""sample.py, and what a picture depends on: its prompt and its seed, and nothing beside it."""
+"""sample.py and `generate`: a picture depends on its prompt and its seed, and not on its batch."""
 
+import json
 import re
 
 import numpy as np
@@ -20,7 +21,7 @@ def sd(random_model) -> StableDiffusion:
 
 @pytest.fixture
 def run(saved, tmp_path, monkeypatch):
-    """run(flags...) runs sample.py with the tiny model in an empty folder, and gives the names of samples/."""
+    """run(flags...) runs sample.py with the small model in an empty folder. Returns the names of the files it made."""
     monkeypatch.chdir(tmp_path)
 
     def main(*flags: str) -> list[str]:
@@ -49,9 +50,98 @@ def test_pictures_say_how_they_were_made(run, saved, tmp_path):
         "steps": "2",
         "guidance_scale": "7.5",
         "size": "32x16",
-        "model": StableDiffusion.load(saved["diffusers"]).fingerprint(),
+        "model": StableDiffusion.load(saved["diffusers"]).source_fingerprint(),
     }
     assert expected.items() <= picture.text.items()
+
+
+SAMPLING = {"sampler": "euler", "steps": 3, "guidance_scale": 4.0, "resolution": 24}
+
+
+@pytest.fixture
+def sampled(saved, tmp_path, monkeypatch, capsys):
+    """sampled(metadata, layout, flags...): how sample.py samples a model with this metadata, and what it prints."""
+
+    def run(metadata: dict[str, str], layout: str, *flags: str) -> tuple[dict, list[str]]:
+        name = {"official": "a.safetensors", "diffusers": "a", "checkpoint": "checkpoint-000003/model.safetensors"}
+        path = tmp_path / name[layout]
+        sd = StableDiffusion.load(saved["official"])
+        sd.save(path, "diffusers" if layout == "diffusers" else "official", metadata=metadata)
+        seen = {}
+
+        def spy(self, prompts, **kwargs):
+            names = ("sampler", "steps", "guidance", "height", "width")
+            seen.update({name: kwargs[name] for name in names})
+            return [Image.new("RGB", (8, 8))] * len(prompts)
+
+        monkeypatch.setattr(StableDiffusion, "generate", spy)
+        model = str(path.parent if layout == "checkpoint" else path)
+        sample.main(["--model", model, "--prompt", "a", "--output-dir", str(tmp_path / "samples"), *flags])
+        return seen, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers", "checkpoint"])
+def test_a_tuned_model_is_sampled_as_its_training_run_sampled(layout, sampled):
+    metadata = {"ldm.sampling": json.dumps(SAMPLING)}
+    seen, lines = sampled(metadata, layout)
+    assert seen == {"sampler": "euler", "steps": 3, "guidance": 4.0, "height": 24, "width": 24}
+    assert lines[1] == "sampling as in the model's training run: euler, 3 steps, guidance 4.0, 24 px"
+    seen, lines = sampled(metadata, layout, "--steps", "5", "--height", "16", "--sampler", "ddim")
+    assert seen == {"sampler": "ddim", "steps": 5, "guidance": 4.0, "height": 16, "width": 24}
+    assert lines[1] == "sampling as in the model's training run: guidance 4.0, 24 px"
+    seen, lines = sampled({}, layout)
+    assert seen == {"sampler": "ddim", "steps": 50, "guidance": 7.5, "height": 32, "width": 32}
+    assert not any("training run" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "text, ignored",
+    [
+        ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("[1]", "is damaged"),
+        ('{"sampler": "magic"}', "sampler 'magic'"),
+        ('{"sampler": ["ddim"]}', "sampler"),
+        ('{"steps": 1000000000}', "steps 1000000000"),
+        ('{"steps": 0}', "steps 0"),
+        ('{"steps": true}', "steps True"),
+        ('{"steps": 25.0}', "steps 25.0"),
+        ('{"guidance_scale": NaN}', "guidance_scale nan"),
+        ('{"guidance_scale": Infinity}', "guidance_scale inf"),
+        ('{"guidance_scale": 1%s}' % ("0" * 400), "guidance_scale 1000"),
+        ('{"guidance_scale": "7.5"}', "guidance_scale '7.5'"),
+        ('{"resolution": 30}', "resolution 30"),
+        ('{"resolution": -8}', "resolution -8"),
+        ('{"resolution": 1048576}', "resolution 1048576"),
+        ('{"resolution": [8, 8]}', "resolution"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_damaged_words_about_sampling_are_ignored_with_a_warning(text, ignored, sampled):
+    with pytest.warns(UserWarning, match=f"its metadata ldm.sampling (says )?{ignored}.*ignored"):
+        seen, lines = sampled({"ldm.sampling": text}, "official")
+    assert seen == {"sampler": "ddim", "steps": 50, "guidance": 7.5, "height": 32, "width": 32}
+    assert not any("training run" in line for line in lines)
+
+
+def test_good_words_beside_damaged_ones_count(sampled):
+    with pytest.warns(UserWarning, match="steps -1"):
+        seen, _ = sampled({"ldm.sampling": json.dumps(SAMPLING | {"steps": -1, "more": 1})}, "official")
+    assert seen == {"sampler": "euler", "steps": 50, "guidance": 4.0, "height": 24, "width": 24}
+
+
+def test_the_embedded_model_is_sampled_as_its_settings_say(root, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(self, prompts, **kwargs):
+        seen.update(kwargs)
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr(StableDiffusion, "generate", spy)
+    sample.main(["--prompt", "a", "--output-dir", str(tmp_path)])
+    assert [seen[name] for name in ("sampler", "steps", "guidance", "height")] == ["ddim", 25, 4.0, 64]
 
 
 def test_nothing_is_overwritten(run, tmp_path):
@@ -95,7 +185,9 @@ def test_too_many_pictures_at_once_are_one_line(run, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(StableDiffusion, "generate", full)
-    with pytest.raises(RunError, match="^cpu ran out of memory; lower --batch-size, or give --dtype bf16$"):
+    with pytest.raises(
+        RunError, match="^cpu ran out of memory while it made pictures; lower --batch-size, or give --dtype bf16$"
+    ):
         run("--prompt", "a")
 
 
@@ -157,7 +249,7 @@ def test_latents_begin_as_torch_randn_of_the_seed_and_noise_goes_on_from_there(s
         seen["x"], seen["noise"] = x, noise()
         return x
 
-    monkeypatch.setitem(samplers.SAMPLERS, "spy", spy)
+    monkeypatch.setitem(samplers.SAMPLERS, "spy", samplers.Sampler(spy))
     sd.generate("a cat", seeds=[7, 1234567890123], sampler="spy", output="latent", height=24, width=40)
     for row, seed in enumerate((7, 1234567890123)):
         generator = torch.Generator().manual_seed(seed)
@@ -179,7 +271,7 @@ def test_a_picture_does_not_depend_on_its_batch(sampler, sd):
 
 def test_guidance_is_one_batched_pass_and_at_1_half_of_it(sd, monkeypatch):
     """eps = eps("") + w (eps(prompt) - eps("")), Ho & Salimans 2022."""
-    monkeypatch.setitem(samplers.SAMPLERS, "one", lambda denoise, x, *_, **__: denoise(x, 300))
+    monkeypatch.setitem(samplers.SAMPLERS, "one", samplers.Sampler(lambda denoise, x, *_, **__: denoise(x, 300)))
     sizes, forward = [], sd.unet.forward
     monkeypatch.setattr(sd.unet, "forward", lambda x, t, c: (sizes.append(len(x)), forward(x, t, c))[1])
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -192,6 +284,26 @@ def test_guidance_is_one_batched_pass_and_at_1_half_of_it(sd, monkeypatch):
     scale = 1e-4 * eps[2].abs().max().item()
     torch.testing.assert_close(eps[2], eps[0] + 5.0 * (eps[1] - eps[0]), rtol=0, atol=scale)
     assert (eps[0] - eps[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "latents, init_image, said",
+    [
+        ((1, 4, 6, 8), (3, 32, 32), r"latents are \(4, 6, 8\) each, and init_image \(3, 32, 32\) makes \(4, 8, 8\)"),
+        ((4, 8, 8), None, r"latents are \(4, 8, 8\), and should be \(B, 4, h, w\)"),
+        ((), None, r"latents are \(\), and should be \(B, 4, h, w\)"),
+        ((1, 3, 8, 8), None, r"latents are \(1, 3, 8, 8\), and should be \(B, 4, h, w\)"),
+        ((1, 4, 0, 8), None, r"latents are \(1, 4, 0, 8\), and should be"),
+        (None, (1, 3, 32, 32), r"init_image is \(1, 3, 32, 32\), and should be \(3, H, W\)"),
+        (None, (1, 32, 32), r"init_image is \(1, 32, 32\), and should be \(3, H, W\)"),
+        (None, (3, 32, 30), "width 30 is not a positive multiple of 4 pixels; take 32"),
+        (None, (3, 0, 32), "height 0 is not a positive multiple of 4 pixels; take 4"),
+    ],
+)
+def test_latents_and_pictures_that_sampling_can_not_start_from_are_refused(latents, init_image, said, sd):
+    given = {"latents": latents, "init_image": init_image}
+    with pytest.raises(InputError, match=said):
+        sd.generate("a", steps=2, **{name: torch.zeros(shape) for name, shape in given.items() if shape is not None})
 
 
 def test_what_is_no_number_is_no_picture(sd):

@@ -1,4 +1,4 @@
-"""Stable Diffusion 2's text encoder: OpenCLIP's own text tower gives the same under the names of the official file."""
+"""Stable Diffusion 2's text encoder equals OpenCLIP's own text tower, under the names of the official file."""
 
 import importlib
 import sys
@@ -19,10 +19,11 @@ from ldm.formats import names
 def towers():
     """The module open_clip.transformer.
 
-    The package around it wants torchvision, for pictures. Where that is not to be had (PyPI's is built for CUDA, and
-    can't be imported beside a torch without it) the module is taken out of the package, and what it wants left empty.
+    Its package imports torchvision, for pictures. Where torchvision can't be imported (PyPI's needs a torch with CUDA),
+    this module is imported alone, with empty stand-ins for what it imports.
     """
-    transformers = pytest.importorskip("transformers", reason="needs the parity extra")  # not to see what is patched
+    transformers = pytest.importorskip("transformers", reason="needs the parity extra")
+    # transformers looks for torchvision once: it must do so before our stand-in is there
     transformers.utils.import_utils.is_torchvision_available()
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
@@ -46,7 +47,7 @@ def towers():
 
 
 def tower(towers, config):
-    """OpenCLIP's text tower with the block more that SD2 leaves out; its output is the vectors of all tokens."""
+    """OpenCLIP's text tower, with the last block that SD2 never runs. Its output is the vectors of all tokens."""
     theirs = towers.TextTransformer(
         context_length=config.context_length,
         vocab_size=config.vocab_size,
@@ -80,14 +81,16 @@ def test_the_text_encoder_equals_openclips_under_the_official_names(layers, towe
     expected_extra = {name for name in official if name.startswith(last)} | {"text_projection"}
     ours = TextEncoder(config)
     translated = names.from_openclip({k: t for k, t in official.items() if k not in expected_extra}, config)
-    ours.load_state_dict(translated)  # strict: every name is translated, and none is left over
+    ours.load_state_dict(translated)  # strict: no name is missing or left over
     ids = torch.randint(0, 100, (3, 20), generator=torch.Generator().manual_seed(1))
     a, b = ours(ids), penultimate(theirs, ids)
     assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
     back = names.to_openclip(ours.state_dict(), config)
-    unused = {name.removeprefix(names.OPENCLIP): tensor.shape for name, tensor in names.unused_text(config).items()}
-    assert back.keys() | unused.keys() == official.keys() | {"logit_scale"}  # that one belongs to the whole CLIP
+    prefix = names.OPENCLIP_PREFIX
+    unused = {name.removeprefix(prefix): tensor.shape for name, tensor in names.unused_text(config).items()}
+    # the temperature is not in the text tower but in the whole CLIP
+    assert back.keys() | unused.keys() == official.keys() | {"logit_scale"}
     assert all(torch.equal(back[name], official[name]) for name in back)
     assert all(official[name].shape == shape for name, shape in unused.items() if name != "logit_scale")
 
@@ -109,11 +112,11 @@ def test_gradients_equal_openclips_too(towers, randomised):
 
 
 def test_an_official_file_of_sd2_runs_in_openclip(towers, narrow, tmp_path):
-    """What `save` writes is what OpenCLIP's class takes, with nothing missing and nothing over."""
+    """OpenCLIP's class loads strictly what `save` writes."""
     sd = narrow("sd2")
     sd.save(tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
-    text = {name.removeprefix(names.OPENCLIP): t for name, t in tensors.items() if name.startswith(names.OPENCLIP)}
+    text = names.take_prefixed(tensors, names.OPENCLIP_PREFIX)
     text.pop("logit_scale")
     theirs = tower(towers, sd.config.text)
     theirs.load_state_dict(text)
@@ -134,7 +137,7 @@ def test_a_folder_of_sd2_opens_in_diffusers_and_says_what_it_predicts(family, pr
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     arguments = {"prompt": "a red cat!", "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "latent"}
-    ids = sd.tokenizer(["", "a red cat!"])  # transformers reads "!" as padding (diffusers#4153): ids, then, not words
+    ids = sd.tokenizer(["", "a red cat!"])  # not a prompt: transformers reads "!" as padding (diffusers#4153)
     without, context = pipe.text_encoder(ids)[0].chunk(2)
     del arguments["prompt"]
     theirs = pipe(prompt_embeds=context, negative_prompt_embeds=without, latents=latents, **arguments).images

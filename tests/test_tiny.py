@@ -1,4 +1,4 @@
-"""The embedded model: golden numbers by diffusers and live, the scripts that made it, train.py as README has it."""
+"""The embedded model: golden numbers from diffusers, the scripts that made it, README's first command."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def assert_golden(name: str, found: dict[str, list]) -> None:
 
 
 def test_the_goldens_are_of_these_weights(sd):
-    assert sd.fingerprint() == GOLDENS["model"], "the weights have changed: python tests/make_goldens.py"
+    assert sd.source_fingerprint() == GOLDENS["model"], "the weights have changed: python tests/make_goldens.py"
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_what_is_shipped_is_small(root):
 
 @pytest.mark.slow
 def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
-    """In the order of weights/tiny/README.md, with few drawings and a step of training each."""
+    """Runs them in the order of weights/tiny/README.md, with few drawings and one training step each."""
     scripts = root / "weights" / "tiny"
 
     def call(script: str, *flags: str) -> subprocess.CompletedProcess:
@@ -96,9 +96,9 @@ def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
         done = call(*command.split())
         assert done.returncode == 0, done.stderr
         if command.startswith("unet.py"):
-            made.append(StableDiffusion.load(tmp_path / "base").fingerprint())
+            made.append(StableDiffusion.load(tmp_path / "base").source_fingerprint())
     assert made[0] != made[1]
-    assert StableDiffusion.load(BASE).fingerprint() == GOLDENS["model"], "what is shipped has changed"
+    assert StableDiffusion.load(BASE).source_fingerprint() == GOLDENS["model"], "what is shipped has changed"
 
     assert call("text_encoder.py").returncode == 0
     refused = call("unet.py", "--resume")
@@ -107,7 +107,7 @@ def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_first_command_of_the_readme_gives_a_model_that_diffusers_opens(root, tmp_path):
-    """Shortened by two flags; everything else is weights/tiny/train.toml."""
+    """The command is shortened by two flags; all else is as in weights/tiny/train.toml."""
     short = ["--max-train-steps", "3", "--num-class-images", "4"]
     done = subprocess.run(
         [sys.executable, root / "train.py", *short], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -122,7 +122,9 @@ def test_the_first_command_of_the_readme_gives_a_model_that_diffusers_opens(root
     assert min(sheet.size) > 500
 
     tuned = StableDiffusion.load(out / "model.safetensors")
-    assert tuned.fingerprint() != GOLDENS["model"]
+    assert tuned.source_fingerprint() != GOLDENS["model"]
+    sampling = {"sampler": "ddim", "steps": 25, "guidance_scale": 4.0, "resolution": 64}
+    assert tuned.source.sampling() == sampling
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     tuned.save(tmp_path / "folder", "diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder")

@@ -87,7 +87,9 @@ def test_the_same_command_gives_the_same_bits_in_either_layout(run):
     official, folder = run("--layout official", "a"), run("--layout diffusers", "b")
     assert not (official / "model").exists() and not (folder / "model.safetensors").exists()
     a, b = StableDiffusion.load(official / "model.safetensors"), StableDiffusion.load(folder / "model")
-    assert changed(a.state(), b.state()) == set() and a.fingerprint() == b.fingerprint()
+    assert changed(a.state(), b.state()) == set() and a.source_fingerprint() == b.source_fingerprint()
+    sampling = {"sampler": "ddim", "steps": 2, "guidance_scale": 7.5, "resolution": 32}
+    assert a.source.sampling() == b.source.sampling() == sampling  # what sample.py takes as defaults
     c = StableDiffusion.load(run("--seed 1", "c") / "model.safetensors")
     assert changed(a.state(), c.state()) == {UNET, TEXT}
 

@@ -1,9 +1,12 @@
-"""Model files: the same tensors, bit for bit, in every layout, and nothing in them that is not accounted for."""
+"""Model files: the same tensors, bit for bit, in every layout; strict loading; saving in one step."""
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm import InputError, StableDiffusion
+from ldm.formats.tensors import STORED_DTYPES, raw_bytes, save_tensors
 
 TEXT = "cond_stage_model.transformer.text_model."
-LAYOUTS = {"official": "model.safetensors", "diffusers": "model"}  # and what we call a model there
+LAYOUTS = {"official": "model.safetensors", "diffusers": "model"}  # and a model's file name in each
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -38,19 +42,95 @@ def test_a_round_trip_through_any_two_layouts_is_bitwise(first, second, dtype, r
     assert original.config == once.config == twice.config  # odd widths and all
     prompt = ["a photo of sks dog, isn't it?"]
     assert torch.equal(original.tokenizer(prompt), twice.tokenizer(prompt))
-    assert once.fingerprint() == twice.fingerprint()  # of what is stored, not of how
+    assert once.source_fingerprint() == twice.source_fingerprint()  # the layout does not count
 
 
 def test_the_fingerprint_tells_models_and_types_apart(saved, random_model, tmp_path):
     original = StableDiffusion.load(saved["official"])
-    assert original.fingerprint() == StableDiffusion.load(saved["diffusers"]).fingerprint()
-    assert original.fingerprint() == StableDiffusion.load(saved["official"], dtype=torch.float16).fingerprint()
+    assert original.source_fingerprint() == StableDiffusion.load(saved["diffusers"]).source_fingerprint()
+    assert (
+        original.source_fingerprint()
+        == StableDiffusion.load(saved["official"], dtype=torch.float16).source_fingerprint()
+    )
     original.save(tmp_path / "half.safetensors", dtype=torch.float16)
     with torch.no_grad():
         changed = random_model()
         changed.vae.post_quant_conv.bias[0] += 1e-6
     prints = [original, StableDiffusion.load(tmp_path / "half.safetensors"), changed]
-    assert len({sd.fingerprint() for sd in prints}) == 3
+    assert len({sd.source_fingerprint() for sd in prints}) == 3
+
+
+def test_the_fingerprint_is_of_the_source_whatever_was_done_to_the_model_since(saved):
+    sd = StableDiffusion.load(saved["official"])
+    before, summary = sd.source_fingerprint(), sd.summary
+    with torch.no_grad():
+        sd.unet.out[2].bias += 1.0
+    assert sd.source_fingerprint() == before and sd.summary == summary
+    assert sd.source.path == saved["official"] and sd.source.tensors == {}  # nothing large is held twice
+    with pytest.raises(ValueError, match="without its tensors has no fingerprint"):
+        sd.source.fingerprint()
+
+
+def test_latents_that_overflow_fp16_are_decoded_in_fp32_and_leave_the_model_as_it_was(random_model, tmp_path):
+    sd = random_model()
+    with torch.no_grad():
+        sd.vae.post_quant_conv.weight *= 1e4
+    sd.vae.half()
+    weights = {name: tensor.clone() for name, tensor in sd.vae.state_dict().items()}
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 10
+    with torch.no_grad():
+        assert not sd.vae.decode((z / sd.config.vae.scale_factor).half()).isfinite().all()
+        images = sd.decode_latents(z)
+        assert images.dtype == torch.float32 and images.isfinite().all()
+        assert same_bits(sd.vae.state_dict(), weights)
+        sd.save(tmp_path / "a.safetensors")
+        assert torch.equal(images, sd.vae.float().decode(z / sd.config.vae.scale_factor))
+    stored = load_file(tmp_path / "a.safetensors")
+    assert {t.dtype for name, t in stored.items() if name.startswith("first_stage_model.")} == {torch.float16}
+
+
+SAVE_TWICE = """
+import sys
+from ldm import StableDiffusion
+sd = StableDiffusion.load(sys.argv[1])
+metadata = {f"ldm.{name}": name for name in ("step", "base", "instance_prompt", "class_prompt", "sampling", "größe")}
+sd.save(sys.argv[2] + ".safetensors", metadata=metadata)
+sd.save(sys.argv[2], "diffusers", metadata=metadata)
+"""
+
+
+def test_the_same_model_is_saved_to_the_same_bytes_by_any_process(saved, root, tmp_path):
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", SAVE_TWICE, saved["official"], tmp_path / seed]
+        subprocess.run(command, cwd=root, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+    first, second = (
+        {
+            path.relative_to(tmp_path / seed): path.read_bytes()
+            for path in (tmp_path / seed).rglob("*")
+            if path.is_file()
+        }
+        for seed in ("1", "2")
+    )
+    assert len(first) > 8 and first == second
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+def test_a_header_is_what_the_safetensors_library_writes(tmp_path):
+    """All types of the format, odd shapes, and names in no order."""
+    ramp = torch.arange(6).view(2, 3)
+    tensors = {f"{i % 3}.{dtype}": ramp.to(dtype) for i, dtype in enumerate(STORED_DTYPES)}
+    tensors |= {"ö": torch.zeros(0, 3), "scalar": torch.tensor(2.5), 'a "b"': torch.zeros(3, dtype=torch.bool)}
+    for metadata in ({}, {"format": "pt"}):
+        save_tensors(tmp_path / "a.safetensors", tensors, metadata)
+        save_file(tensors, tmp_path / "b.safetensors", metadata or None)
+        assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    save_tensors(tmp_path / "a.safetensors", tensors, {"b": "2", "a": "ö"})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"a": "ö", "b": "2"}
+        assert all((raw_bytes(file.get_tensor(n)) == raw_bytes(t)).all() for n, t in tensors.items())
+    with pytest.raises(InputError, match=r"w holds torch\.complex128, which a \.safetensors file can't hold"):
+        save_tensors(tmp_path / "c.safetensors", {"w": torch.zeros(1, dtype=torch.complex128)}, {})
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 # The tables that CompVis' DDPM.register_schedule keeps in its checkpoints: first, second and last entry, evaluated
@@ -94,7 +174,7 @@ def test_an_official_file_has_the_tables_that_the_original_class_expects(saved):
 def test_what_an_official_file_has_beside_the_networks_is_carried_over(saved, tmp_path):
     tensors = load_file(saved["official"])
     kept = {
-        "betas": torch.full((1000,), 0.5),  # not ours to correct
+        "betas": torch.full((1000,), 0.5),  # even wrong values are kept
         "first_stage_model.loss.logvar": torch.tensor(0.25),
         TEXT + "embeddings.position_ids": torch.arange(24, dtype=torch.int64)[None],
     }
@@ -110,7 +190,7 @@ def test_what_an_official_file_has_beside_the_networks_is_carried_over(saved, tm
 
 @contextmanager
 def rewritten(file):
-    """The tensors of a .safetensors file, to be changed in the block and written back at its end."""
+    """Yields the tensors of a .safetensors file. Changes made in the block are written back at its end."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -128,7 +208,7 @@ def test_loading_is_strict_and_names_the_tensor(layout, fault, saved, tmp_path):
     else:
         shutil.copytree(saved[layout], path)
         file, name = path / "unet" / "diffusion_pytorch_model.safetensors", "down_blocks.0.resnets.0.norm1.weight"
-    official = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"  # our name for both
+    official = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"  # its name in messages about either layout
     with rewritten(file) as tensors:
         if fault == "missing":
             del tensors[name]
@@ -147,7 +227,7 @@ def test_loading_is_strict_and_names_the_tensor(layout, fault, saved, tmp_path):
 
 
 def test_folders_of_every_age_are_read(saved, tmp_path):
-    """Hub folders and today's differ in the text encoder's names, the tokenizer's files and the VAE's attention."""
+    """Old and new folders differ in the text encoder's names, the tokenizer's files and the VAE's attention."""
     theirs, expected = tmp_path / "model", StableDiffusion.load(saved["diffusers"])
     shutil.copytree(saved["diffusers"], theirs)
     encoder = theirs / "text_encoder" / "model.safetensors"
@@ -172,7 +252,7 @@ def test_folders_of_every_age_are_read(saved, tmp_path):
     (theirs / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": merges}}))
     loaded = StableDiffusion.load(theirs)
     assert same_bits(loaded.state(), expected.state())
-    assert loaded.config == expected.config and loaded.fingerprint() == expected.fingerprint()
+    assert loaded.config == expected.config and loaded.source_fingerprint() == expected.source_fingerprint()
     assert torch.equal(loaded.tokenizer(["a photo, that's it"]), expected.tokenizer(["a photo, that's it"]))
 
 
@@ -180,20 +260,20 @@ def test_folders_of_every_age_are_read(saved, tmp_path):
 def test_a_save_that_fails_leaves_the_old_model_whole(layout, random_model, saved, tmp_path, monkeypatch):
     path = tmp_path / LAYOUTS[layout]
     random_model().save(path, layout)
-    before = StableDiffusion.load(path).fingerprint()
+    before = StableDiffusion.load(path).source_fingerprint()
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("to_metadata", "save"):  # in the midst of writing either layout
+    for name in ("to_metadata", "save"):  # each is called in the middle of writing a layout
         monkeypatch.setattr("ldm.tokenizer.Tokenizer." + name, full)
     with pytest.raises(OSError, match="No space"):
         random_model(1).save(path, layout)
     monkeypatch.undo()
-    assert StableDiffusion.load(path).fingerprint() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # and no litter
+    assert StableDiffusion.load(path).source_fingerprint() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no temporary files
     random_model(1).save(path, layout)
-    assert StableDiffusion.load(path).fingerprint() == random_model(1).fingerprint()
+    assert StableDiffusion.load(path).source_fingerprint() == random_model(1).source_fingerprint()
 
 
 def test_a_folder_with_other_things_is_not_replaced(random_model, tmp_path):
@@ -208,7 +288,7 @@ def test_a_folder_with_other_things_is_not_replaced(random_model, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_others_may_read_a_saved_model_as_they_may_any_new_file(layout, random_model, tmp_path):
-    """safetensors keeps its files for their owner; a picture server may run under another name."""
+    """The safetensors library makes files that only their owner may read; a server may run as another user."""
     (tmp_path / "any").touch()
     (tmp_path / "anywhere").mkdir()
     random_model().save(tmp_path / LAYOUTS[layout], layout)

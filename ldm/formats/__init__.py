@@ -1,0 +1,43 @@
+"""Files <-> tensors: reads and writes the files that Stable Diffusion models come in.
+
+    names          tables between the naming schemes of official files, diffusers folders and OpenCLIP
+    archive        the zip archive that torch.save writes, with every number checked
+    unpickle       a pickle machine that runs nothing
+    ckpt           a pickled .ckpt as tensors, by these two
+    tensors        .safetensors files, pickles and shards by name; writes .safetensors
+    checks         what is wrong with a model's tensors, in words
+    source         `Source`: what a model file or folder holds
+    folder_config  the JSON files of a diffusers folder <-> `ModelConfig`
+    single         the official single file
+    folder         the diffusers folder
+    layouts        `read` and `write` for both
+
+Other parts of the package import from here: `read` and `write` for models, `open_tensors` and `save_tensors` for other
+tensor files, `differences`, `not_finite` and `abbreviate` to tell what is wrong with tensors, and the constants.
+"""
+
+from ldm.formats.checks import abbreviate, differences, not_finite
+from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
+from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from ldm.formats.source import SAMPLING_KEY, Source, family
+from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
+
+__all__ = [
+    "CHECKPOINT_MODEL",
+    "LAYOUTS",
+    "PICKLE_SUFFIXES",
+    "SAMPLING_KEY",
+    "TEXT_PREFIX",
+    "UNET_PREFIX",
+    "VAE_PREFIX",
+    "Source",
+    "Tensors",
+    "abbreviate",
+    "differences",
+    "family",
+    "not_finite",
+    "open_tensors",
+    "read",
+    "save_tensors",
+    "write",
+]

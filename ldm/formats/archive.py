@@ -1,7 +1,7 @@
-"""A zip archive of uncompressed members as places in a memory-mapped file: what torch.save puts a checkpoint into.
+"""The zip archive that torch.save writes: each member, uncompressed, is a range of a memory-mapped file.
 
-zipfile would decompress, and takes on trust what two headers say of one member. Here nothing is decompressed, and an
-archive that contradicts itself is refused: every number is checked against the file before it is used.
+Python's zipfile decompresses, and trusts the two headers that describe a member. Here nothing is decompressed, every
+number is checked against the file before it is used, and an archive that contradicts itself is refused.
 """
 
 import mmap
@@ -18,7 +18,7 @@ MAX_DIRECTORY = 16 << 20  # bytes of the zip directory: 250,000 members
 
 
 class Archive:
-    """The members of a checkpoint's one folder, by name."""
+    """The members of a checkpoint, by their names within its one folder. Raises InputError for a broken archive."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data = path, data
@@ -30,14 +30,14 @@ class Archive:
         self.mapped: torch.UntypedStorage | None = None
 
     def read(self, name: str, limit: int) -> bytes:
-        """The bytes of a member of at most `limit` bytes."""
+        """The bytes of a member. Raises InputError if it has more than `limit` bytes."""
         start, stop = self.members[name]
         if stop - start > limit:
             raise InputError(f"its {name} has {stop - start} bytes, and should have at most {limit}")
         return self.data[start:stop]
 
     def map(self, name: str) -> torch.UntypedStorage:
-        """The bytes of a member as a slice of the mapped file; a private one, so that writes do not reach the file."""
+        """The bytes of a member as a slice of the mapped file. The map is private: writing does not change the file."""
         if name not in self.members:
             raise InputError(f"has no member {show(name)}, to which a tensor refers")
         if self.mapped is None:
@@ -47,11 +47,14 @@ class Archive:
                 raise InputError("cannot be mapped into memory") from None
         start, stop = self.members[name]
         part = self.mapped[start:stop]
-        return part.clone() if start % 16 else part  # rewritten by another tool; torch aligns to 64
+        return part.clone() if start % 16 else part  # torch aligns to 64 bytes; other tools may not
 
 
 def _members(data: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Name -> (start, stop) of every member's bytes; none is compressed, outside the file or overlaps another."""
+    """Name -> (start, stop) of each member's bytes.
+
+    Raises InputError for a member that is compressed, lies outside the file, overlaps another or comes twice.
+    """
     position, end, count = _directory(data)
     first, spans, members = position, [(position, position)], {}
     while position < end:
@@ -79,7 +82,7 @@ def _members(data: mmap.mmap) -> dict[str, tuple[int, int]]:
 
 
 def _directory(data: mmap.mmap) -> tuple[int, int, int]:
-    """Start, end and number of entries of the zip directory, from the record at the file's end."""
+    """Start, end and number of entries of the zip directory, as the record at the file's end says."""
     end = len(data) - 22
     if end < 76 or data[end : end + 4] != b"PK\x05\x06":
         raise InputError("is cut short, or something follows it: a zip archive's end is missing; fetch it again")
@@ -95,7 +98,7 @@ def _directory(data: mmap.mmap) -> tuple[int, int, int]:
 
 
 def _wide(extra: bytes, *values: int) -> list[int]:
-    """The 64-bit values that a zip64 extra field holds in place of those that are 0xFFFFFFFF."""
+    """The values, with each 0xFFFFFFFF replaced by the 64-bit value in the zip64 extra field."""
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         body, extra = extra[4 : 4 + length], extra[4 + length :]
@@ -106,13 +109,13 @@ def _wide(extra: bytes, *values: int) -> list[int]:
 
 
 def _local(data: mmap.mmap, raw: bytes, size: int, offset: int, limit: int) -> int:
-    """Where a member's bytes start. Its own header, in front of them, has to agree with the directory."""
+    """Where a member's bytes start. Raises InputError if the header before them contradicts the directory."""
     name = show(raw.decode("utf-8", "backslashreplace"))
     if offset + 30 > limit:
         raise InputError(f"its member {name} lies outside the file; it is cut short or broken")
     flags, method, stored, length, name_length, extra_length = struct.unpack_from("<6x2H4x4x2L2H", data, offset)
     name_end = offset + 30 + name_length
-    sizes = {size, 0} if flags & 8 else {size}  # bit 3: torch writes sizes behind the bytes, and 0 here
+    sizes = {size, 0} if flags & 8 else {size}  # bit 3: torch writes 0 here, and the sizes after the bytes
     agree = data[offset : offset + 4] == b"PK\x03\x04" and data[offset + 30 : name_end] == raw and not method
     if not agree or not sizes.issuperset(_wide(data[name_end : name_end + extra_length], length, stored)):
         raise InputError(f"its two zip headers of {name} do not agree")
@@ -123,7 +126,7 @@ def _local(data: mmap.mmap, raw: bytes, size: int, offset: int, limit: int) -> i
 
 
 def show(value: Any) -> str:
-    """A name out of the file, fit for one line."""
+    """Something from a file as text of one line, at most 80 letters."""
     if isinstance(value, tuple):
-        return f"a tuple of {len(value)}"  # of what may be long
+        return f"a tuple of {len(value)}"  # its items may be long
     return repr(value[:80] if isinstance(value, (str, bytes)) else value)[:80]

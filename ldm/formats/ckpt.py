@@ -10,11 +10,11 @@ Why not torch.load. Unpickling runs what a file says. torch's answer, `weights_o
 Diffusion files, which name classes of pytorch_lightning; and it had holes of its own before torch 2.10
 (CVE-2025-32434 ran code, CVE-2026-24747 took sizes on trust).
 
-Here the archive is opened by `Archive`, which takes nothing on trust, and the pickle by the `Machine` of unpickle.py,
-which runs nothing. What is left to this room is the meaning of torch's names: types, storages, and the five calls in
-`_Checkpoint.call`. All other names stay names, and there is no other reader to fall back to.
+How it is done here. `Archive` opens the zip file and checks every number in it; the `Machine` of unpickle.py builds
+the object and runs nothing. This module adds the meaning of torch's names: types, storages, and the five calls in
+`_Checkpoint.call`. All other names stay names. There is no other reader to fall back to.
 
-Tensors are views of the mapped file: reading takes no second copy, and writing to one does not reach the file.
+Tensors are views of the mapped file: reading makes no copy, and writing to a tensor does not change the file.
 """
 
 import math
@@ -49,16 +49,16 @@ STORAGES = {
     "torch.ComplexDoubleStorage": torch.complex128,
     "torch.storage.UntypedStorage": torch.uint8,  # the tensor itself names its type then
 }
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-DTYPES = {str(t): t for t in (*STORAGES.values(), torch.uint16, torch.uint32, torch.uint64, *FLOAT8)}
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+PICKLED_DTYPES = {str(t): t for t in (*STORAGES.values(), torch.uint16, torch.uint32, torch.uint64, *_FLOAT8)}
 
 
-def read(path: str | Path) -> Any:
+def read_pickle(path: str | Path) -> Any:
     """Returns the object that `torch.save` wrote to `path`: dicts, lists, tuples, numbers, strings and tensors.
 
-    Tensors have the stored type (float8 included), strides and sharing, are on the CPU and require no gradient. Their
-    values are not looked at: NaN stays NaN. Sets, the bytes of protocol 2 and all other objects are `Stub`s.
-    Raises InputError for anything but a whole checkpoint: another or an older format, a file that is cut short or
+    Tensors keep their stored type (float8 included), strides and sharing; they are on the CPU and require no gradient.
+    Their values are not read: NaN stays NaN. Sets, the bytes of protocol 2 and all other objects are `Stub`s.
+    Raises InputError if the file is not a whole checkpoint: another or an older format, a file that is cut short or
     contradicts itself, a tensor that reaches outside its storage or overlaps itself, a key that comes twice.
     """
     path = Path(path)
@@ -78,7 +78,7 @@ def read(path: str | Path) -> Any:
 
 
 def _other(head: bytes) -> str:
-    """What a file that is no zip archive is likely to be, from its first 512 bytes, and what to do."""
+    """Says what a file that is no zip archive probably is, from its first 512 bytes, and what to do."""
     if not head:
         return "is empty; fetch it again"
     if head[8:9] == b"{":
@@ -99,12 +99,12 @@ class _Storage(Stub):
 
 
 class _Checkpoint(Machine):
-    """The object in an archive, and in our own words what it may ask for."""
+    """Builds the object in an archive: a `Machine` that knows torch's types, storages and tensors."""
 
     def __init__(self, archive: Archive):
         super().__init__()
         self.archive = archive
-        self.slices: dict[str, torch.UntypedStorage] = {}  # one for all tensors that share it
+        self.slices: dict[str, torch.UntypedStorage] = {}  # by the storage's number, shared by its tensors
 
     def load(self) -> Any:
         if "byteorder" in self.archive.members and self.archive.read("byteorder", 6) != b"little":
@@ -112,10 +112,10 @@ class _Checkpoint(Machine):
         return self.run(self.archive.read("data.pkl", MAX_PICKLE))
 
     def named(self, name: str) -> torch.dtype | Stub:
-        return DTYPES.get(name) or super().named(name)
+        return PICKLED_DTYPES.get(name) or super().named(name)
 
     def call(self, name: str, arguments: Any) -> Any:
-        """Five names mean something, and it is our code that answers; a Stub notes any other."""
+        """The result of the five calls that we know, made by our own code. Any other call becomes a Stub."""
         match name, arguments:
             case "collections.OrderedDict", ():
                 return OrderedDict()
@@ -128,7 +128,7 @@ class _Checkpoint(Machine):
         return super().call(name, arguments)
 
     def refer(self, reference: Any) -> _Storage:
-        """('storage', type, number, device, elements): all that torch.save refers to outside the pickle."""
+        """The storage for ('storage', type, number, device, elements), the only reference that torch.save makes."""
         match reference:
             case ("storage", Stub(name=kind), str(key), _, int(count)) if kind in STORAGES:
                 dtype = STORAGES[kind]
@@ -149,13 +149,13 @@ def _tensor(arguments: tuple) -> Tensor:
             dtype = storage.dtype
         case (_Storage() as storage, offset, tuple(size), tuple(stride), _, _, torch.dtype() as dtype):
             pass
-        case _:  # anything in a seventh place but a type asks for conjugation or negation
+        case _:  # a seventh argument that is no type asks for conjugation or negation
             raise InputError("has a tensor that is not a plain view of a storage")
     if not (len(size) == len(stride) and all(_are_counts(numbers) for numbers in (size, stride, (offset,)))):
         raise InputError("has a tensor with a negative, huge or missing size, stride or offset")
     if math.prod(max(length, 1) for length in size) >= 1 << 62:
-        raise InputError("has a tensor with more elements than can be counted")  # also where one length is 0
-    reach = 1  # elements from the first to the last, over the dimensions so far
+        raise InputError("has a tensor with more elements than can be counted")  # even if one length is 0
+    reach = 1  # distance from the first element to behind the last one, over the dimensions so far
     for step, length in sorted((step, length) for length, step in zip(size, stride, strict=True) if length > 1):
         if step < reach and 0 not in size:
             raise InputError(f"has a tensor of size {show(size)} that overlaps itself; save it .contiguous()")
@@ -166,5 +166,5 @@ def _tensor(arguments: tuple) -> Tensor:
 
 
 def _are_counts(numbers: tuple) -> bool:
-    """Whether these can be sizes, strides or offsets."""
+    """Whether these numbers can be sizes, strides or offsets."""
     return len(numbers) <= MAX_DIMS and all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)

@@ -1,228 +1,76 @@
-"""The JSON files of a diffusers folder <-> `ModelConfig`.
-
-Only what Stable Diffusion 1 and 2 are made of is accepted; a setting that asks for more is refused by name.
-"""
+"""The diffusers folder: a file for each network, JSON that describes them, and a tokenizer."""
 
 import json
 from pathlib import Path
-from typing import Any
 
-from ldm.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from torch import Tensor
+
 from ldm.errors import InputError
-from ldm.tokenizer import Tokenizer
+from ldm.formats import names
+from ldm.formats.folder_config import config_files, read_config
+from ldm.formats.source import Source, own_metadata
+from ldm.formats.tensors import Tensors, open_part, save_tensors
+from ldm.runtime import replacing
 
-PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
-
-# what our networks are, in diffusers' words: a folder that says otherwise holds another architecture
-UNET_FACTS = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "addition_embed_type": None,
-    "class_embed_type": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-5,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_time_scale_shift": "default",
-    "transformer_layers_per_block": 1,
-}
-VAE_FACTS = {
-    "act_fn": "silu",
-    "in_channels": 3,
-    "latents_mean": None,
-    "latents_std": None,
-    "out_channels": 3,
-    "shift_factor": None,
-    "use_post_quant_conv": True,
-    "use_quant_conv": True,
-}
-TEXT_FACTS = {"layer_norm_eps": 1e-5}
-SCHEDULER_FACTS = {"beta_schedule": "scaled_linear", "trained_betas": None}
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # file stems
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, Tokenizer]:
-    """What the folder's JSON files and vocabulary describe. Raises InputError if it is no Stable Diffusion 1 or 2."""
-    if not (folder / "model_index.json").exists():
-        raise InputError(f"{folder} is not a diffusers folder: it has no model_index.json")
-    unet, vae = _load(folder / "unet" / "config.json"), _load(folder / "vae" / "config.json")
-    text = _load(folder / "text_encoder" / "config.json")
-    scheduler = _load(folder / "scheduler" / "scheduler_config.json")
-    _agree(folder / "unet", unet, UNET_FACTS)
-    _agree(folder / "vae", vae, VAE_FACTS)
-    _agree(folder / "text_encoder", text, TEXT_FACTS)
-    _agree(folder / "scheduler", scheduler, SCHEDULER_FACTS)
+def read_folder(path: Path, variant: str | None = None) -> Source:
+    """Reads a diffusers folder. variant: a word in the weight files' names, "fp16" for example.
 
-    tokenizer = Tokenizer.from_folder(folder / "tokenizer", context_length=text["max_position_embeddings"])
-    channels = tuple(unet["block_out_channels"])
-    heads = unet["attention_head_dim"]  # the number of heads: the name is an old mistake of that library
-    per_level = [heads] * len(channels) if isinstance(heads, int) else list(heads)
-    if len(set(per_level)) == 1:
-        head_choice: dict[str, Any] = {"heads": per_level[0], "head_dim": None}
-    elif len({c / h for c, h in zip(channels, per_level, strict=True)}) == 1:
-        head_choice = {"heads": None, "head_dim": channels[0] // per_level[0]}
-    else:
-        raise InputError(f"{folder / 'unet'}: attention_head_dim {heads} fits neither SD1 nor SD2")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise InputError(f"{folder / 'scheduler'}: prediction_type {prediction!r} is neither epsilon nor v_prediction")
-
-    config = ModelConfig(
-        unet=UNetConfig(
-            in_channels=unet["in_channels"],
-            out_channels=unet["out_channels"],
-            channels=channels,
-            attention=tuple(kind == "CrossAttnDownBlock2D" for kind in unet["down_block_types"]),
-            blocks=unet["layers_per_block"],
-            **head_choice,
-            linear_projection=unet.get("use_linear_projection", False),
-            context_dim=unet["cross_attention_dim"],
-            norm_groups=unet["norm_num_groups"],
-        ),
-        vae=VAEConfig(
-            channels=tuple(vae["block_out_channels"]),
-            blocks=vae["layers_per_block"],
-            latent_channels=vae["latent_channels"],
-            norm_groups=vae.get("norm_num_groups", 32),
-            scale_factor=vae.get("scaling_factor", 0.18215),  # files before 2023 do not say
-        ),
-        text=TextConfig(
-            vocab_size=text["vocab_size"],
-            context_length=text["max_position_embeddings"],
-            width=text["hidden_size"],
-            mlp_width=text["intermediate_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            activation=text["hidden_act"],
-            pad_id=tokenizer.pad_id,
-        ),
-        schedule=ScheduleConfig(
-            timesteps=scheduler["num_train_timesteps"],
-            beta_start=scheduler["beta_start"],
-            beta_end=scheduler["beta_end"],
-            prediction=PREDICTIONS[prediction],
-            zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
-            # "linspace", the default of some schedulers there, is nothing that a model is trained for
-            spacing="trailing" if scheduler.get("timestep_spacing") == "trailing" else "leading",
-        ),
-        sample_size=unet["sample_size"],
-    )
-    return config, tokenizer
-
-
-def config_files(config: ModelConfig, eos_id: int, bos_id: int) -> dict[str, dict[str, Any]]:
-    """The JSON files, by their path in the folder, from which diffusers and transformers build the same model."""
-    unet, vae, text, schedule = config.unet, config.vae, config.text, config.schedule
-    cross = unet.attention
-    heads = unet.heads if unet.heads is not None else [unet.heads_at(c) for c in unet.channels]
-    nothing = [None, None]
-    return {
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.30.0",
-            "feature_extractor": nothing,
-            "image_encoder": nothing,
-            "requires_safety_checker": False,
-            "safety_checker": nothing,
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            "attention_head_dim": heads,
-            "block_out_channels": list(unet.channels),
-            "cross_attention_dim": unet.context_dim,
-            "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in cross],
-            "in_channels": unet.in_channels,
-            "layers_per_block": unet.blocks,
-            "norm_num_groups": unet.norm_groups,
-            "out_channels": unet.out_channels,
-            "sample_size": config.sample_size,
-            "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(cross)],
-            "upcast_attention": unet.upcast_attention,
-            "use_linear_projection": unet.linear_projection,
-        }
-        | {name: value for name, value in UNET_FACTS.items() if value is not None},
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": list(vae.channels),
-            "down_block_types": ["DownEncoderBlock2D"] * len(vae.channels),
-            "latent_channels": vae.latent_channels,
-            "layers_per_block": vae.blocks,
-            "norm_num_groups": vae.norm_groups,
-            "sample_size": config.resolution,
-            "scaling_factor": vae.scale_factor,
-            "up_block_types": ["UpDecoderBlock2D"] * len(vae.channels),
-        }
-        | VAE_FACTS,
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "attention_dropout": 0.0,
-            "dtype": "float32",  # to load as, like the other parts; transformers would take the stored type
-            "bos_token_id": bos_id,
-            "eos_token_id": eos_id,
-            "hidden_act": text.activation,
-            "hidden_size": text.width,
-            "intermediate_size": text.mlp_width,
-            "layer_norm_eps": 1e-5,
-            "max_position_embeddings": text.context_length,
-            "num_attention_heads": text.heads,
-            "num_hidden_layers": text.layers,
-            "pad_token_id": text.pad_id,
-            "projection_dim": text.width,
-            "vocab_size": text.vocab_size,
-        },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler",
-            "beta_end": schedule.beta_end,
-            "beta_start": schedule.beta_start,
-            "clip_sample": False,
-            "num_train_timesteps": schedule.timesteps,
-            "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[schedule.prediction],
-            "rescale_betas_zero_snr": schedule.zero_terminal_snr,
-            "set_alpha_to_one": False,
-            "skip_prk_steps": True,
-            "steps_offset": 1,
-            "timestep_spacing": schedule.spacing,
-        }
-        | SCHEDULER_FACTS,
-    }
-
-
-def _load(path: Path) -> dict[str, Any]:
+    Raises InputError if a file is missing or damaged, or the model is no Stable Diffusion 1 or 2.
+    """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; a diffusers folder has it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} can't be read: {error}") from None
-    return _Settings(tree, path)
+        config, tokenizer = read_config(path)
+        unet_table, vae_table = (names.invert(t) for t in (names.unet_table(config.unet), names.vae_table(config.vae)))
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise InputError(f"{path}: its JSON files describe no model: {error}") from None
+    tensors: Tensors = {}
+    unet, metadata = open_part(path / "unet", PARTS["unet"], variant)
+    for key, tensor in unet.items():
+        tensors[names.UNET_PREFIX + (names.rename(key, unet_table) or key)] = tensor
+    for key, tensor in open_part(path / "vae", PARTS["vae"], variant)[0].items():
+        for old, new in names.OLD_VAE_ATTENTION.items():
+            key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+        name = names.rename(key, vae_table) or key
+        tensors[names.VAE_PREFIX + name] = tensor[:, :, None, None] if _is_matrix(name, tensor) else tensor
+    for key, tensor in open_part(path / "text_encoder", PARTS["text_encoder"], variant)[0].items():
+        if not key.endswith("position_ids"):
+            tensors[names.TEXT_PREFIX + (key if key.startswith("text_model.") else "text_model." + key)] = tensor
+    about = {"metadata": own_metadata(metadata), "prediction_from": "the scheduler's JSON"}
+    return Source(config, tokenizer, tensors, layout="diffusers", **about)
 
 
-class _Settings(dict):
-    """A JSON object that knows its file: a setting that is not there is the file's fault, not a KeyError."""
+def write_folder(path: Path, source: Source) -> list[str]:
+    """Writes a diffusers folder. Returns the names of the source's tensors that it has no place for."""
+    if path.is_file():
+        raise InputError(f"{path} is a file, and a diffusers model is a folder; give another name")
+    config, tokenizer = source.config, source.tokenizer
+    tensors, prefixes = dict(source.tensors), (names.UNET_PREFIX, names.VAE_PREFIX, names.TEXT_PREFIX)
+    unet, vae, text = (names.take_prefixed(tensors, prefix) for prefix in prefixes)
+    unet_table, vae_table = names.unet_table(config.unet), names.vae_table(config.vae)
+    parts = {
+        "unet": {names.rename(key, unet_table): tensor for key, tensor in unet.items()},
+        "vae": {
+            names.rename(key, vae_table): tensor[:, :, 0, 0] if _is_matrix(key, tensor) else tensor
+            for key, tensor in vae.items()
+        },
+        "text_encoder": text,
+    }
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        for name, tree in config_files(config, tokenizer.eos_id, tokenizer.bos_id).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        for part, part_tensors in parts.items():
+            file = temporary / part / f"{PARTS[part]}.safetensors"
+            save_tensors(file, part_tensors, {"format": "pt"} | source.metadata)
+        tokenizer.save(temporary / "tokenizer")
+    return sorted([*source.dropped, *source.extra])
 
-    def __init__(self, tree: dict[str, Any], path: Path):
-        if not isinstance(tree, dict):
-            raise InputError(f"{path} does not hold a JSON object")
-        super().__init__(tree)
-        self.path = path
 
-    def __missing__(self, name: str):
-        raise InputError(f"{self.path} does not say {name}")
-
-
-def _agree(folder: Path, said: dict[str, Any], facts: dict[str, Any]) -> None:
-    for name, value in facts.items():
-        if name in said and said[name] != value:
-            raise InputError(f"{folder}: {name} is {said[name]!r}, and only {value!r} is Stable Diffusion 1 or 2")
+def _is_matrix(name: str, tensor: Tensor) -> bool:
+    """Whether this is a matrix in a diffusers folder and a 1x1 convolution in an official file: VAE attention."""
+    return ".attn_1." in name and tensor.ndim > 1

@@ -1,7 +1,7 @@
 """The tables between naming schemes: official checkpoint <-> diffusers folder, and OpenCLIP's text encoder <-> ours.
 
-A table maps a module's name in one scheme to its name in the other; what stands behind a module's name (`weight`,
-`bias`, the inside of a transformer block) is the same in both. Tables are bijective: `invert` turns them round.
+A table maps a module's name in one scheme to its name in the other. What follows a module's name (`weight`, `bias`,
+the inside of a transformer block) is the same in both schemes. Tables are bijective: `invert` reverses them.
 """
 
 import re
@@ -13,16 +13,18 @@ from ldm.config import TextConfig, UNetConfig, VAEConfig
 
 Table = dict[str, str]
 
-# the three networks in an official single file; SD2's text encoder stands under a name of its own
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
-OPENCLIP = "cond_stage_model.model."
+# How the names of a network's tensors begin in an official single file. We use SD1's text encoder names for SD2 too.
+UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+OPENCLIP_PREFIX = "cond_stage_model.model."  # the text encoder in SD2's files
 
-# the older of the two schemes that diffusers has had for the autoencoder's attention
+EMA_PREFIX = "model_ema."  # averages of the UNet in a full training checkpoint: never written
+
+# diffusers has had two schemes for the autoencoder's attention: the older one -> today's
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def rename(key: str, table: Table) -> str | None:
-    """The key with the longest module name that the table knows replaced; None if it knows none."""
+    """Replaces the longest module name that the table knows at the start of the key; None if it knows none."""
     head = key
     while head and head not in table:
         head = head.rpartition(".")[0]
@@ -30,7 +32,13 @@ def rename(key: str, table: Table) -> str | None:
 
 
 def invert(table: Table) -> Table:
+    """The table in the other direction."""
     return {value: key for key, value in table.items()}
+
+
+def take_prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Moves the tensors whose names begin with the prefix out of `tensors`. Returns them without the prefix."""
+    return {key[len(prefix) :]: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
 
 def unet_table(config: UNetConfig) -> Table:
@@ -96,7 +104,7 @@ def vae_table(config: VAEConfig) -> Table:
 
 
 def openclip_table(config: TextConfig) -> Table:
-    """Names under `cond_stage_model.model.` -> ours; q, k and v, which OpenCLIP stacks in one matrix, apart."""
+    """Names under `cond_stage_model.model.` -> ours, except for the stacked q, k and v (see STACKED)."""
     table = {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm"}
     table["positional_embedding"] = "text_model.embeddings.position_embedding.weight"
     parts = {
@@ -112,16 +120,21 @@ def openclip_table(config: TextConfig) -> Table:
     return table
 
 
+# OpenCLIP keeps q, k and v stacked in one matrix, and their biases in one vector.
 STACKED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
 
 def from_openclip(tensors: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
-    """OpenCLIP's text encoder under our names, q, k and v as views of their stack. Unknown names stay as they are."""
+    """OpenCLIP's text encoder under our names. q, k and v become views of their stack; unknown names stay.
+
+    config.layers says which blocks to rename. A stack that is not three of a kind is passed on three times, whole:
+    its shape is then refused where shapes are checked.
+    """
     table, ours = openclip_table(config), {}
     for key, tensor in tensors.items():
         if stacked := STACKED.fullmatch(key):
-            whole = tensor.ndim == 0 or len(tensor) % 3  # no stack of three: its shape will be complained of
-            for letter, part in zip("qkv", [tensor] * 3 if whole else tensor.chunk(3), strict=True):
+            is_stack = tensor.ndim > 0 and len(tensor) % 3 == 0
+            for letter, part in zip("qkv", tensor.chunk(3) if is_stack else [tensor] * 3, strict=True):
                 ours[f"text_model.encoder.layers.{stacked[1]}.self_attn.{letter}_proj.{stacked[2]}"] = part
         else:
             ours[rename(key, table) or key] = tensor
@@ -142,12 +155,12 @@ def to_openclip(tensors: dict[str, Tensor], config: TextConfig) -> dict[str, Ten
 
 
 def unused_text(config: TextConfig) -> dict[str, Tensor]:
-    """What the original's text encoder class has beyond what runs, under official names.
+    """Tensors that the original's text encoder class has and never computes with, under official names.
 
-    SD1: the table of positions. SD2: OpenCLIP's last block, its projection and its temperature, as zeros.
+    SD1: the position ids. SD2: OpenCLIP's last block, its projection and its temperature, filled with zeros.
     """
     if not config.openclip:
-        return {TEXT + "text_model.embeddings.position_ids": torch.arange(config.context_length)[None]}
+        return {TEXT_PREFIX + "text_model.embeddings.position_ids": torch.arange(config.context_length)[None]}
     width, mlp = config.width, config.mlp_width
     block = f"transformer.resblocks.{config.layers}."
     shapes = {"text_projection": (width, width), "logit_scale": ()}
@@ -166,7 +179,7 @@ def unused_text(config: TextConfig) -> dict[str, Tensor]:
         "mlp.c_proj.bias": (width,),
     }.items():
         shapes[block + name] = shape
-    return {OPENCLIP + name: torch.zeros(shape) for name, shape in shapes.items()}
+    return {OPENCLIP_PREFIX + name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def _unet_resblock(ours: str, theirs: str) -> Table:

@@ -1,17 +1,19 @@
-"""Tensor files, whatever wrote them, and replacing a file or folder in one step.
+"""Reads tensor files (.safetensors, pickles, shards with an index) and writes .safetensors files.
 
-Tensors come memory-mapped where the file allows it: nothing is copied until somebody casts or moves it.
+Tensors are memory-mapped where the file allows it: nothing is copied until somebody casts or moves it.
 """
 
 import json
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import InputError
@@ -19,90 +21,102 @@ from ldm.formats import ckpt
 
 Tensors = dict[str, Tensor]
 
-MAX_NAME = 1000  # letters of a tensor's name
+MAX_TENSOR_NAME = 1000  # letters
+PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 
-PICKLED = (".ckpt", ".bin", ".pt", ".pth")
+# The format's words for types, in the order in which the safetensors library writes them: larger elements come first,
+# so that every tensor begins at a multiple of its element's size.
+STORED_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a .safetensors or pickled file by name, and its metadata. Raises InputError if it is damaged.
 
-    Of a pickled training checkpoint only the `state_dict` counts; what else it holds is not looked at.
+    Of a pickled training checkpoint only the `state_dict` is used.
     """
-    if path.suffix in PICKLED:
-        tree = ckpt.read(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        tree = ckpt.read_pickle(path)
         if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
             tree = tree["state_dict"]
         if not isinstance(tree, dict):
             raise InputError(f"{path} holds no state_dict")
-        _check_named(path, tree)
+        _check_names(path, tree)
         return {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}, {}
     try:
         with safe_open(path, framework="pt") as file:
-            _check_named(path, file.keys())
+            _check_names(path, file.keys())
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
 
 
-def _check_named(path: Path, keys: Iterable[Any]) -> None:
-    """Names of tensors are shown to people, so they have to be text of one line."""
-    if not all(isinstance(key, str) and key.isprintable() and len(key) <= MAX_NAME for key in keys):
+def _check_names(path: Path, keys: Iterable[Any]) -> None:
+    """Raises InputError unless all names are text of one line: they are printed."""
+    if not all(isinstance(key, str) and key.isprintable() and len(key) <= MAX_TENSOR_NAME for key in keys):
         raise InputError(f"{path} holds something under a name that is no text, or too long; no model has that")
 
 
-def open_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file, nothing if there is no such file. Raises InputError if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
+def open_part(folder: Path, stem: str, variant: str | None = None) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of one network in a diffusers folder, and their files' metadata.
 
-
-def open_part(folder: Path, stem: str, variant: str | None = None) -> Tensors:
-    """The tensors of one network in a diffusers folder: one file or shards with an index, .safetensors before .bin.
-
-    variant "fp16" means the files that are so named beside the full ones, or instead of them.
+    A network is one file, or shards with an index; .safetensors is taken before .bin. variant: a word in the files'
+    names, "fp16" for example. Raises InputError if there is no such file, or it is damaged.
     """
     stems = [stem, "pytorch_model"] if stem == "model" else [stem]  # transformers' older name
     dot = f".{variant}" if variant else ""
     for name in stems:
         for kind in ("safetensors", "bin"):
             if (whole := folder / f"{name}{dot}.{kind}").exists():
-                return open_tensors(whole)[0]
+                return open_tensors(whole)
             if (index := folder / f"{name}.{kind}.index{dot}.json").exists():
                 return _open_shards(index)
-    there = sorted(
-        {m[1] for p in folder.glob("*") if (m := re.match(r"[a-z_]+\.(\w+)[.-].*(safetensors|bin)$", p.name))}
-    )
-    if variant is None and there:
-        raise InputError(f"{folder} has its weights as variant {there[0]} only; give --variant {there[0]}")
+    matches = (re.match(r"[a-z_]+\.(\w+)[.-].*(safetensors|bin)$", path.name) for path in folder.glob("*"))
+    variants = sorted({match[1] for match in matches if match})
+    if variant is None and variants:
+        raise InputError(f"{folder} has its weights as variant {variants[0]} only; give variant {variants[0]}")
     raise InputError(f"{folder / f'{stem}{dot}.safetensors'} is missing; a diffusers folder has it")
 
 
-def _open_shards(index: Path) -> Tensors:
+def _open_shards(index: Path) -> tuple[Tensors, dict[str, str]]:
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_once)["weight_map"]
+        shards = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
         names = sorted(set(shards.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} is damaged: {error!r}") from None
     beside = {path.name for path in index.parent.iterdir()}
     if strange := [name for name in names if name not in beside]:
         raise InputError(f"{index} names a shard {strange[0]!r} that is not beside it")
-    tensors: Tensors = {}
+    tensors, metadata = {}, {}
     for name in names:
-        found = open_tensors(index.parent / name)[0]
+        found, said = open_tensors(index.parent / name)
         if differ := found.keys() ^ {tensor for tensor, shard in shards.items() if shard == name}:
             raise InputError(f"{index} and its shard {name} differ in tensor {min(differ)}")
         tensors |= found
-    return tensors
+        metadata |= said
+    return tensors, metadata
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no name stands twice."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it has a name twice."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]} is in it twice")
@@ -110,13 +124,33 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Writes a .safetensors file. Tensors that share memory, which the format does not know, are written apart."""
-    apart, end = {name: tensor.contiguous() for name, tensor in tensors.items()}, 0
-    for name, tensor in sorted(apart.items(), key=lambda item: item[1].data_ptr()):
-        if tensor.data_ptr() < end:
-            apart[name] = tensor.clone()
-        end = max(end, tensor.data_ptr() + tensor.nbytes)
-    path.touch()
-    mode = path.stat().st_mode  # any new file's; safetensors makes its files for the owner's eyes only
-    save_file(apart, path, metadata)
-    path.chmod(mode)
+    """Writes a .safetensors file: the same tensors and metadata always give the same bytes.
+
+    The safetensors library can't be used for this: its order of metadata changes from run to run. Tensors that share
+    memory are written one by one. Raises InputError for a type that the format does not have.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in STORED_DTYPES:
+            raise InputError(f"{name} holds {tensor.dtype}, which a .safetensors file can't hold")
+    rank = {dtype: i for i, dtype in enumerate(STORED_DTYPES)}
+    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header, end = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}, 0
+    for name in names:
+        dtype, shape = tensors[name].dtype, list(tensors[name].shape)
+        header[name] = {
+            "dtype": STORED_DTYPES[dtype],
+            "shape": shape,
+            "data_offsets": [end, end + tensors[name].nbytes],
+        }
+        end += tensors[name].nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            file.write(raw_bytes(tensors[name]))
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's numbers as a flat array of bytes, in row-major order."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

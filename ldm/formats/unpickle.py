@@ -3,10 +3,9 @@
 The threat. A pickle is a program for a small stack machine, and Python's machine imports and calls whatever the
 program names: to unpickle a stranger's file is to run it.
 
-The answer. `Machine` is a machine of our own: what `_step` does not list does not happen. It builds containers,
-numbers and strings. A name in the file stays a name, in a `Stub`; called, it gives another stub. Nothing is imported,
-looked up or called on the file's behalf. Whoever knows better what some names mean overrides `named`, `call` and
-`refer`, with code of its own and not of the file's.
+The answer. `Machine` is a machine of our own that can only do what `_step` lists. It builds containers, numbers and
+strings. A name in the file becomes a `Stub`, and calling a stub makes another stub: nothing is imported, looked up or
+called for the file. A subclass that knows what some names mean overrides `named`, `call` and `refer` with its own code.
 
 Sizes are checked before they are used, so memory is bounded by the limits below.
 """
@@ -19,17 +18,17 @@ from typing import Any
 from ldm.errors import InputError
 from ldm.formats.archive import show
 
-MAX_OPCODES = 1 << 19  # a tensor takes 32: enough for 16,000
-MAX_ODD_KEYS = 1 << 12  # dictionary keys that are not strings: their hashes can be made to collide
-MAX_NAME = 1 << 10  # letters of "module.attribute", which each use of the name makes anew
+MAX_OPCODES = 1 << 19  # enough for 16,000 tensors, of 32 opcodes each
+MAX_ODD_KEYS = 1 << 12  # dictionary keys that are not strings: a file can make their hashes collide
+MAX_GLOBAL_NAME = 1 << 10  # letters of "module.attribute"; each use of the name makes a new string
 MAX_DEPTH = 64  # containers within containers
 
 
 @dataclass(eq=False, repr=False, slots=True)
 class Stub:
-    """Something that a file names and we do not have: its name, what it was to be called with, and its state.
+    """Stands for an object that a file names and that is never made: its name, its call's arguments, its state.
 
-    It may contain itself. What was to be appended to it, or stored in it by key, is dropped.
+    It may contain itself. Items that the file appends to it, or stores in it by key, are dropped.
     """
 
     name: str
@@ -40,11 +39,11 @@ class Stub:
         return f"<stub {show(self.name)}>"
 
 
-KEYS = (str, bytes, int, float, type(None), Stub)  # of dictionaries; all quickly hashed
+KEYS = (str, bytes, int, float, type(None), Stub)  # what a dictionary's keys may be: all are hashed quickly
 
 
 class Machine:
-    """Runs one pickle, on a stack of stacks: MARK opens one, and the opcode that takes the marked items closes it."""
+    """Runs one pickle on a stack of stacks: MARK opens a stack, and the opcode that takes its items closes it."""
 
     def __init__(self):
         self.stacks: list[list] = [[]]
@@ -52,7 +51,7 @@ class Machine:
         self.odd_keys = 0
 
     def run(self, pickle: bytes) -> Any:
-        """The object that the pickle builds. Raises InputError for what is not a whole pickle, or asks for more."""
+        """The object that the pickle builds. Raises InputError if the pickle is broken or asks for anything else."""
         for count, (opcode, argument, _) in enumerate(_decode(pickle)):
             if count == MAX_OPCODES:
                 raise InputError(f"its pickle has more than {MAX_OPCODES} opcodes")
@@ -67,18 +66,18 @@ class Machine:
         return Stub(name)
 
     def call(self, name: str, arguments: Any) -> Any:
-        """What comes of calling what a Stub names."""
+        """The result of calling what a Stub names."""
         return Stub(name, arguments)
 
     def refer(self, reference: Any) -> Any:
-        """What a persistent id, which points outside the pickle, stands for."""
+        """What a persistent id, a reference to something outside the pickle, stands for."""
         raise InputError("its pickle refers to something outside it")
 
     def _step(self, opcode: str, argument: Any) -> None:
-        """One opcode. This is all that a file can make us do."""
+        """Runs one opcode. A file can make the machine do nothing but what stands here and in `_step_container`."""
         push, pop, marked = self._push, self._pop, self._marked
         match opcode:
-            case "PROTO" | "FRAME" | "STOP":  # a frame's length only helps those who read from a stream
+            case "PROTO" | "FRAME" | "STOP":  # a frame only helps readers of a stream
                 pass
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
@@ -98,6 +97,25 @@ class Machine:
                 self.memo[len(self.memo)] = self._top()
             case "BINGET" | "LONG_BINGET":
                 push(self._recall(argument))
+            case "GLOBAL":
+                push(self._name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                push(self._name(*pop(2)))
+            case "REDUCE" | "NEWOBJ":
+                push(self._call(*pop(2)))
+            case "NEWOBJ_EX":
+                push(self._call(*pop(3)[:2]))
+            case "BUILD":
+                self._build(*pop(1))
+            case "BINPERSID":
+                push(self.refer(*pop(1)))
+            case _:
+                self._step_container(opcode)
+
+    def _step_container(self, opcode: str) -> None:
+        """Runs one opcode that makes or fills a container."""
+        push, pop, marked = self._push, self._pop, self._marked
+        match opcode:
             case "EMPTY_TUPLE":
                 push(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -120,25 +138,13 @@ class Machine:
                 push(Stub("builtins.set"))
             case "FROZENSET":
                 push(Stub("builtins.frozenset", tuple(marked())))
-            case "GLOBAL":
-                push(self._name(*argument.split(" ", 1)))
-            case "STACK_GLOBAL":
-                push(self._name(*pop(2)))
-            case "REDUCE" | "NEWOBJ":
-                push(self._call(*pop(2)))
-            case "NEWOBJ_EX":
-                push(self._call(*pop(3)[:2]))
-            case "BUILD":
-                self._build(*pop(1))
-            case "BINPERSID":
-                push(self.refer(*pop(1)))
             case _:
                 raise InputError(f"uses the pickle opcode {opcode}, which torch.save does not")
 
     def _name(self, module: Any, name: Any) -> Any:
         if not isinstance(module, str) or not isinstance(name, str):
             raise InputError("its pickle has a name that is no string")
-        if len(module) + len(name) > MAX_NAME:
+        if len(module) + len(name) > MAX_GLOBAL_NAME:
             raise InputError(f"its pickle has a name of {len(module) + len(name)} letters")
         return self.named(f"{module}.{name}")
 
@@ -148,7 +154,7 @@ class Machine:
         return self.call(function.name, arguments)
 
     def _build(self, state: Any) -> None:
-        """Sets the state of the object on top; an OrderedDict's, where modules keep a version, is dropped."""
+        """Sets the state of the Stub on top. An OrderedDict's state, in which modules keep a version, is dropped."""
         if isinstance(self._top(), Stub):
             self._top().state = state
 
@@ -203,7 +209,7 @@ class Machine:
 
 
 def _decode(pickle: bytes) -> Iterator[tuple]:
-    """(opcode, argument, position) by the standard library's disassembler, which runs nothing."""
+    """(opcode, argument, position) of each opcode, from the standard library's disassembler, which runs nothing."""
     try:
         yield from pickletools.genops(pickle)
     except ValueError as error:
@@ -211,7 +217,7 @@ def _decode(pickle: bytes) -> Iterator[tuple]:
 
 
 def _check_shallow(root: Any) -> None:
-    """Refuses containers nested so deeply, or within themselves, that whoever walks them would not come back."""
+    """Raises InputError for containers nested too deeply, or within themselves: walking them might never end."""
     level = {0: [root]}
     for _ in range(MAX_DEPTH + 1):
         inner = (item for box in level.values() for item in (box.values() if isinstance(box, dict) else box))

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ldm.errors import InputError, RunError
-from ldm.formats.tensors import open_tensors, save_tensors
+from ldm.formats import open_tensors, save_tensors
 from ldm.training.state import TrainingState
 
 TRAINING, STATE, METRICS, CHECKSUMS = "training.safetensors", "state.json", "metrics.jsonl", "SHA256SUMS"

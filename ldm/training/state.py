@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.dreambooth import Trainable
 from ldm.errors import RunError
-from ldm.formats.tensors import Tensors
+from ldm.formats import SAMPLING_KEY, Tensors
 from ldm.training import optimizer
 from ldm.training.ema import EMA
 from ldm.training.precision import Precision
@@ -115,8 +115,9 @@ class TrainingState:
             "guidance_scale": given.guidance_scale,
             "resolution": given.resolution,
         }
-        lines = {"step": str(self.step), "base": self.base, "sampling": json.dumps(sampling)}
-        return {f"ldm.{name}": text for name, text in (lines | prompts).items() if text}
+        lines = {"step": str(self.step), "base": self.base} | prompts
+        header = {f"ldm.{name}": text for name, text in lines.items() if text}
+        return header | {SAMPLING_KEY: json.dumps(sampling)}  # sample.py's defaults for this model
 
     def tensors(self) -> Tensors:
         """The optimizer's moments and the averages, on the CPU."""

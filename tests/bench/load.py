@@ -1,10 +1,10 @@
-"""How long loading a single file takes, and how much memory: ours and diffusers', side by side.
+"""Compares the time and memory that we and diffusers need to load a single file.
 
     python tests/bench/load.py v1-5-pruned-emaonly.safetensors
     python tests/bench/load.py --random sd1
 
-Each round starts a fresh process for either, in turns; the first round, which reads the file from the disk, is not
-counted. Time is from the call to a model in fp32 that is ready; memory is the whole process's peak (VmHWM).
+Each round starts a new process for each of the two, in turn. The first round reads the file from the disk and is not
+counted. Time is from the call until a model in fp32 is ready; memory is the whole process's peak (VmHWM).
 diffusers is `StableDiffusionPipeline.from_single_file` with a local folder as its `config`.
 """
 
@@ -25,8 +25,8 @@ import torch  # noqa: E402
 
 from ldm import StableDiffusion  # noqa: E402
 from ldm.config import SD1, SD2, SD2_V, ModelConfig  # noqa: E402
-from ldm.formats import weights  # noqa: E402
-from ldm.formats.folder import config_files  # noqa: E402
+from ldm.formats import read  # noqa: E402
+from ldm.formats.folder_config import config_files  # noqa: E402
 from ldm.tokenizer import Tokenizer  # noqa: E402
 
 PRESETS = {"sd1": SD1, "sd2": SD2, "sd2_v": SD2_V}
@@ -49,7 +49,7 @@ def main() -> None:
             file = Path(scratch, f"{args.random}.safetensors")
             write_random(file, PRESETS[args.random])
         config = Path(scratch, "config")
-        source = weights.read(file)
+        source = read(file)
         write_config(config, source.config, source.tokenizer)
         del source
         runs = {who: [] for who in LOADERS}
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(who: str, file: Path, config: Path) -> dict[str, float]:
-    """Loads the file in a process of its own. Returns seconds, and the peak of its memory in bytes."""
+    """Loads the file in a new process. Returns seconds, and the process's peak memory in bytes."""
     command = [sys.executable, __file__, str(file), "--child", who, "--config", str(config)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
@@ -94,7 +94,7 @@ LOADERS = {"ours": ours, "diffusers": diffusers}
 
 
 def write_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """A diffusers folder without weights."""
+    """Writes a diffusers folder without weights."""
     for name, tree in config_files(config, tokenizer.eos_id, tokenizer.bos_id).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(tree))
@@ -102,7 +102,7 @@ def write_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> Non
 
 
 def write_random(path: Path, config: ModelConfig) -> None:
-    """An official file in fp32 of which no weight is zero."""
+    """Writes an official file in fp32 in which no weight is zero."""
     with torch.device("meta"):
         sd = StableDiffusion(config)
     for network in sd.networks().values():
@@ -112,7 +112,7 @@ def write_random(path: Path, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def randomise(network: torch.nn.Module) -> torch.nn.Module:
-    """Weights drawn so that activations keep their size; layers that begin at zero are drawn like the rest."""
+    """Draws all weights so that activations keep their size, also in layers that are initialised to zero."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:

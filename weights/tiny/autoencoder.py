@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from training import Budget, flags, need, save, set_rate, to_tensor
 
 from ldm.config import VAEConfig
-from ldm.formats.tensors import save_tensors
+from ldm.formats import save_tensors
 from ldm.runtime import cli
 from ldm.vae import Autoencoder
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from training import Budget, flags, need, set_rate, to_tensor
 
-from ldm.formats.tensors import save_tensors
+from ldm.formats import save_tensors
 from ldm.runtime import cli
 
 HEADS = {

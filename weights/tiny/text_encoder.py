@@ -22,7 +22,7 @@ from training import Budget, flags, set_rate, to_tensor
 
 from ldm.clip import TextEncoder
 from ldm.config import TextConfig
-from ldm.formats.tensors import save_tensors
+from ldm.formats import save_tensors
 from ldm.runtime import cli
 from ldm.tokenizer import Tokenizer
 

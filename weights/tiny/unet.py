@@ -104,7 +104,7 @@ def main():
     torch.manual_seed(0)
     sd, eye = assemble(args.work_dir), judge.load(args.work_dir)
     images, pictures = dataset.read(args.work_dir / "world")
-    base = sd.fingerprint()
+    base = sd.source_fingerprint()
     sd.unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(sd.unet.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMA(dict(sd.unet.named_parameters()), DECAY)

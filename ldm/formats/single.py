@@ -1,0 +1,95 @@
+"""The official single file: all networks in one .safetensors or .ckpt, as CompVis and Stability AI published them."""
+
+import json
+import re
+from pathlib import Path
+
+from ldm.config import ModelConfig
+from ldm.errors import InputError
+from ldm.formats import names
+from ldm.formats.checks import abbreviate
+from ldm.formats.folder_config import DIFFUSERS_PREDICTIONS
+from ldm.formats.source import CONFIG_KEY, PRESETS, TOKENIZER_KEY, Source, own_metadata, predicting
+from ldm.formats.tensors import Tensors, open_tensors, save_tensors
+from ldm.runtime import replacing
+from ldm.schedule import Schedule
+from ldm.tokenizer import Tokenizer
+
+# Tensors of official files beside the three networks: they are known, never computed with, and saved again. Loading is
+# strict about all others.
+CARRIED = re.compile(
+    r"(sqrt_|log_)?(one_minus_|recipm?1?_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
+    r"|.*\.position_ids|first_stage_model\.loss\..*"
+    r"|cond_stage_model\.model\.(text_projection|logit_scale|attn_mask)"
+)
+MODELSPEC_PREDICTIONS = DIFFUSERS_PREDICTIONS | {"v": "v"}  # modelspec says epsilon or v; some write diffusers' word
+
+
+def read_single(path: Path, ema: bool = False, prediction: str | None = None) -> Source:
+    """Reads an official single file. Raises InputError if it is damaged or no Stable Diffusion 1 or 2.
+
+    ema: take the averaged UNet of a full training checkpoint. prediction: "eps" or "v", which decides between the
+    two models that a file of SD2 can be; if None, the file's metadata decide, and "v" is assumed where they do not.
+    """
+    tensors, metadata = open_tensors(path)
+    config, tokenizer, prediction_from = _identify(path, tensors, metadata, prediction)
+    averaged = names.take_prefixed(tensors, names.EMA_PREFIX)
+    unet = [key for key in tensors if key.startswith(names.UNET_PREFIX)]
+    averages = {key: key.removeprefix("model.").replace(".", "") for key in unet}  # LitEma removes the dots
+    has_ema = any(name in averaged for name in averages.values())
+    taken = averages if ema else {}
+    if absent := [key for key, name in taken.items() if name not in averaged]:
+        raise InputError(f"{path} has no EMA weights for {abbreviate(absent, 1)}; load it without ema")
+    tensors |= {key: averaged[name] for key, name in taken.items()}
+    dropped = [names.EMA_PREFIX + name for name in averaged.keys() - set(taken.values())]
+
+    extra = {key: tensors.pop(key) for key in list(tensors) if CARRIED.fullmatch(key)}
+    if config.text.openclip:
+        last = f"{names.OPENCLIP_PREFIX}transformer.resblocks.{config.text.layers}."  # stored, never run
+        extra |= {key: tensors.pop(key) for key in list(tensors) if key.startswith(last)}
+        text = names.from_openclip(names.take_prefixed(tensors, names.OPENCLIP_PREFIX), config.text)
+        tensors |= {names.TEXT_PREFIX + key: tensor for key, tensor in text.items()}
+    about = {"metadata": own_metadata(metadata), "has_ema": has_ema, "prediction_from": prediction_from}
+    return Source(config, tokenizer, tensors, extra, dropped, **about)
+
+
+def _identify(
+    path: Path, tensors: Tensors, metadata: dict[str, str], prediction: str | None
+) -> tuple[ModelConfig, Tokenizer, str]:
+    """Configuration, tokenizer, and what told the prediction: from our own metadata, or the text encoder's names."""
+    if CONFIG_KEY in metadata:
+        try:
+            config = ModelConfig.from_dict(json.loads(metadata[CONFIG_KEY]))
+            return config, Tokenizer.from_metadata(metadata[TOKENIZER_KEY]), "the file's metadata"
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
+    stated = MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
+    if names.TEXT_PREFIX + "text_model.embeddings.token_embedding.weight" in tensors:
+        config, reason = predicting(PRESETS["sd1"], stated or "eps"), "SD 1.x always does"
+    elif names.OPENCLIP_PREFIX + "token_embedding.weight" in tensors:
+        config = PRESETS[{"eps": "sd2", "v": "sd2_v"}[prediction or stated or "v"]]
+        reason = "assumed for SD 2.x; a 512-base model needs prediction eps"
+    else:
+        raise InputError(f"{path} does not look like Stable Diffusion 1 or 2: it has no text encoder that we know")
+    tokenizer = Tokenizer.clip(config.text.context_length, config.text.pad_id)
+    return config, tokenizer, "the file's metadata" if stated else reason
+
+
+def write_single(path: Path, source: Source) -> list[str]:
+    """Writes an official single file. Its header has the configuration, so that models of any width load again.
+
+    Tensors that the original's classes expect and the source lacks are added: the schedule's tables are computed, and
+    OpenCLIP's parts that never run are zeros. Returns the names of the source's tensors that are not written.
+    Raises InputError for a name that `read` would not take for a single file.
+    """
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: the name of a single file to save should end in .safetensors")
+    added = Schedule(source.config.schedule).official_buffers() | names.unused_text(source.config.text)
+    header = {
+        "format": "pt",
+        CONFIG_KEY: json.dumps(source.config.to_dict()),
+        TOKENIZER_KEY: source.tokenizer.to_metadata(),
+    }
+    with replacing(path) as temporary:
+        save_tensors(temporary, added | source.extra | source.official_tensors(), header | source.metadata)
+    return sorted(source.dropped)
