@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(samplers.listing())
         return
     prompts = read_prompts(args)
-    check(args)
+    check_flags(args)
     world = processes.start(args.device)
     with world.agreed():
         sd = load(args, world.device)
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load(args: Namespace, device: torch.device) -> StableDiffusion:
+    """The model of --model, or the embedded one. Raises InputError if it is damaged or does not suit the flags."""
     source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
     sd = StableDiffusion.load(args.model or TINY / "base", device, cli.DTYPES[args.dtype], **source)
     sd.check_finite()
@@ -217,7 +218,7 @@ def parser() -> cli.Parser:
     return p
 
 
-def check(args: Namespace) -> None:
+def check_flags(args: Namespace) -> None:
     """Raises InputError for flags that are wrong whatever the model is."""
     if args.sampler is not None:
         samplers.find(args.sampler)

@@ -1,4 +1,4 @@
-"""What several tests stand on."""
+"""Fixtures that several test files share."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def randomised():
-    """A network with every parameter drawn anew: a zero-initialised layer would hide what lies behind it."""
+    """randomised(network) draws every parameter at random: a zero-initialised layer would hide the layers before it."""
 
     def draw(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -47,9 +47,9 @@ def randomised():
 
 @pytest.fixture(scope="session")
 def random_model(randomised):
-    """random_model(): a Stable Diffusion small enough for tests, of odd widths and a vocabulary of its own.
+    """random_model(): a small Stable Diffusion with odd widths and its own vocabulary.
 
-    Pictures are 32x32, latents 8x8. The text matters to them: cross-attention and output are made strong.
+    Pictures are 32x32, latents 8x8. Cross-attention and output are made strong, so that the text changes the picture.
     """
 
     def make(seed: int = 0) -> StableDiffusion:
@@ -79,10 +79,10 @@ def random_model(randomised):
 
 @pytest.fixture
 def narrow(randomised, monkeypatch):
-    """narrow(family): a Stable Diffusion "sd1", "sd2" or "sd2_v", as deep as the real one, but thin.
+    """narrow(family): a Stable Diffusion "sd1", "sd2" or "sd2_v", as deep as the real one, but narrow.
 
-    Only its text encoder is cut, to two blocks. While a test has this, files that say nothing of themselves are taken
-    for such models.
+    Only its text encoder is shorter: two blocks. While a test uses this fixture, official files that do not say their
+    configuration are taken for such models.
     """
     unet = {"channels": (16, 32, 48, 48), "norm_groups": 8, "context_dim": 24}
     vae = VAEConfig(channels=(8, 16, 24, 24), norm_groups=4)
@@ -106,7 +106,7 @@ def narrow(randomised, monkeypatch):
 
 @pytest.fixture(scope="session")
 def saved(random_model, tmp_path_factory) -> dict[str, Path]:
-    """Where `random_model()` lies on the disk in each layout; not to be written to."""
+    """The path of a saved `random_model()` in each layout. Tests must not write to them."""
     folder = tmp_path_factory.mktemp("model")
     paths = {"official": folder / "model.safetensors", "diffusers": folder / "model"}
     for layout, path in paths.items():
@@ -116,7 +116,7 @@ def saved(random_model, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def scheduler_of_diffusers():
-    """scheduler_of_diffusers(sampler, config): what our sampler of this name is called there, of that configuration."""
+    """scheduler_of_diffusers(sampler, config): diffusers' scheduler for our sampler of this name."""
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     names = {
         "ddpm": "DDPMScheduler",
@@ -138,7 +138,7 @@ def scheduler_of_diffusers():
 
 @pytest.fixture
 def photographs(tmp_path) -> Path:
-    """A folder with three photographs, no two of a size."""
+    """A folder with three photographs of different sizes."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     for i, size in enumerate([(40, 32), (32, 50), (64, 64)]):

@@ -312,7 +312,7 @@ def test_what_is_no_number_is_no_picture(sd):
         sd.generate("a cat", steps=1, latents=diverged)
 
 
-def test_lists_of_length_one_serve_all(sd):
+def test_lists_of_length_one_are_broadcast(sd):
     kwargs = dict(steps=1, output="latent")
     assert sd.generate(["a", "b", "c"], **kwargs).shape == (3, 4, 8, 8)
     assert sd.generate("a", seeds=[1, 2], **kwargs).shape == (2, 4, 8, 8)

@@ -283,6 +283,8 @@ def test_a_folder_with_other_things_is_not_replaced(random_model, tmp_path):
         random_model().save(tmp_path / "home", "diffusers")
     with pytest.raises(InputError, match=r"should end in \.safetensors"):
         random_model().save(tmp_path / "home", "official")
+    with pytest.raises(InputError, match="unknown layout 'zip'; there are official and diffusers"):
+        random_model().save(tmp_path / "model.zip", "zip")
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
 
 
