@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts at the top, 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from PIL import Image  # noqa: E402
+from runs import photograph  # noqa: E402
 
 from ldm import StableDiffusion  # noqa: E402
 from ldm.config import SD1, SD2, SD2_V, ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E402
@@ -139,9 +139,4 @@ def scheduler_of_diffusers():
 @pytest.fixture
 def photographs(tmp_path) -> Path:
     """A folder with three photographs of different sizes."""
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for i, size in enumerate([(40, 32), (32, 50), (64, 64)]):
-        noise = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).resize(size).save(folder / f"{i}.png")
-    return folder
+    return photograph(tmp_path / "photographs", [(40, 32), (32, 50), (64, 64)])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = """--instance-prompt=a sks dog|--class-prompt=a dog|--resolution=16|--sample-steps=1|--guidance-scale=1
 --num-validation-images=1|--num-class-images=4|--sample-batch-size=2|--learning-rate=1e-4|--max-train-steps=4"""
 SMALL = tuple(SMALL.replace("\n", "|").split("|"))
+LATEST = ("--resume-from-checkpoint", "latest")
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -47,12 +49,12 @@ class Done:
         return lines[0]
 
 
-def photograph(folder: Path, count: int = 3) -> Path:
-    """A folder with small pictures that are easy to tell apart."""
+def photograph(folder: Path, sizes: Sequence[tuple[int, int]] = ((32, 32),) * 3) -> Path:
+    """A folder with small pictures that are easy to tell apart, of these sizes."""
     folder.mkdir(parents=True)
-    for i in range(count):
+    for i, size in enumerate(sizes):
         noise = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).resize((32, 32)).save(folder / f"{i}.png")
+        Image.fromarray(noise.numpy()).resize(size).save(folder / f"{i}.png")
     return folder
 
 
@@ -136,6 +138,19 @@ def losses(run: Path) -> list[float]:
 
 def weights(run: Path) -> dict:
     return load_file(run / "model.safetensors")
+
+
+def check_same(a: Path, b: Path) -> None:
+    """Two runs with the same losses, the same weights and the same pictures, bit for bit."""
+    assert losses(a) == losses(b)
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (a / "sheets" / "before_after.png").read_bytes() == (b / "sheets" / "before_after.png").read_bytes()
+
+
+def pixels(path: Path) -> np.ndarray:
+    """A picture's numbers, as integers that can be subtracted."""
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def digest(path: Path) -> str:

@@ -19,13 +19,14 @@ tensor files, `differences`, `not_finite` and `abbreviate` to tell what is wrong
 from ldm.formats.checks import abbreviate, differences, not_finite
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
 from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
-from ldm.formats.source import Source, family
+from ldm.formats.source import SAMPLING_KEY, Source, family
 from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
 
 __all__ = [
     "CHECKPOINT_MODEL",
     "LAYOUTS",
     "PICKLE_SUFFIXES",
+    "SAMPLING_KEY",
     "TEXT_PREFIX",
     "UNET_PREFIX",
     "VAE_PREFIX",

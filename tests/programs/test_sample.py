@@ -8,6 +8,7 @@ import pytest
 import runs
 import torch
 from PIL import Image
+from runs import pixels
 
 import sample
 from ldm import StableDiffusion, samplers
@@ -29,10 +30,6 @@ def run(saved, tmp_path, monkeypatch):
         return sorted(path.name for path in (tmp_path / "samples").iterdir())
 
     return main
-
-
-def pixels(path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
 
 
 def test_pictures_say_how_they_were_made(run, saved, tmp_path):

@@ -5,8 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from runs import SMALL, Done, children, command, finish, losses, run, send, start, until, weights
+from runs import SMALL, Done, check_same, children, command, finish, run, send, start, until
 
 pytestmark = pytest.mark.slow
 
@@ -60,12 +59,6 @@ def on_both(hosts, arguments: tuple, folders: list[Path]) -> list[Done]:
     """Runs one process on each host to its end."""
     started = start_on_both(hosts, arguments, folders)
     return [finish(process, folder) for process, folder in zip(started, folders, strict=True)]
-
-
-def check_same(a: Path, b: Path) -> None:
-    assert losses(a) == losses(b)
-    one, other = weights(a), weights(b)
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_two_hosts_give_the_result_of_one(hosts, base, tmp_path):

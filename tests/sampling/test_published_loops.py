@@ -18,7 +18,7 @@ from ldm import samplers
 from ldm.config import ScheduleConfig
 from ldm.schedule import Schedule
 
-LOOPS = json.loads(Path(__file__).with_name("facts").joinpath("schedulers.json").read_text())["loops"]
+LOOPS = json.loads(Path(__file__).parent.parent.joinpath("facts", "schedulers.json").read_text())["loops"]
 X = (torch.arange(768, dtype=torch.float64) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
 NOISE = (torch.arange(767, -1, -1, dtype=torch.float64) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
 

@@ -20,7 +20,7 @@ import ldm
 from ldm.errors import InputError
 from ldm.tokenizer import BOS, EOS, Tokenizer
 
-FACTS = json.loads((Path(__file__).parent / "facts" / "tokenizer.json").read_text())
+FACTS = json.loads((Path(__file__).parent.parent / "facts" / "tokenizer.json").read_text())
 
 # A vocabulary as small models have: no merge but a + b</w>, and nothing for most characters.
 SMALL = Tokenizer(

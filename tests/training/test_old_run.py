@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ldm.training import checkpoint
 
-OLD = Path(__file__).parent / "facts" / "run_d634439"
+OLD = Path(__file__).parent.parent / "facts" / "run_d634439"
 FLAGS = """--instance-prompt=a sks dog|--class-prompt=a dog|--num-class-images=2|--resolution=16|--sample-steps=1
 --guidance-scale=1|--num-validation-images=1|--learning-rate=1e-3|--use-ema|--ema-decay=0.9|--checkpointing-steps=2"""
 FLAGS = tuple(FLAGS.replace("\n", "|").split("|"))

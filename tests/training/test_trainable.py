@@ -4,13 +4,11 @@ import inspect
 
 import pytest
 import torch
-from runs import SMALL, call, checkpoints, losses
+from runs import LATEST, SMALL, call, checkpoints, losses
 from safetensors.torch import load_file
 
 from ldm import InputError, StableDiffusion
 from ldm.dreambooth import FullTuning, Trainable
-
-LATEST = ("--resume-from-checkpoint", "latest")
 
 
 class KeysAndValues(Trainable):

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,15 +20,6 @@ from ldm.training import Rows, parse
 SUBJECT, CLASS = "a photo of sks dog", "a photo of a dog"
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SHORT = "--resolution 32 --num-class-images 3 --sample-steps 2 --num-validation-images 2 --max-train-steps 3"
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    for i, size in enumerate([(40, 32), (32, 50), (64, 64)]):
-        pixels = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize(size).save(folder / f"{i}.png")
-    return folder
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from ldm.errors import RunError
 from ldm.runtime.processes import World
 from ldm.training import Run, Settings, TrainingState, parse
 
-LATEST = ("--resume-from-checkpoint", "latest")
 UNET = "model.diffusion_model."
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -27,7 +27,8 @@ from ldm.formats import names
 from ldm.unet import timestep_embedding
 
 FACTS = {
-    entry["id"]: entry for entry in json.loads((Path(__file__).parent / "facts/official.json").read_text())["entries"]
+    entry["id"]: entry
+    for entry in json.loads((Path(__file__).parent.parent / "facts/official.json").read_text())["entries"]
 }
 FILES = {
     "1.1": ("sd-v1-1.ckpt", "sd-v1-1-full-ema.ckpt"),

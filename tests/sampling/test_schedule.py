@@ -12,7 +12,7 @@ from ldm.errors import InputError
 from ldm.samplers import SAMPLERS
 from ldm.schedule import Schedule
 
-FACTS = json.loads(Path(__file__).with_name("facts").joinpath("schedulers.json").read_text())["schedule"]
+FACTS = json.loads(Path(__file__).parent.parent.joinpath("facts", "schedulers.json").read_text())["schedule"]
 SD = Schedule(ScheduleConfig())
 V = Schedule(ScheduleConfig(prediction="v"))
 ZERO_SNR = Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"))

@@ -8,13 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import SMALL, call, checkpoints, command, leftovers, losses, metrics, photograph, refused, run, weights
+from runs import (
+    LATEST,
+    SMALL,
+    call,
+    check_same,
+    checkpoints,
+    command,
+    leftovers,
+    losses,
+    metrics,
+    photograph,
+    refused,
+    run,
+    weights,
+)
 from safetensors.torch import load_file
 
 import sample
 from ldm.clip import TextEncoder
 
-LATEST = ("--resume-from-checkpoint", "latest")
 ALL = ("--random-flip", "--use-ema", "--ema-decay", "0.9", "--snr-gamma", "5", "--lr-warmup-steps", "5")
 
 
@@ -34,14 +47,6 @@ def made(base, tmp_path_factory) -> Path:
 def once(made, tmp_path) -> Path:
     """A run of four steps with a checkpoint after each, to go on from."""
     return shutil.copytree(made, tmp_path / "once")
-
-
-def check_same(a: Path, b: Path) -> None:
-    """Two runs with the same losses, the same weights and the same pictures, bit for bit."""
-    assert losses(a) == losses(b)
-    one, other = weights(a), weights(b)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert (a / "sheets" / "before_after.png").read_bytes() == (b / "sheets" / "before_after.png").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from runs import latent_rows, sample_rows
+from runs import latent_rows, pixels, sample_rows
 
 from ldm import InputError, rng
 from ldm.dreambooth import FullTuning, dreambooth_loss
@@ -138,10 +137,6 @@ def make(sd, folder, count, batch_size=2, seed=0, **recipe) -> ClassPictures:
 
 def run(folder, batch_size) -> Run:
     return Run(Settings(sample_batch_size=batch_size, output_dir=str(folder.parent / "run")), ALONE)
-
-
-def pixels(path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
 
 
 def test_class_pictures_say_how_they_were_made(random_model, tmp_path):

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from runs import (
+    LATEST,
     SMALL,
+    check_same,
     checkpoints,
     children,
     command,
@@ -25,12 +27,10 @@ from runs import (
     send,
     start,
     until,
-    weights,
 )
 
 from ldm.training import checkpoint
 
-LATEST = ("--resume-from-checkpoint", "latest")
 PLAIN = ("--no-with-prior-preservation", "--no-train-text-encoder")
 
 
@@ -43,12 +43,6 @@ def logged(run: Path) -> int:
     """How many steps a run has come so far."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def check_same(a: Path, b: Path) -> None:
-    assert losses(a) == losses(b)
-    one, other = weights(a), weights(b)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # Signals
