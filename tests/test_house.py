@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LDM = ROOT / "ldm"
 
 # In reading order. A wing stands for all of its modules.
-FLOORS = """errors rng config tokenizer clip vae unet schedule samplers guidance images
-runtime formats model dreambooth training __main__""".split()
+FLOORS = """errors runtime rng config tokenizer clip vae unet schedule samplers guidance images
+formats model dreambooth training __main__""".split()
 
 WINGS = {
-    "runtime": "cli files memory threads signals processes",
+    "runtime": "cli files reading memory threads signals processes",
     "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
     "training": "precision ema optimizer tracking settings options state checkpoint continuity claim run "
     "latents batches class_pictures validation",

@@ -2,6 +2,7 @@
 
 cli         the command line: flags, one-line errors, the choice of a device
 files       files and folders that are replaced whole or not at all
+reading     files, folders, text and JSON that a stranger may have made, within limits
 memory      running out of memory, answered in one line
 threads     all cores, and the same bits
 signals     stopping well when asked
@@ -12,6 +13,7 @@ from ldm.runtime import cli, processes
 from ldm.runtime.files import check_writable, replacing, written
 from ldm.runtime.memory import out_of_memory_named
 from ldm.runtime.processes import World
+from ldm.runtime.reading import check_file, check_path, list_folder, parse_json, read_json, read_text, read_toml
 from ldm.runtime.signals import Stop, Stopped
 from ldm.runtime.threads import at_once, side_by_side
 
@@ -20,10 +22,17 @@ __all__ = [
     "Stopped",
     "World",
     "at_once",
+    "check_file",
+    "check_path",
     "check_writable",
     "cli",
+    "list_folder",
     "out_of_memory_named",
+    "parse_json",
     "processes",
+    "read_json",
+    "read_text",
+    "read_toml",
     "replacing",
     "side_by_side",
     "written",
