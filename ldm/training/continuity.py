@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
+from ldm.runtime import read_json
 from ldm.training.checkpoint import sha256
 from ldm.training.settings import Settings
 
@@ -26,10 +28,15 @@ def config(settings: Settings, identity: dict[str, Any]) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The config.json of a run's folder; None if there is none. Raises InputError if it is damaged."""
     path = folder / CONFIG
+    if not os.path.lexists(path):
+        return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); give another --output-dir") from None
+        tree = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; give another --output-dir") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} is damaged: it does not hold a JSON object; give another --output-dir")
+    return tree
 
 
 def check_same_run(path: Path, before: dict[str, Any] | None, now: dict[str, Any], settings: Settings) -> None:
