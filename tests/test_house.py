@@ -19,7 +19,7 @@ formats model dreambooth training __main__""".split()
 WINGS = {
     "runtime": "cli files reading memory threads signals processes",
     "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
-    "training": "precision ema optimizer tracking settings options state checkpoint continuity claim run "
+    "training": "precision ema optimizer tracking settings options state content checkpoint continuity claim run "
     "latents batches class_pictures validation",
 }
 

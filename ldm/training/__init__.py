@@ -8,6 +8,7 @@ class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
 optimizer, ema  AdamW and its learning rate; the average of the weights
 state           what changes while a run trains
+content         whether a checkpoint holds such a state
 checkpoint      that state on disk, whole or not there
 continuity      whether a run that resumes is the run that it resumes
 claim           the folder of a run, and that no other run is at work there

@@ -14,6 +14,7 @@ from ldm.training import checkpoint
 from ldm.training.checkpoint import METRICS
 from ldm.training.continuity import CONFIG, read_config
 from ldm.training.settings import Settings
+from ldm.training.state import TrainingState
 
 DEFAULT = Path("runs", "dreambooth")
 LOCK = "lock"
@@ -31,15 +32,15 @@ class Claim:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def find_checkpoint(self, result: Path) -> Path | None:
-        """The checkpoint to resume from, if any. result: what a finished run has written.
+    def find_checkpoint(self, result: Path, state: TrainingState) -> Path | None:
+        """The checkpoint to resume from, if any. result: what a finished run has written. state: of this run.
 
         Raises InputError if every checkpoint is damaged, or if a finished run left none to resume from.
         """
         back = was_here(self.folder)
         if self.named is not None and not back:
             return self.named
-        found = checkpoint.newest(self.checkpoints) or self.named
+        found = checkpoint.newest(self.checkpoints, state) or self.named
         if found is None and result.exists() and not back:
             raise InputError(
                 f"--output-dir {self.folder} holds a finished run's model, and no checkpoint to resume from; "

@@ -64,8 +64,9 @@ class Run:
             self._lock = self.claim.lock()
             self.claim.tidy()
             try:
-                found = self.claim.find_checkpoint(state.trainable.result_path(self.folder, self.settings))
-                self._check_resumable(found)
+                self._check_same_run(self.folder, continuity.read_config(self.folder))
+                found = self.claim.find_checkpoint(state.trainable.result_path(self.folder, self.settings), state)
+                self._check_resumable(found, state)
                 checkpoint.check_space(self.folder, state.bytes_saved)
             except (InputError, RunError):
                 if new:  # and ours: nobody else has the lock
@@ -79,13 +80,14 @@ class Run:
             self._track = tracker(self.settings.report_to, self.folder, self.config)
             return found
 
-    def _check_resumable(self, found: Path | None) -> None:
+    def _check_resumable(self, found: Path | None, state: TrainingState) -> None:
         if found is not None:
-            state = checkpoint.load_state(found)
-            self._check_same_run(found, state["run"])
-            if state["step"] > self.settings.max_train_steps:
+            numbers = checkpoint.load_state(found)
+            self._check_same_run(found, numbers["run"])
+            if found == self.claim.named:  # `latest` fits
+                checkpoint.check_fits(found, state)
+            if numbers["step"] > self.settings.max_train_steps:
                 raise InputError(f"{found} is beyond --max-train-steps {self.settings.max_train_steps}")
-        self._check_same_run(self.folder, continuity.read_config(self.folder))
 
     def _check_same_run(self, path: Path, before: dict[str, Any] | None) -> None:
         continuity.check_same_run(path, before, self.config, self.settings)
