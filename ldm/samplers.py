@@ -188,11 +188,8 @@ def _fresh(noise: FreshNoise | None, like: Tensor) -> Tensor:
 
 
 def solver_times(schedule: Schedule, steps: int) -> list[int]:
-    """The times of DPM-Solver++. diffusers' leading spacing for it counts the end as a step: it leaves out the last."""
-    schedule.check_steps(steps)
-    if schedule.config.spacing == "leading" and steps + 1 < schedule.timesteps:
-        return schedule.spaced(steps + 1)[:-1]
-    return schedule.spaced(steps)
+    """The times of DPM-Solver++: diffusers' leading spacing for it counts the solver's end as one step more."""
+    return schedule.spaced(steps, with_end=True)
 
 
 def karras_times(schedule: Schedule, steps: int) -> list[float]:
