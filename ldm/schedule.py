@@ -161,7 +161,7 @@ class Schedule:
         return signal[t].view(shape), sigma[t].view(shape)
 
     def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(T,) "abar", or its roots "signal" and "sigma"; each is moved to a device and type once."""
+        """(T,) "abar", or "signal" = sqrt(abar), or "sigma" = sqrt(1 - abar); computed once for a device and type."""
         if (name, device, dtype) not in self._moved:
             abar = self.alphas_cumprod
             table = {"abar": abar, "signal": abar.sqrt(), "sigma": (1.0 - abar).sqrt()}[name]

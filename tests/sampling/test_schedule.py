@@ -177,10 +177,16 @@ def test_other_numbers_of_steps_give_no_warning(sampler, steps):
             SD.spaced(even)
 
 
-def test_tables_are_moved_once():
-    schedule, x = Schedule(ScheduleConfig()), torch.randn(2, 4, 8, 8)
-    t = torch.tensor([10, 700])
-    first = schedule.add_noise(x, x, t)
-    table = schedule._table("signal", x.device, x.dtype)
-    assert torch.equal(schedule.add_noise(x, x, t), first)
-    assert schedule._table("signal", x.device, x.dtype) is table
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tables_are_computed_once_for_a_device_and_type(dtype):
+    schedule, t = Schedule(ScheduleConfig(prediction="v")), torch.tensor([10, 700])
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def results() -> list[torch.Tensor]:
+        formulas = (schedule.add_noise, schedule.target, schedule.v, schedule.eps, schedule.x0)
+        return [formula(x0, noise, t) for formula in formulas] + [schedule.snr(t)]
+
+    before = results()
+    assert {result.dtype for result in before[:-1]} == {dtype}
+    schedule.alphas_cumprod = None  # nothing reads it again
+    assert all(torch.equal(a, b) for a, b in zip(results(), before, strict=True))
