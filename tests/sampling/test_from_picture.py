@@ -1,4 +1,4 @@
-"""Pictures from pictures, with every sampler and setting of guidance: equal to those of diffusers."""
+"""Pictures made from pictures, with every sampler and setting of guidance, equal those of diffusers."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def sd(random_model):
 
 @pytest.fixture(scope="module")
 def zero_snr(random_model):
-    """The same weights, taken to predict v under a schedule with zero terminal SNR."""
+    """The same weights, used as a model that predicts v, with a schedule with zero terminal SNR."""
     sd = random_model()
     schedule = replace(sd.config.schedule, prediction="v", zero_terminal_snr=True, spacing="trailing")
     sd.config = replace(sd.config, schedule=schedule)
@@ -83,7 +83,7 @@ def test_zero_terminal_snr_and_guidance_rescale_equal_those_of_diffusers(sampler
     assert_same(ours, theirs)
 
 
-# All but plms, which diffusers starts at the wrong step: its list of steps has one twice, and is cut by their number.
+# All but plms: diffusers starts it at the wrong step, since its list of steps, which is cut, holds one step twice.
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd, with_diffusers, image):

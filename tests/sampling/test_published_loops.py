@@ -1,8 +1,8 @@
-"""The full-loop tests of diffusers' own suite, run with our samplers: the same numbers come out.
+"""Our samplers give the numbers of the full-loop tests in diffusers' own suite.
 
-An entry's schedule is made of the steps that it takes and of no other: `alphas_cumprod` holds the abar at which it
-ends, then those of its steps, rising. So step i of ours is its i-th from the end, and whatever spacing, offset, noise
-levels and final abar it was configured with are in the table. What else it wants, its denoiser does.
+An entry's schedule holds only the steps that the entry takes: `alphas_cumprod` is the abar at which it ends, then those
+of its steps, rising. So our step i is its i-th step from the end, and the table holds the spacing, the offset, the
+noise levels and the final abar that the entry was configured with. Its denoiser does the rest.
 """
 
 import json
@@ -56,7 +56,7 @@ def denoiser(entry: dict, schedule: Schedule, times: list[float]) -> samplers.De
         eps = schedule.eps(model(x, times[round(i)]), x, i)
         x0 = schedule.x0(eps, x, i)
         if entry.get("clip") and entry["sampler"] == "ddim":
-            assert x0.abs().max() < 1.0  # there, clipping would leave eps as it is; but it never comes to that
+            assert x0.abs().max() < 1.0  # clipping there does not change eps; but nothing is clipped
         elif entry.get("clip"):
             x0 = x0.clamp(-1.0, 1.0)
         elif "threshold" in entry:  # dynamic thresholding, Saharia et al. 2022, section 2.3
@@ -72,10 +72,10 @@ def denoiser(entry: dict, schedule: Schedule, times: list[float]) -> samplers.De
 
 
 class FromScaled:
-    """Those tests scale the sample for the model, and then take the step from the scaled sample, not from the sample.
+    """A denoiser for tests that scale the sample for the model, and then take the step from the scaled sample.
 
-    Our step goes from y along a slope. For it to arrive where theirs does, the slope has to make up for the difference;
-    in Heun's second half it is the first half's that was missing.
+    Our step starts at y, which is not scaled, and follows a slope. To arrive where theirs does, the slope also has to
+    cover the difference. In Heun's second half, that is the difference of the first half.
     """
 
     def __init__(self, entry: dict, sigmas: list[float]):
@@ -129,7 +129,7 @@ def run(entry: dict) -> Tensor:
         entry = entry | {"times": [None, *map(float, times)]}
         return loop(sampler, FromScaled(entry, [None, *sigmas]), x, schedule, steps, noise, start)
 
-    # These end on the smallest sigma, where ours go on to 0: what the last evaluation sees is what they have.
+    # These end on the smallest sigma, and ours go on to 0: the input of our last evaluation is their result.
     if sampler == "dpmpp_2m":
         times = np.linspace(0, len(abar) - 1, steps + 1).round().astype(int)
         schedule, times, steps = schedule_of(np.array([1.0, *abar[times]]), prediction), [None, *times], steps + 1
@@ -158,6 +158,6 @@ def test_loop(entry):
         assert total is None or x.abs().sum().item() == pytest.approx(total, abs=total_tolerance, rel=1e-4)
         assert x.abs().mean().item() == pytest.approx(mean, abs=mean_tolerance)
     found = [x.abs().sum().item(), *x.flatten()[:4].tolist(), *x.flatten()[-4:].tolist()]
-    # Relative, because some of these loops lead to almost nothing. Theirs are in float32, which DDPM feels: its beta is
-    # 1 - abar_t / abar_{t-1}, with three digits left near t = 0. In float64 diffusers, too, comes to our numbers.
+    # Relative, because some of these loops end near 0. Theirs are in float32, where DDPM loses precision: its beta is
+    # 1 - abar_t / abar_{t-1}, with three digits left near t = 0. In float64 diffusers gives our numbers.
     assert found == pytest.approx(entry["measured"], rel=1e-4 if entry["sampler"] == "ddpm" else 5e-5, abs=0.0)

@@ -19,7 +19,7 @@ from ldm.schedule import Schedule
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy 2
 
 SHAPE = (2, 4, 6, 6)
-# what Stable Diffusion's scheduler_config.json says, and the spacing that all schedulers of diffusers shall have
+# Stable Diffusion's scheduler_config.json, with the spacing set for all of diffusers' schedulers
 SD = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -35,7 +35,7 @@ EXACT = ("ddpm", "ddim", "plms")  # their table can be replaced by one of float6
 
 
 def model(x: Tensor, t: float) -> Tensor:
-    """A denoiser's stand-in: smooth, not linear, and different for every place and step."""
+    """A stand-in for the UNet: smooth, nonlinear, and different at every position and step."""
     return torch.tanh(x * (0.5 + t / 1500)) + 0.3 * torch.sin(3 * x.flip(-1) + t / 100)
 
 
@@ -58,7 +58,7 @@ def sample(name: str, schedule: Schedule, steps: int, calls: list[float] | None 
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest, relative to the largest number."""
+    """The largest difference, relative to the largest number."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
@@ -77,7 +77,7 @@ def set_up(scheduler_of_diffusers):
         if name in EXACT:
             scheduler.alphas_cumprod = schedule.alphas_cumprod
             scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
-        if name == "heun" and schedule.config.zero_terminal_snr:  # which it does not know there
+        if name == "heun" and schedule.config.zero_terminal_snr:  # diffusers' Heun has no rescale_betas_zero_snr
             scheduler.alphas_cumprod = schedule.alphas_cumprod.float()
         scheduler.set_timesteps(steps)
         return scheduler
@@ -130,7 +130,7 @@ def test_zero_terminal_snr_with_trailing_steps_equals_diffusers(name, set_up):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_the_floor_under_alpha_bar_is_not_seen(name, set_up):
-    """diffusers' DDPM and DDIM take x_0 from v, and so can have abar = 0; we stop at 2**-24."""
+    """diffusers' DDPM and DDIM compute x_0 from v, so that abar can be 0 there; ours ends on 2**-24."""
     schedule = Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"))
     settings = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
     scheduler = set_up(name, schedule, 20, **settings)
@@ -145,7 +145,7 @@ def test_the_floor_under_alpha_bar_is_not_seen(name, set_up):
     assert difference(in_float32.double(), theirs) <= 2 * 2**-12
 
 
-# Against the equations as they were published, in float64. D(x; sigma) is what is left when the noise is taken away.
+# Against the published equations, in float64. D(x; sigma) is x without its noise.
 
 
 def published(schedule: Schedule, t: list[float]):
@@ -233,7 +233,7 @@ def test_equals_the_published_equations(name, prediction, steps):
 
 
 def test_ddim_at_eta_1_is_ddpm():
-    """Same mean and variance wherever the strides are the same; only their ends, abar[0] and 1, are not."""
+    """Both take steps of the same mean and variance, except the last: it ends on abar[0] or on 1."""
     schedule = Schedule(ScheduleConfig())
 
     def seen_by_the_denoiser(name: str) -> list[Tensor]:
@@ -293,7 +293,7 @@ def test_works_in_the_type_of_x(name):
     schedule = Schedule(ScheduleConfig())
     x = torch.randn(SHAPE)
     assert SAMPLERS[name](denoiser(schedule), x, schedule, 5, noise=lambda: torch.randn(SHAPE)).dtype == torch.float32
-    assert SAMPLERS[name](denoiser(schedule), x, schedule, 5).isfinite().all()  # draws noise by itself
+    assert SAMPLERS[name](denoiser(schedule), x, schedule, 5).isfinite().all()  # draws its own noise
 
 
 def test_the_listing_has_a_line_for_each():

@@ -58,7 +58,7 @@ def test_a_photograph_is_turned_as_its_camera_says(orientation, tmp_path):
 
 @pytest.mark.parametrize("size", [(300, 100), (100, 300), (101, 100), (3, 2), (1, 1), (1, 500), (500, 1)])
 def test_the_short_side_fits_and_the_middle_stays(size, tmp_path):
-    """A ramp along the longer side, cut to its middle: symmetric around the middle grey."""
+    """A ramp along the longer side is cut to its middle, which is symmetric around the middle grey."""
     width, height = size
     ramp = np.tile(np.linspace(0, 255, max(size)), (min(size), 1))
     ramp = (ramp if width >= height else ramp.T).round().astype(np.uint8)
@@ -72,7 +72,7 @@ def test_the_short_side_fits_and_the_middle_stays(size, tmp_path):
 
 
 def save_transparent(mode: str, path) -> None:
-    """Left half red (or black, in grey), right half nothing at all over some hidden colour."""
+    """Left half red (black where the mode is grey), right half transparent over a hidden colour."""
     color, hidden = {"RGBA": ((255, 0, 0, 255), (9, 9, 9, 0)), "LA": ((0, 255), (9, 0))}.get(mode, (0, 1))
     image = Image.new("P" if mode == "P" else mode, (64, 64), hidden)
     image.paste(color, (0, 0, 32, 64))
@@ -110,7 +110,7 @@ def test_printers_jpegs_palettes_and_two_colours(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_sixteen_bits_are_scaled_not_clipped(name, tmp_path):
-    """65535 is white; 0x8000 is the middle grey, and not white, as everything above 255 is where it is clipped."""
+    """65535 is white and 0x8000 the middle grey; clipping would make everything above 255 white."""
     values = np.full((64, 64), 0x8000, dtype=np.uint16)
     values[:32, :32], values[:32, 32:] = 0xFFFF, 0
     Image.fromarray(values).save(tmp_path / name)
@@ -120,7 +120,7 @@ def test_sixteen_bits_are_scaled_not_clipped(name, tmp_path):
 
 
 def test_floating_point_pictures_are_refused(tmp_path):
-    """Whether 1 or 255 is white is not said in the file."""
+    """The file does not say whether 1 or 255 is white."""
     Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif can't be read .* 8 or 16 bits"):
         square(tmp_path / "a.tif", 8)
@@ -155,7 +155,7 @@ def test_a_folder_without_pictures_is_an_error_that_names_it(what, tmp_path):
 
 
 def damaged() -> dict[str, bytes]:
-    """Pictures cut short or hit in the middle, as bad cards and broken downloads leave them."""
+    """Files that are cut short, empty or no pictures, as bad cards and broken downloads leave them."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     files = {"empty.png": b"", "text.jpg": b"<html>404 not found</html>"}
     for name, format in (("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("a.gif", "GIF"), ("a.tif", "TIFF")):
@@ -174,7 +174,7 @@ def test_an_unreadable_picture_is_named(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow has much to say about such files
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about such files
 def test_whatever_the_bytes_are_nothing_but_an_input_error_comes_up(tmp_path):
     rng = np.random.default_rng(0)
     picture, exif = quarters(RED, GREEN, BLUE, WHITE), Image.Exif()
