@@ -517,7 +517,7 @@ def test_writing_to_a_loaded_model_does_not_reach_the_file(narrow, there):
 @pytest.mark.parametrize("family, official", [("SD1", "sd1"), ("SD2", "sd2"), ("SD2_V", "sd2")])
 def test_a_saved_file_has_the_tensors_of_the_published_ones(family, official, monkeypatch, tmp_path):
     """At full size, on the meta device: names, shapes and types, without the two leftovers of the moving average."""
-    from test_manifest import published_rows
+    from published import published_rows
 
     from ldm import config
 
