@@ -86,8 +86,11 @@ def damaged(path: Path) -> str | None:
     try:
         lines = (path / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        for name in sums.keys() | {TRAINING, STATE, METRICS}:
-            if sha256(path / name) != sums[name]:
+        for name in (TRAINING, STATE, METRICS, *sorted(sums.keys() - {TRAINING, STATE, METRICS})):
+            expected = sums[name]
+            if name not in (TRAINING, STATE, METRICS) and not (path / name).exists():
+                return f"{CHECKSUMS} lists {name[:80]!r}, which is missing"
+            if sha256(path / name) != expected:
                 return f"{name} is not what was saved"
         if not {"step", "run"} <= load_state(path).keys():
             return f"{STATE} does not name its run"
