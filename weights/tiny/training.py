@@ -27,7 +27,7 @@ def duration(text):
     """An argparse type: minutes, more than 0."""
     minutes = float(text)
     if not minutes > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
     return minutes
 
 
