@@ -1,4 +1,4 @@
-"""The schedule against published numbers, and its formulas against each other."""
+"""The schedule equals published numbers, and its formulas agree with each other."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ ZERO_SNR = Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True, spaci
 
 
 def at(table: torch.Tensor, name: str) -> list[float]:
-    """The table's entries whose numbers are in the fact's name."""
+    """The entries of the table at the numbers in the fact's name."""
     return table[[int(word) for word in name.split() if word.isdigit()]].tolist()
 
 
@@ -46,7 +46,7 @@ def test_leading_steps_are_the_official_ones():
         assert SD.spaced(int(steps)) == rising[::-1]
 
 
-def test_exactly_as_many_steps_as_asked_for_also_where_the_number_does_not_divide_a_thousand():
+def test_a_schedule_has_exactly_as_many_steps_as_asked_for():
     for schedule in (SD, ZERO_SNR):
         for steps in range(1, 1000):
             t = schedule.spaced(steps)
@@ -59,13 +59,15 @@ def test_other_numbers_of_steps_are_refused(steps):
         SD.spaced(steps)
 
 
-def test_trailing_steps_begin_at_the_last_and_are_those_of_diffusers():
+def test_trailing_steps_begin_at_the_last_timestep_and_equal_those_of_diffusers():
     assert ZERO_SNR.spaced(10) == FACTS["trailing 10"]
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     theirs = diffusers.DDIMScheduler(timestep_spacing="trailing")
     for steps in range(1, 1000):
         theirs.set_timesteps(steps)
-        assert ZERO_SNR.spaced(steps) == theirs.timesteps[:steps].tolist()  # for some, it has one more, a -1
+        assert (
+            ZERO_SNR.spaced(steps) == theirs.timesteps[:steps].tolist()
+        )  # for some counts diffusers has one more, a -1
 
 
 def test_zero_terminal_snr():
@@ -73,7 +75,7 @@ def test_zero_terminal_snr():
     assert at(ZERO_SNR.betas, betas) == pytest.approx(FACTS[betas], rel=1e-9)
     *before, last = at(ZERO_SNR.alphas_cumprod, abar)
     assert before == pytest.approx(FACTS[abar][:-1], rel=1e-9)
-    assert last == 2.0**-24  # not 0: see the class
+    assert last == 2.0**-24  # not 0; the docstring of Schedule says why
 
     x0, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     last_step = torch.tensor([999])
@@ -81,7 +83,7 @@ def test_zero_terminal_snr():
     torch.testing.assert_close(ZERO_SNR.target(x0, noise, last_step), -x0, rtol=0, atol=2**-12 * 5)
 
 
-def test_zero_terminal_snr_wants_trailing_steps_and_a_schedule_some():
+def test_zero_terminal_snr_needs_trailing_steps_and_a_schedule_needs_two_timesteps():
     with pytest.raises(InputError, match="trailing"):
         Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True))
     with pytest.raises(InputError, match="a schedule of 1 timesteps"):
@@ -117,10 +119,10 @@ def test_step_at_is_the_inverse_of_alpha_bar():
     assert SD.step_at(1e-3) == 0.0 and SD.step_at(1e3) == 999.0
 
 
-def test_eps_x0_and_v_are_three_names_of_one_thing():
+def test_eps_x0_and_v_convert_into_each_other():
     x0, noise = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.tensor([0, 1, 300, 981, 999])
-    for steps in (t, 17, 300.25):  # a tensor of steps, or one for all rows
+    for steps in (t, 17, 300.25):  # a tensor of steps, or one step for all rows
         x = SD.add_noise(x0, noise, steps)
         torch.testing.assert_close(SD.x0(noise, x, steps), x0, rtol=0, atol=1e-12)
         torch.testing.assert_close(V.eps(V.target(x0, noise, steps), x, steps), noise, rtol=0, atol=1e-12)
@@ -141,7 +143,7 @@ def test_snr():
 
 
 @pytest.mark.parametrize(("steps", "first"), [(334, 667), (400, 799), (501, 501), (600, 600), (900, 900)])
-def test_leading_steps_that_begin_far_from_noise_are_told(steps, first):
+def test_leading_steps_that_begin_far_from_noise_give_a_warning(steps, first):
     schedule = Schedule(ScheduleConfig())
     with pytest.warns(UserWarning, match=f"{steps} leading steps begin at t = {first} of 1000, far from pure noise"):
         assert schedule.spaced(steps)[0] == first
@@ -159,7 +161,7 @@ def test_other_numbers_of_steps_give_no_warning(steps):
         SAMPLERS["dpmpp_2m_karras"].times(Schedule(ScheduleConfig()), steps)
 
 
-def test_tables_are_moved_once():
+def test_a_table_is_moved_to_a_device_and_type_once():
     schedule, x = Schedule(ScheduleConfig()), torch.randn(2, 4, 8, 8)
     t = torch.tensor([10, 700])
     first = schedule.add_noise(x, x, t)
