@@ -1,8 +1,10 @@
 """Photographs -> square tensors in [-1, 1]; tensors -> pictures; pictures -> contact sheets."""
 
+import io
 import warnings
 from collections.abc import Container
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,22 @@ from torch import Tensor
 from ldm.errors import InputError, RunError
 
 Row = tuple[str, list[Image.Image]]
+
+
+class Picture(NamedTuple):
+    """A picture's file, read whole: what happens to the file afterwards does not matter."""
+
+    path: Path
+    content: bytes
+
+
+def read_picture(path: Path) -> Picture:
+    """Raises InputError, which names the file, if it can't be read."""
+    try:
+        return Picture(path, path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); repair it or take it away") from None
+
 
 MIN_CELL = 128  # pixels along a cell of a contact sheet
 MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
@@ -47,7 +65,7 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
     return pictures
 
 
-def load_picture(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+def load_picture(path: str | Path | Picture, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """One picture as (3, R, R) float32 in [-1, 1]; see `square`."""
     return to_tensor(square(path, resolution, centre))
 
@@ -57,19 +75,22 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def square(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def square(path: str | Path | Picture, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """One picture as 8-bit RGB: upright, short side resized to `resolution`, cut to a square; see `fit`."""
     return fit(path, resolution, resolution, centre)
 
 
-def fit(path: str | Path, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """One picture as 8-bit RGB: upright, resized until it covers `width` x `height`, and cut to that.
 
     centre: where it is cut, from (0, 0), left and top, to (1, 1). Raises InputError, which names the file, if it can't
     be read.
     """
+    file = path
+    if isinstance(path, Picture):
+        path, file = path.path, io.BytesIO(path.content)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
             return ImageOps.fit(to_rgb(upright), (width, height), Image.Resampling.LANCZOS, centering=centre)
     except Exception as error:  # Pillow's plugins can raise anything on a damaged picture

@@ -2,6 +2,7 @@
 
 cli         the command line: flags, one-line errors, the choice of a device
 files       files and folders that are replaced whole or not at all
+streams     printing to people who may have left
 memory      running out of memory, answered in one line
 threads     all cores, and the same bits
 signals     stopping well when asked
@@ -9,10 +10,11 @@ processes   several processes as one world
 """
 
 from ldm.runtime import cli, processes
-from ldm.runtime.files import check_writable, replacing, written
+from ldm.runtime.files import check_writable, locked, replacing, written
 from ldm.runtime.memory import out_of_memory_named
 from ldm.runtime.processes import World
 from ldm.runtime.signals import Stop, Stopped
+from ldm.runtime.streams import dropped as dropped_output
 from ldm.runtime.threads import at_once, side_by_side
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "at_once",
     "check_writable",
     "cli",
+    "dropped_output",
+    "locked",
     "out_of_memory_named",
     "processes",
     "replacing",

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.errors import InputError, RunError
 from ldm.runtime import cli
+from ldm.runtime.signals import Stopped
 
 TIMEOUT = timedelta(hours=4)  # the others wait so long while the main process samples a sheet or saves to a slow disk
 
@@ -80,11 +81,11 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Wraps work without collectives: an InputError or RunError in any process is raised in all of them."""
+        """Wraps work without collectives: InputError, RunError and Stopped in any process are raised in all of them."""
         errors: list[Exception | None] = [None] * self.size
         try:
             yield
-        except (InputError, RunError) as error:
+        except (InputError, RunError, Stopped) as error:
             errors[self.rank] = error
         if self.size > 1:
             dist.all_gather_object(errors, errors[self.rank])

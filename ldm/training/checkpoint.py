@@ -86,8 +86,11 @@ def damaged(path: Path) -> str | None:
     try:
         lines = (path / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        for name in sums.keys() | {TRAINING, STATE, METRICS}:
-            if sha256(path / name) != sums[name]:
+        for name in (TRAINING, STATE, METRICS, *sorted(sums.keys() - {TRAINING, STATE, METRICS})):
+            expected = sums[name]
+            if name not in (TRAINING, STATE, METRICS) and not (path / name).exists():
+                return f"{CHECKSUMS} lists {name[:80]!r}, which is missing"
+            if sha256(path / name) != expected:
                 return f"{name} is not what was saved"
         if not {"step", "run"} <= load_state(path).keys():
             return f"{STATE} does not name its run"
@@ -137,9 +140,13 @@ def clean(folder: Path) -> None:
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises RunError if the folder's disk has less than `needed` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    if (free := free_space(folder)) < needed:
         raise RunError(f"{folder} needs {needed / 1e6:.0f} MB for a save, and its disk has {free / 1e6:.0f} MB left")
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that the folder's disk has left."""
+    return shutil.disk_usage(folder).free
 
 
 def sha256(path: Path) -> str:
@@ -157,4 +164,8 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    """Removes a file or folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

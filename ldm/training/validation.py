@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ldm import images, samplers
 from ldm.model import StableDiffusion
-from ldm.runtime import Stopped, replacing, written
+from ldm.runtime import replacing, written
 from ldm.training.run import Run
 
 
@@ -17,23 +17,20 @@ def sheet_path(run: Run, name: str) -> Path:
     return run.folder / "sheets" / f"{name}.png"
 
 
-def make_sheet(run: Run, sd: StableDiffusion, when: str) -> bool:
-    """Makes the sheet "before" or "after" in the main process. Returns False if a signal ended it early."""
+def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
+    """Makes the sheet "before", unless it is there already, or "after", in the main process."""
 
-    def work() -> bool:
-        try:
+    def work() -> None:
+        if when == "after" or not sheet_path(run, when).exists():
             with run.precision.autocast(), run.enough_memory("sampling", f"while it made the sheet {when}"):
                 _save(run, when, images.grid(sample(run, sd, when)))
-        except Stopped:
-            return False
-        return True
 
-    return run.world.on_main(work)
+    run.on_main(work)
 
 
-def make_comparison(run: Run, photographs: Sequence[Path]) -> Path:
+def make_comparison(run: Run, photographs: Sequence[images.Picture]) -> Path:
     """Makes the sheet that shows the photographs, and the sheets "before" and "after" side by side below them."""
-    squares = [images.square(path, run.settings.resolution) for path in photographs]
+    squares = [images.square(picture, run.settings.resolution) for picture in photographs]
     top = images.grid([("photographs of the subject", squares[: 2 * run.settings.num_validation_images])])
     left, right = (Image.open(sheet_path(run, name)) for name in ("before", "after"))
     return _save(run, "before_after", images.beside(top, left, right))
@@ -56,11 +53,6 @@ def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
     total = len(batches) * samplers.find(settings.sampler).evaluations(settings.sample_steps)
     pictures = []
     with tqdm(total=total, desc=f"sheet {when}", unit="step") as bar:
-
-        def progress() -> None:
-            bar.update()
-            run.stop.check()
-
         for batch in batches:
             pictures += sd.generate(
                 [prompt for prompt, _ in batch],
@@ -70,7 +62,7 @@ def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
                 seeds=[seed for _, seed in batch],
                 height=settings.resolution,
                 width=settings.resolution,
-                progress=progress,
+                progress=bar.update,
             )
     n = len(seeds)
     return [(f"{prompt} ({when})", pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]

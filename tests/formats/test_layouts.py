@@ -517,7 +517,7 @@ def test_changing_a_loaded_model_does_not_change_its_file(narrow, there):
 @pytest.mark.parametrize("family, official", [("SD1", "sd1"), ("SD2", "sd2"), ("SD2_V", "sd2")])
 def test_a_saved_file_has_the_tensors_of_the_published_ones(family, official, monkeypatch, tmp_path):
     """Compares names, shapes and types at full size on the meta device, without the two remaining EMA tensors."""
-    from test_manifest import published_rows
+    from published import published_rows
 
     from ldm import config
 

@@ -1,10 +1,10 @@
 """The presets have the parameters of the published checkpoints: the same number, names and shapes."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from published import published
 
 from ldm import StableDiffusion
 from ldm.config import SD1, SD2
@@ -14,23 +14,6 @@ from ldm.schedule import Schedule
 PREFIXES = {"unet": names.UNET_PREFIX, "vae": names.VAE_PREFIX, "text_encoder": names.TEXT_PREFIX}
 # a buffer of older versions of transformers: 0 to 76
 POSITION_IDS = names.TEXT_PREFIX + "text_model.embeddings.position_ids"
-Shapes = dict[str, tuple[int, ...]]
-
-
-@cache
-def published(family: str) -> Shapes:
-    """The name and shape of every tensor in the published single files of a family."""
-    lines = (Path(__file__).parent.parent / "facts" / f"{family}_tensors.txt").read_text().splitlines()
-    rows = [line.split() for line in lines if not line.startswith("#")]
-    return {name: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for name, shape, *_ in rows}
-
-
-def published_rows(family: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor of the published files, without the two remaining tensors of the EMA."""
-    lines = (Path(__file__).parent.parent / "facts" / f"{family}_tensors.txt").read_text().splitlines()
-    types = {line.split()[0]: (line.split() + ["float32"])[2] for line in lines if not line.startswith("#")}
-    kept = {name: shape for name, shape in published(family).items() if not name.startswith("model_ema.")}
-    return {name: (shape, getattr(torch, types[name])) for name, shape in kept.items()}
 
 
 @cache

@@ -64,7 +64,7 @@ def assert_same(ours, theirs, what, scale=None):
 
 
 def assert_same_gradients(ours, theirs, renamed):
-    """Of the network's largest gradient: CLIP's k_proj.bias, for one, has none but rounding."""
+    """Relative to the network's largest gradient: that of CLIP's k_proj.bias, for one, is only rounding error."""
     mine, yours = dict(ours.named_parameters()), dict(theirs.named_parameters())
     scale = max(p.grad.abs().max() for p in yours.values())
     for key, name in renamed.items():

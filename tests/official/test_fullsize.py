@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from bench.load import PRESETS, measure, randomise, write_config, write_random
+from published import published_rows
 from runs import command, losses, run
 from safetensors import safe_open
-from test_manifest import published_rows
 from test_networks import assert_same, theirs_of
 from test_official import FACTS, RECIPES, agree, found
 from test_sd2 import penultimate, tower, towers  # noqa: F401

@@ -242,7 +242,7 @@ def test_a_grid_has_a_row_for_each_prompt_and_a_column_for_each_seed(run, tmp_pa
 def test_latents_begin_as_torch_randn_of_the_seed_and_noise_goes_on_from_there(sd, monkeypatch):
     seen = {}
 
-    def spy(denoise, x, schedule, steps, *, noise, **others):
+    def spy(denoise, x, schedule, times, *, noise, **others):
         seen["x"], seen["noise"] = x, noise()
         return x
 

@@ -19,7 +19,7 @@ from ldm.schedule import Schedule
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy 2
 
 SHAPE = (2, 4, 6, 6)
-# Stable Diffusion's scheduler_config.json, and one spacing for all schedulers of diffusers
+# Stable Diffusion's scheduler_config.json, with the spacing set for all of diffusers' schedulers
 SD = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -35,7 +35,7 @@ EXACT = ("ddpm", "ddim", "plms")  # we can give these schedulers of diffusers a 
 
 
 def model(x: Tensor, t: float) -> Tensor:
-    """A stand-in for the UNet: smooth, not linear, and different at every position and step."""
+    """A stand-in for the UNet: smooth, nonlinear, and different at every position and step."""
     return torch.tanh(x * (0.5 + t / 1500)) + 0.3 * torch.sin(3 * x.flip(-1) + t / 100)
 
 
@@ -77,7 +77,7 @@ def set_up(scheduler_of_diffusers):
         if name in EXACT:
             scheduler.alphas_cumprod = schedule.alphas_cumprod
             scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
-        if name == "heun" and schedule.config.zero_terminal_snr:  # diffusers' Heun lacks this setting
+        if name == "heun" and schedule.config.zero_terminal_snr:  # diffusers' Heun has no rescale_betas_zero_snr
             scheduler.alphas_cumprod = schedule.alphas_cumprod.float()
         scheduler.set_timesteps(steps)
         return scheduler
@@ -129,8 +129,8 @@ def test_zero_terminal_snr_with_trailing_steps_equals_diffusers(name, set_up):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_the_lower_bound_of_alpha_bar_does_not_change_the_result(name, set_up):
-    """diffusers' DDPM and DDIM compute x_0 from v, so abar can be 0 there. Ours stops at 2**-24."""
+def test_the_floor_under_alpha_bar_does_not_change_the_result(name, set_up):
+    """diffusers' DDPM and DDIM compute x_0 from v, so that abar can be 0 there; ours ends on 2**-24."""
     schedule = Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"))
     settings = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
     scheduler = set_up(name, schedule, 20, **settings)
@@ -145,7 +145,7 @@ def test_the_lower_bound_of_alpha_bar_does_not_change_the_result(name, set_up):
     assert difference(in_float32.double(), theirs) <= 2 * 2**-12
 
 
-# Compared with the published equations, in float64. D(x; sigma) is the denoised x.
+# Against the published equations, in float64. D(x; sigma) is x without its noise.
 
 
 def published(schedule: Schedule, t: list[float]):
@@ -233,7 +233,7 @@ def test_equals_the_published_equations(name, prediction, steps):
 
 
 def test_ddim_at_eta_1_is_ddpm():
-    """Both have the same mean and variance at equal strides. Only their final abar differs: abar[0] and 1."""
+    """Both take steps of the same mean and variance, except the last: it ends on abar[0] or on 1."""
     schedule = Schedule(ScheduleConfig())
 
     def seen_by_the_denoiser(name: str) -> list[Tensor]:
@@ -293,9 +293,7 @@ def test_computes_in_the_type_of_x(name):
     schedule = Schedule(ScheduleConfig())
     x = torch.randn(SHAPE)
     assert SAMPLERS[name](denoiser(schedule), x, schedule, 5, noise=lambda: torch.randn(SHAPE)).dtype == torch.float32
-    assert (
-        SAMPLERS[name](denoiser(schedule), x, schedule, 5).isfinite().all()
-    )  # without `noise` the sampler draws its own
+    assert SAMPLERS[name](denoiser(schedule), x, schedule, 5).isfinite().all()  # draws its own noise
 
 
 def test_the_listing_has_a_line_for_each_sampler():

@@ -46,6 +46,7 @@ def test_leading_steps_are_the_official_ones():
         assert SD.spaced(int(steps)) == rising[::-1]
 
 
+@pytest.mark.filterwarnings("ignore:.* leading steps begin at")
 def test_a_schedule_has_exactly_as_many_steps_as_asked_for():
     for schedule in (SD, ZERO_SNR):
         for steps in range(1, 1000):
@@ -142,29 +143,52 @@ def test_snr():
     assert SD.snr(t).tolist() == pytest.approx([0.99915 / 0.00085, 0.2763326838 / 0.7236673162, 0.0046819], rel=1e-4)
 
 
-@pytest.mark.parametrize(("steps", "first"), [(334, 667), (400, 799), (501, 501), (600, 600), (900, 900)])
-def test_leading_steps_that_begin_far_from_noise_give_a_warning(steps, first):
-    schedule = Schedule(ScheduleConfig())
-    with pytest.warns(UserWarning, match=f"{steps} leading steps begin at t = {first} of 1000, far from pure noise"):
-        assert schedule.spaced(steps)[0] == first
+@pytest.mark.parametrize(
+    "sampler, steps, first, better",
+    [
+        ("ddim", 334, 667, 333),
+        ("ddim", 400, 799, 333),
+        ("ddim", 501, 501, 500),
+        ("ddim", 600, 600, 500),
+        ("ddim", 900, 900, 500),
+        ("dpmpp_2m", 333, 667, 332),  # it spaces one step more than it takes
+        ("dpmpp_2m", 500, 501, 499),
+    ],
+)
+def test_leading_steps_that_begin_far_from_noise_give_a_warning(sampler, steps, first, better):
+    times = SAMPLERS[sampler].times
+    said = f"^{steps} leading steps begin at t = {first} of 1000, far from pure noise; take {better} steps"
+    with pytest.warns(UserWarning, match=said) as told:
+        assert times(SD, steps)[0] == first
+    assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schedule.check_steps(steps)
-        Schedule(ScheduleConfig(spacing="trailing")).spaced(steps)
+        SD.check_steps(steps)
+        SAMPLERS["dpmpp_2m_karras"].times(SD, steps)
+        times(ZERO_SNR, steps)
+        assert times(SD, better)[0] > 990
 
 
-@pytest.mark.parametrize("steps", [1, 20, 25, 47, 50, 100, 250, 332, 333, 499, 500, 999])
-def test_other_numbers_of_steps_give_no_warning(steps):
+@pytest.mark.parametrize("steps", [1, 20, 25, 47, 50, 100, 332, 499, 999])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_other_numbers_of_steps_give_no_warning(sampler, steps):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Schedule(ScheduleConfig()).spaced(steps)
-        SAMPLERS["dpmpp_2m_karras"].times(Schedule(ScheduleConfig()), steps)
+        SAMPLERS[sampler].times(SD, steps)
+        for even in (250, 333, 500):
+            SD.spaced(even)
 
 
-def test_a_table_is_moved_to_a_device_and_type_once():
-    schedule, x = Schedule(ScheduleConfig()), torch.randn(2, 4, 8, 8)
-    t = torch.tensor([10, 700])
-    first = schedule.add_noise(x, x, t)
-    table = schedule._table("signal", x.device, x.dtype)
-    assert torch.equal(schedule.add_noise(x, x, t), first)
-    assert schedule._table("signal", x.device, x.dtype) is table
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tables_are_computed_once_for_a_device_and_type(dtype):
+    schedule, t = Schedule(ScheduleConfig(prediction="v")), torch.tensor([10, 700])
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def results() -> list[torch.Tensor]:
+        formulas = (schedule.add_noise, schedule.target, schedule.v, schedule.eps, schedule.x0)
+        return [formula(x0, noise, t) for formula in formulas] + [schedule.snr(t)]
+
+    before = results()
+    assert {result.dtype for result in before[:-1]} == {dtype}
+    schedule.alphas_cumprod = None  # nothing reads it again
+    assert all(torch.equal(a, b) for a, b in zip(results(), before, strict=True))

@@ -143,7 +143,7 @@ def test_a_run_killed_thirty_times_equals_the_run_that_was_never_killed(base, tm
         assert finish(process, tmp_path).status == -signal.SIGKILL
         in_saves += kill % 3 != 0 and any(saves.glob(".*"))
         if (newest := checkpoint.newest(saves)) is not None:
-            assert newest == checkpoint.listed(saves)[-1]  # none is damaged
+            assert newest == checkpoint.all_in(saves)[-1]  # none is damaged
             done = checkpoint.load(newest)[2]["step"]
     print(f"{in_saves} of 30 kills fell into a save; {done} steps were done")
     assert in_saves >= 3 and done >= 40
@@ -237,7 +237,7 @@ def test_a_run_whose_disk_fills_up_keeps_its_checkpoints(moment, base, mounted):
     print(done.complaint)
     assert done.status == 1
     step = checkpoints(disk / "run")[-1]
-    assert all(checkpoint.damaged(path) is None for path in checkpoint.listed(saves))
+    assert all(checkpoint.damaged(path) is None for path in checkpoint.all_in(saves))
     (disk / "others").unlink()
     run(command([*base, "--max-train-steps", step + 2, *LATEST]), disk.parent)
     assert len(losses(disk / "run")) == step + 2 and leftovers(disk / "run") == []

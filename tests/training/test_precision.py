@@ -11,6 +11,7 @@ import train
 from ldm import StableDiffusion
 from ldm.dreambooth import FullTuning
 from ldm.errors import RunError
+from ldm.images import read_picture
 from ldm.runtime.processes import World
 from ldm.training import Run, Settings, TrainingState, parse
 
@@ -53,7 +54,7 @@ def test_trained_weights_are_fp32_and_frozen_weights_are_saved_unchanged(name, b
     settings = parse([str(flag) for flag in (*base, *flags, "--output-dir", tmp_path / "new")], train.TINY)
     sd, another = StableDiffusion.load(saved["official"]), Run(settings, ALONE)
     state = TrainingState(FullTuning(sd, settings), settings, another.precision, "")
-    train.prepare(another, state, sorted(Path(base[3]).iterdir()), None)
+    train.prepare(another, state, [read_picture(path) for path in sorted(Path(base[3]).iterdir())], None)
     types = {kind: {p.dtype for p in net.parameters()} for kind, net in sd.networks().items()}
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
     assert list(types.values()) == [{torch.float32}, {half}, {half}]

@@ -52,7 +52,7 @@ def test_a_command_line_of_the_diffusers_script_works(saved, photographs, root, 
     assert done.returncode == 0, done.stderr
     assert "out/model.safetensors" in done.stdout and "out/sheets/before_after.png" in done.stdout
     assert "training: 100%" in done.stderr and "Traceback" not in done.stderr and "Warning" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photographs"]
     out = tmp_path / "out"
 
     config = json.loads((out / "config.json").read_text())
