@@ -160,7 +160,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_file_has_the_tensors_of_the_published_ones(family, files):
+def test_a_saved_file_of_full_size_has_the_tensors_of_the_published_ones(family, files):
     with safe_open(files(family)[0], "pt") as file:
         rows = {name: file.get_slice(name) for name in file.keys()}
         types = {"F32": torch.float32, "I64": torch.int64}

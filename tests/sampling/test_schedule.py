@@ -28,13 +28,13 @@ def test_betas_and_alpha_bar_are_those_of_stable_diffusion():
         assert at(table, name) == pytest.approx(FACTS[name], rel=1e-12)
 
 
-def test_published_roots_of_alpha_bar():
+def test_roots_of_alpha_bar_equal_published_numbers():
     published, abar = FACTS["tinygrad"], SD.alphas_cumprod[[0, -1]]
     assert abar.sqrt().tolist() == pytest.approx(published["sqrt_acp"], rel=2e-6)  # theirs are float32
     assert (1.0 - abar).sqrt().tolist() == pytest.approx(published["sqrt_omacp"], rel=2e-5)
 
 
-def test_official_buffers():
+def test_official_buffers_have_the_published_values():
     buffers = SD.official_buffers()
     assert len(buffers) == 12 and {(t.dtype, t.shape) for t in buffers.values()} == {(torch.float32, (1000,))}
     for name, numbers in FACTS["official buffers 0 1 999"].items():
@@ -71,7 +71,7 @@ def test_trailing_steps_begin_at_the_last_timestep_and_equal_those_of_diffusers(
         )  # for some counts diffusers has one more, a -1
 
 
-def test_zero_terminal_snr():
+def test_zero_terminal_snr_equals_published_numbers_and_ends_at_noise():
     betas, abar = "zero terminal snr betas 0 1 500 997 998 999", "zero terminal snr abar 0 1 500 997 998 999"
     assert at(ZERO_SNR.betas, betas) == pytest.approx(FACTS[betas], rel=1e-9)
     *before, last = at(ZERO_SNR.alphas_cumprod, abar)
@@ -138,7 +138,7 @@ def test_adding_noise_keeps_the_variance():
     assert x.var().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_snr():
+def test_snr_is_alpha_bar_over_one_minus_alpha_bar():
     t = torch.tensor([0, 500, 999])
     assert SD.snr(t).tolist() == pytest.approx([0.99915 / 0.00085, 0.2763326838 / 0.7236673162, 0.0046819], rel=1e-4)
 
