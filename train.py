@@ -114,7 +114,7 @@ def load(run: Run) -> StableDiffusion:
     """The base model, on this process's device. Raises InputError for settings that do not suit it."""
     settings = run.settings
     source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
-    sd = StableDiffusion.load(settings.model, run.world.device, **source)
+    sd = StableDiffusion.load(settings.model, run.world.device, **source, mapped=False)
     sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.check_steps(settings.sample_steps)
     if run.world.main:

@@ -56,5 +56,6 @@ def protect() -> None:
         if stream is None:
             dropped.append(f"{name}: it is closed")
             stream = open(descriptor, "w", encoding="utf-8", closefd=False)
-        if not isinstance(stream, Stream) and hasattr(stream, "reconfigure"):
-            setattr(sys, name, Stream(stream, name))
+        elif stream is not getattr(sys, f"__{name}__"):
+            continue  # somebody else's already
+        setattr(sys, name, Stream(stream, name))
