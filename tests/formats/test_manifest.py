@@ -1,4 +1,4 @@
-"""The presets have the parameters of the published checkpoints: how many, their names, their shapes."""
+"""The presets have the parameters of the published checkpoints: the same number, names and shapes."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ from ldm.formats import names
 from ldm.schedule import Schedule
 
 PREFIXES = {"unet": names.UNET_PREFIX, "vae": names.VAE_PREFIX, "text_encoder": names.TEXT_PREFIX}
-# 0 to 76: a buffer of older versions of transformers
+# a buffer of older versions of transformers: 0 to 76
 POSITION_IDS = names.TEXT_PREFIX + "text_model.embeddings.position_ids"
 
 
@@ -41,8 +41,8 @@ def test_a_network_has_the_published_parameters(family, part, count):
     assert ours == theirs
 
 
-def test_what_else_is_in_a_published_file():
-    """The schedule's tables, which we write too, the position ids, and two leftovers of the moving average."""
+def test_a_published_file_also_has_the_schedules_tables_and_three_other_tensors():
+    """The schedule's tables, which we write too, the position ids, and two remaining tensors of the EMA."""
     networks = (names.UNET_PREFIX, names.VAE_PREFIX, names.TEXT_PREFIX)
     rest = {name: shape for name, shape in published("sd1").items() if not name.startswith(networks)}
     buffers = {name: tuple(table.shape) for name, table in Schedule(SD1.schedule).official_buffers().items()}

@@ -1,4 +1,4 @@
-"""Token ids equal those of CLIP's own tokenizer, of transformers' and of OpenCLIP's, and a folder keeps them."""
+"""Token ids equal those of CLIP, transformers and OpenCLIP. Saved folders keep the tokenizer."""
 
 import gzip
 import hashlib
@@ -55,7 +55,7 @@ def test_a_saved_folder_has_the_files_released_with_sd1(tmp_path):
     assert sha256((tmp_path / "vocab.json").read_bytes()) == FACTS["vocab_sha256"]
 
 
-def test_attributes_and_shape(tokenizer):
+def test_a_tokenizer_gives_padded_ids_and_tells_its_sizes(tokenizer):
     ids = tokenizer(["a cat", "", "two dogs"])
     assert (ids.shape, ids.dtype) == ((3, 77), torch.long)
     assert (tokenizer.vocab_size, tokenizer.context_length) == (49408, 77)
@@ -65,8 +65,8 @@ def test_attributes_and_shape(tokenizer):
         tokenizer("a cat")
 
 
-def test_sd2_keeps_exclamation_marks_apart_from_its_padding():
-    """huggingface/diffusers#4153: ids of open_clip.tokenize, which SD2 was trained with."""
+def test_sd2_distinguishes_exclamation_marks_from_its_padding():
+    """huggingface/diffusers#4153: the ids of open_clip.tokenize, with which SD2 was trained."""
     ids = Tokenizer.clip(pad_id=0)(["! !! !!!"])[0].tolist()
     assert ids == [49406, 256, 748, 995, 49407] + [0] * 72
 
@@ -76,11 +76,11 @@ def test_sd2_keeps_exclamation_marks_apart_from_its_padding():
     [
         ("dog " * 75, ""),
         ("dog " * 75 + "Été, two cats ", "Été, two cats"),
-        ("dog " * 74 + "zwx dog", "zwx dog"),  # two tokens, the second of which has no room
+        ("dog " * 74 + "zwx dog", "zwx dog"),  # "zwx" has two tokens, and there is no room for the second
         ("dog " * 74 + "cat, two", ", two"),
     ],
 )
-def test_what_does_not_fit_is_cut_and_named(tokenizer, prompt, dropped, recwarn):
+def test_words_that_do_not_fit_are_cut_and_named(tokenizer, prompt, dropped, recwarn):
     assert tokenizer.dropped(prompt) == dropped
     ids = tokenizer(["a cat", prompt])[1].tolist()
     assert len(ids) == 77 and ids[:75] == [49406] + [1929] * 74 and ids[76] == 49407
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_cut_and_named(tokenizer, prompt, dropped, recwarn)
 
 
 @pytest.mark.filterwarnings("ignore:prompt too long")
-def test_a_small_vocabulary():
+def test_a_small_vocabulary_gives_the_expected_ids():
     assert SMALL(["AB a? b"])[0].tolist() == [5, 4, 2, 6, 3, 6, 6, 6]  # a character without a token becomes end-of-text
     assert SMALL(["ab" * 9])[0].tolist() == [5, 0, 1, 0, 1, 0, 1, 6]
     assert SMALL.vocab_size == 7
@@ -99,7 +99,7 @@ def same(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 @pytest.mark.parametrize("ours", [Tokenizer.clip(), Tokenizer.clip(pad_id=0), SMALL], ids=["sd1", "sd2", "small"])
-def test_folder_and_metadata_bring_a_tokenizer_back(ours, tmp_path):
+def test_a_tokenizer_is_restored_from_a_folder_and_from_metadata(ours, tmp_path):
     ours.save(tmp_path)
     assert same(Tokenizer.from_folder(tmp_path), ours)
     assert Tokenizer.from_folder(tmp_path, context_length=5, pad_id=1)(["ab"]).shape == (1, 5)
@@ -115,7 +115,7 @@ def test_folder_and_metadata_bring_a_tokenizer_back(ours, tmp_path):
     assert len(ours.to_metadata()) < 200  # CLIP's vocabulary is only named
 
 
-def test_settings_of_a_folder_have_the_precedence_that_transformers_gives_them(tmp_path):
+def test_settings_of_a_folder_have_the_precedence_of_transformers(tmp_path):
     """SD2's own folder has its padding, "!", in special_tokens_map.json."""
     Tokenizer.clip().save(tmp_path)
     padding = {"content": EOS, "lstrip": False}
@@ -126,7 +126,7 @@ def test_settings_of_a_folder_have_the_precedence_that_transformers_gives_them(t
     assert Tokenizer.from_folder(tmp_path).pad_id == 49407
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path):
+def test_missing_and_damaged_tokenizers_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"missing: no readable tokenizer .*No such file"):
         Tokenizer.from_folder(tmp_path / "missing")
     SMALL.save(tmp_path)
@@ -209,7 +209,7 @@ def test_ids_equal_those_of_open_clip():
     """Compares the prompts that OpenCLIP's cleaning (ftfy, HTML entities) does not change.
 
     Two kinds are left out: special tokens, which OpenCLIP spells differently, and the capital sigma, for which Python's
-    lower() has a letter of its own at a word's end, while tokenizers and transformers have not.
+    lower() has another letter at the end of a word; tokenizers and transformers have only one.
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
