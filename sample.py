@@ -6,6 +6,11 @@ Picture i of each prompt has the seed --seed + i, so that the pictures in a colu
 file says how its picture was made: prompt, seed, sampler, steps, guidance and the model's fingerprint.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
+
 import math
 import re
 from argparse import Namespace
@@ -23,6 +28,9 @@ from ldm import images, samplers
 from ldm.errors import InputError, RunError
 from ldm.model import StableDiffusion
 from ldm.runtime import (
+    Stop,
+    Stopped,
+    World,
     check_path,
     check_writable,
     cli,
@@ -54,7 +62,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(args)
     check_flags(args)
     world = processes.start(args.device)
-    with world.agreed():
+    with Stop() as stop:
+        try:
+            sample(args, prompts, world, stop)
+        except Stopped:
+            world.print_main(f"stopped; the pictures that were complete are in {args.output_dir}")
+    world.close()
+    if stop.asked:
+        raise SystemExit(130)
+
+
+def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> None:
+    """Makes all pictures; every process its share. Raises Stopped when a signal comes, with no picture half-written."""
+    with world.agreed(), stop.at_once():
         sd = load(args, world.device)
         from_run = fill_in(args, sd)
         init_image = load_init_image(args, sd)
@@ -71,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"sampling as in the model's training run: {', '.join(from_run)}")
     with world.agreed(), tqdm(total=total, desc="sampling", unit="step", disable=not world.main) as bar:
         for batch in batches:
-            pictures = make(args, sd, init_image, batch, bar.update)
+            with stop.at_once():
+                pictures = make(args, sd, init_image, batch, bar.update)
             for job, picture in zip(batch, pictures, strict=True):
                 what = {"prompt": job.prompt, "seed": job.seed, "size": f"{picture.width}x{picture.height}"}
                 write_png(job.path, picture, what | how)
@@ -79,7 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.grid:
             write_grid(prompts, jobs, how["model"])
         print(f"{len(jobs)} pictures in {args.output_dir}")
-    world.close()
 
 
 def load(args: Namespace, device: torch.device) -> StableDiffusion:

@@ -8,8 +8,12 @@
 Read it from top to bottom: `main` is the story, `train` the loop, `dreambooth_step` the algorithm.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
+
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,11 +21,12 @@ import torch
 from ldm import images, training
 from ldm.dreambooth import Batch, FullTuning, Losses, Trainable, dreambooth_loss, min_snr_weight
 from ldm.formats import abbreviate
+from ldm.images import Picture
 from ldm.model import StableDiffusion
-from ldm.runtime import cli, processes
-from ldm.training import Batches, ClassPictures, Rows, Run, Settings, TrainingState
+from ldm.runtime import Stopped, cli, processes
+from ldm.training import Batches, ClassPictures, Run, Settings, TrainingState
 
-TINY = Path(__file__).parent / "weights" / "tiny" / "train.toml"
+TINY = Path(__file__).resolve().parent / "weights" / "tiny" / "train.toml"
 
 
 def main(
@@ -31,44 +36,23 @@ def main(
     settings = training.parse(argv, TINY)
     world = processes.start(settings.device)
     training.set_exactness(settings.allow_tf32, settings.deterministic)
-
-    # Whatever is wrong with the input is found here, before anything is written.
-    run = Run(settings, world)
-    with world.agreed():
-        photographs = images.find_pictures(settings.instance_data_dir)
-        sd = load(run)
-    base = world.on_main(sd.source_fingerprint)
-    with world.agreed():
-        class_pictures = plan_class_pictures(run, sd, base)
-        check_pictures(settings, photographs, class_pictures)
-    state = TrainingState(tuning(sd, settings), settings, run.precision, base)
-    resumed_from = run.begin(state, photographs + (class_pictures.own if class_pictures else []))
-    world.print_main(sd.summary)
-    if resumed_from is not None:
-        world.print_main(f"resuming from {resumed_from}")
-    elif settings.resume_from_checkpoint is not None:
-        world.print_main(f"no checkpoint in {run.claim.checkpoints} yet: starting from the base model")
-
-    with run.stop:
+    with Run(settings, world) as run:  # inside, a signal ends the work at hand, and then this block
+        state, photographs, class_pictures = begin(run, tuning)
         # The base model before it sees the subject: its pictures of the prompts, and its idea of the class.
-        ready = world.on_main(training.sheet_path(run, "before").exists) or training.make_sheet(run, sd, "before")
-        ready = ready and (class_pictures is None or class_pictures.generate(run, sd))
-        if ready:
-            batches = prepare(run, state, photographs, class_pictures)
-            run.restore(state)
-            train(run, state, batches)
-        if state.step == settings.max_train_steps:
-            finish(run, state, photographs)
-        else:
-            when = f"after step {state.step}" if ready else "before training"
-            world.print_main(f"stopped {when}; --resume-from-checkpoint latest resumes it")
+        training.make_sheet(run, state.trainable.sd, "before")
+        if class_pictures is not None:
+            class_pictures.generate(run, state.trainable.sd)
+        batches = prepare(run, state, photographs, class_pictures)
+        run.restore(state)
+        train(run, state, batches)
+        finish(run, state, photographs)
     world.close()
 
 
 def train(run: Run, state: TrainingState, batches: Batches) -> None:
-    """Runs the remaining steps. On a signal, finishes the step, saves and returns."""
+    """Runs the remaining steps. On a signal, finishes the step, saves and raises Stopped."""
     accumulation = run.settings.gradient_accumulation_steps
-    with run.progress(state.step), run.enough_memory("training", "while it trained"):
+    with run.training(state):
         while state.step < run.settings.max_train_steps and not run.stopped:
             if state.start_step():  # learning rate, zero_grad; True where other parameters train than before
                 model = run.world.wrap(state.trainable)
@@ -81,6 +65,8 @@ def train(run: Run, state: TrainingState, batches: Batches) -> None:
             state.update(metrics)  # where fp16 overflowed nothing is updated: the same step again, on new rows
             run.log(metrics)
             run.save_if_due(state)
+    if state.step < run.settings.max_train_steps:
+        raise Stopped
 
 
 def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batch: Batch) -> Losses:
@@ -99,11 +85,36 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
     return dreambooth_loss(prediction, target, batch.is_class, settings.prior_loss_weight, weight)
 
 
+def begin(
+    run: Run, tuning: Callable[[StableDiffusion, Settings], Trainable]
+) -> tuple[TrainingState, list[Picture], ClassPictures | None]:
+    """Loads the model and the photographs, and begins the run. What is wrong with the input is found before that."""
+    settings, world = run.settings, run.world
+    with run.together():
+        photographs = [images.read_picture(path) for path in images.find_pictures(settings.instance_data_dir)]
+        sd = load(run)
+    base = run.on_main(sd.source_fingerprint)
+    with run.together():
+        class_pictures = plan_class_pictures(run, sd, base)
+        own = [images.read_picture(path) for path in class_pictures.own] if class_pictures else []
+        generated = [path for path in class_pictures.paths if path.exists()] if class_pictures else []
+        for picture in [*photographs, *generated]:
+            images.load_picture(picture, settings.resolution)
+    state = TrainingState(tuning(sd, settings), settings, run.precision, base)
+    checkpoint = run.begin(state, photographs, own)
+    world.print_main(sd.summary)
+    if checkpoint is not None:
+        world.print_main(f"resuming from {checkpoint}")
+    elif settings.resume_from_checkpoint is not None:
+        world.print_main(f"no checkpoint in {run.claim.checkpoints} yet: starting from the base model")
+    return state, photographs, class_pictures
+
+
 def load(run: Run) -> StableDiffusion:
     """The base model, on this process's device. Raises InputError for settings that do not suit it."""
     settings = run.settings
     source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
-    sd = StableDiffusion.load(settings.model, run.world.device, **source)
+    sd = StableDiffusion.load(settings.model, run.world.device, **source, mapped=False)
     sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.check_steps(settings.sample_steps)
     if run.world.main:
@@ -130,31 +141,16 @@ def plan_class_pictures(run: Run, sd: StableDiffusion, base: str) -> ClassPictur
     return ClassPictures(folder, settings.num_class_images, settings.seed, recipe)
 
 
-def check_pictures(settings: Settings, photographs: list[Path], class_pictures: ClassPictures | None) -> None:
-    """Raises InputError for a picture that can't be read."""
-    existing = [path for path in class_pictures.paths if path.exists()] if class_pictures else []
-    for path in photographs + existing:
-        images.load_picture(path, settings.resolution)
-
-
-def prepare(run: Run, state: TrainingState, photographs: list[Path], class_pictures: ClassPictures | None) -> Batches:
+def prepare(
+    run: Run, state: TrainingState, photographs: list[Picture], class_pictures: ClassPictures | None
+) -> Batches:
     """Encodes pictures and prompts once where possible, and stores what does not train in the compute type."""
     settings, sd = run.settings, state.trainable.sd
     kinds = [("instance", settings.instance_prompt, photographs)]
-    if class_pictures is not None:
-        kinds.append(("class", settings.class_prompt, class_pictures.paths))
-    rows = []
-    for kind, prompt, paths in kinds:
-        shape = sd.latent_shape(settings.resolution, settings.resolution)
-        common = (settings.seed, kind, len(paths), shape, sd.schedule.timesteps)
-        if settings.random_crop:
-            draws = training.CropDraws(*common, paths, settings.resolution, settings.random_flip)
-            rows.append(Rows(prompt, draws, run.world.device, encode=partial(training.encode, sd)))
-        else:
-            description = f"encoding {kind} pictures" if run.world.main else None
-            latents = training.encode_pictures(sd, paths, settings.resolution, settings.random_flip, description)
-            draws = training.LatentDraws(*common, views=latents.mean.shape[1])
-            rows.append(Rows(prompt, draws, run.world.device, latents))
+    with run.world.agreed():
+        if class_pictures is not None:
+            kinds.append(("class", settings.class_prompt, class_pictures.read(run)))
+        rows = [training.make_rows(run, sd, *kind) for kind in kinds]
     if settings.random_crop:
         sd.freeze(sd.vae, torch.float32)
     else:
@@ -164,16 +160,15 @@ def prepare(run: Run, state: TrainingState, photographs: list[Path], class_pictu
     return Batches(rows, settings, run.world)
 
 
-def finish(run: Run, state: TrainingState, photographs: list[Path]) -> None:
+def finish(run: Run, state: TrainingState, photographs: list[Picture]) -> None:
     """Writes the result, and the sheets that show what the model has learned."""
     with state.averaged():
-        path, left_out = run.world.on_main(lambda: run.save_result(state))
+        path, left_out = run.world.on_main(lambda: state.save_result(run.folder))
         if left_out:
             run.world.print_main(f"not in the model: {abbreviate(left_out)}")
-        complete = training.make_sheet(run, state.trainable.sd, "after")
-    if complete:
-        sheet = run.world.on_main(lambda: training.make_comparison(run, photographs))
-        run.world.print_main(f"model: {path}\nsheet: {sheet}")
+        training.make_sheet(run, state.trainable.sd, "after")
+    sheet = run.world.on_main(lambda: training.make_comparison(run, photographs))
+    run.world.print_main(f"model: {path}\nsheet: {sheet}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ def guided(without: Tensor, with_prompt: Tensor, scale: float, rescale: float = 
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
     Extrapolates from the prediction without the prompt through the prediction with it, (B, C, h, w) each. scale: 1
-    returns the latter. rescale: guidance raises each picture's standard deviation; 0 keeps that, 1 restores the
-    prompt's own, values between mix the two.
+    returns the latter. rescale: guidance raises each picture's standard deviation; 0 leaves it raised, 1 brings it
+    back to the prompt's own, and values between mix the two.
     """
     prediction = without + scale * (with_prompt - without)
     if rescale == 0.0:

@@ -1,9 +1,11 @@
 """Photographs -> square tensors in [-1, 1]; tensors -> pictures; pictures -> contact sheets."""
 
+import io
 import os
 import warnings
 from collections.abc import Container
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +17,37 @@ from ldm.runtime import check_file, list_folder
 
 Row = tuple[str, list[Image.Image]]
 
+
 # The formats that Pillow decodes itself, if it was built with them. Of the others, EPS starts Ghostscript, and MPEG,
 # HDF5, GRIB and WMF need a program or a plugin.
 FORMATS = """AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP""".split()
 
 MAX_PIXELS = 1 << 27  # of a picture to read, and of a sheet to write: 134 million, 400 MB as RGB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
+MAX_BYTES = 1 << 28  # of a picture's file
 BAND = 256  # rows converted at once
 
 MIN_CELL = 128  # pixels along a cell of a contact sheet
 MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
 MAX_LABEL = 200  # letters
+
+
+class Picture(NamedTuple):
+    """A picture's file, read whole: what happens to the file afterwards does not matter."""
+
+    path: Path
+    content: bytes
+
+
+def read_picture(path: Path) -> Picture:
+    """Raises InputError, which names the file, if it can't be read."""
+    check_file(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is too large for a picture: it should have at most {MAX_BYTES} bytes")
+        return Picture(path, path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); repair it or take it away") from None
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
@@ -58,7 +80,7 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
     return pictures
 
 
-def load_picture(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+def load_picture(path: str | Path | Picture, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """One picture as (3, R, R) float32 in [-1, 1]; see `square`."""
     return to_tensor(square(path, resolution, centre))
 
@@ -68,32 +90,36 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def square(path: str | Path, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def square(path: str | Path | Picture, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """One picture as 8-bit RGB: upright, short side resized to `resolution`, cut to a square; see `fit`."""
     return fit(path, resolution, resolution, centre)
 
 
-def fit(path: str | Path, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
     """One picture as 8-bit RGB: upright, resized until it covers `width` x `height`, and cut to that.
 
     centre: where it is cut, from (0, 0), left and top, to (1, 1). Raises InputError, which names the file, if it can't
     be read.
     """
-    check_file(path)
+    file: Path | io.BytesIO = path
+    if isinstance(path, Picture):
+        path, file = path.path, io.BytesIO(path.content)
+    else:
+        check_file(path)
     try:
-        with open_picture(path) as image:
+        with open_picture(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
     except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
     """A picture whose pixels are not read yet. Raises ValueError if there are too many, and whatever Pillow raises.
 
     A small file can hold very many pixels. Pillow knows their number from the file's first bytes.
     """
-    image = Image.open(path, formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")

@@ -50,11 +50,13 @@ class StableDiffusion:
         ema: bool = False,
         prediction: str | None = None,
         variant: str | None = None,
+        mapped: bool = True,
     ) -> "StableDiffusion":
         """Loads an official single file or a diffusers folder. Loading is strict: every tensor has to be there.
 
-        The networks adopt the file's memory-mapped tensors; only a tensor of another type or device is copied.
-        dtype: of the networks; as stored if None. ema, prediction, variant: see `formats.read`.
+        The networks adopt the file's memory-mapped tensors; only a tensor of another type or device is copied, or all
+        if not `mapped`: the file may change then. dtype: of the networks; as stored if None. ema, prediction, variant:
+        see `formats.read`.
         Raises InputError, which names the tensor, if one is missing, unknown or of another shape. The numbers are read
         from the disk when they are first needed: `check_finite` checks them.
         """
@@ -63,7 +65,7 @@ class StableDiffusion:
         if problems := formats.differences(source.tensors, sd.state()):
             raise InputError(f"{path}: {formats.abbreviate(problems, 1)}")
         for prefix, network in sd.networks().items():
-            state = {name: source.tensors[prefix + name].to(device, dtype) for name in network.state_dict()}
+            state = {n: source.tensors[prefix + n].to(device, dtype, copy=not mapped) for n in network.state_dict()}
             network.load_state_dict(state, assign=True)
             network.eval()
         return sd

@@ -9,9 +9,9 @@ times: the steps t that the loop takes, noisiest first. All arithmetic is in x's
 floats of the float64 table. In the loops t is a step and s the next one, which is less noisy.
 
 They compute what diffusers computes `from_config` of Stable Diffusion's scheduler_config.json: steps_offset 1,
-set_alpha_to_one false, clip_sample false, skip_prk_steps true, and timestep_spacing "leading". A file that leaves out
-timestep_spacing needs it said, since half of diffusers' classes assume another one. The schedule's `spacing` and
-`zero_terminal_snr` are timestep_spacing and rescale_betas_zero_snr there; PNDM and Heun lack the second.
+set_alpha_to_one false, clip_sample false, skip_prk_steps true, and timestep_spacing "leading". Where a file leaves out
+timestep_spacing, half of diffusers' classes assume another one. The schedule's `spacing` and `zero_terminal_snr` are
+timestep_spacing and rescale_betas_zero_snr there; PNDM and Heun lack the second.
 
     ddpm      DDPMScheduler                      heun             HeunDiscreteScheduler
     ddim      DDIMScheduler                      dpmpp_2m         DPMSolverMultistepScheduler
@@ -40,7 +40,7 @@ Times = Sequence[float]
 
 
 def ddpm(denoise: Denoise, x: Tensor, schedule: Schedule, times: Times, *, eta=0.0, noise=None) -> Tensor:
-    """Ancestral sampling as DDPM was published: fresh noise at every step, many steps.
+    """DDPM's ancestral sampling, as published: fresh noise at every step. It needs many steps.
 
     DDPM, algorithm 2; with fewer steps, beta is that of the whole stride, 1 - abar_t / abar_s.
     """
@@ -188,11 +188,8 @@ def _fresh(noise: FreshNoise | None, like: Tensor) -> Tensor:
 
 
 def solver_times(schedule: Schedule, steps: int) -> list[int]:
-    """The times of DPM-Solver++. diffusers' leading spacing for it counts the end as a step: it leaves out the last."""
-    schedule.check_steps(steps)
-    if schedule.config.spacing == "leading" and steps + 1 < schedule.timesteps:
-        return schedule.spaced(steps + 1)[:-1]
-    return schedule.spaced(steps)
+    """The times of DPM-Solver++: diffusers' leading spacing for it counts the solver's end as one step more."""
+    return schedule.spaced(steps, with_end=True)
 
 
 def karras_times(schedule: Schedule, steps: int) -> list[float]:
@@ -228,7 +225,7 @@ class Sampler:
         eta: float = 0.0,
         noise: FreshNoise | None = None,
     ) -> Tensor:
-        """x0 latents of noise x (B, C, h, w), in so many steps. Raises InputError for steps that can't be taken."""
+        """Runs the loop from noise x (B, C, h, w) to x0 latents. Raises InputError unless 1 <= steps < T."""
         return self.loop(denoise, x, schedule, self.times(schedule, steps), eta=eta, noise=noise)
 
 

@@ -105,23 +105,27 @@ class Schedule:
         abar = self._table("abar", t.device, torch.float32)[t]
         return abar / (1.0 - abar)
 
-    def spaced(self, steps: int) -> list[int]:
+    def spaced(self, steps: int, with_end: bool = False) -> list[int]:
         """The steps t of a sampler, noisiest first; exactly as many, also where the number does not divide T.
 
-        leading: 1 + i * (T // steps), as the official DDIM; a warning says so where this begins far from pure noise.
+        leading: 1 + i * (T // steps), as the official DDIM; warns where this begins far from pure noise.
         trailing: from T - 1 on, so that the first step is the noisiest (Lin et al. 2023, table 2).
+        with_end: space one leading step more, and leave out the last, which is where the sampler ends.
         Raises InputError unless 1 <= steps < T.
         """
         self.check_steps(steps)
+        T = self.timesteps
         if self.config.spacing == "trailing":
-            t = np.arange(self.timesteps, 0, -self.timesteps / steps)[:steps]  # rounding may make one too many
+            t = np.arange(T, 0, -T / steps)[:steps]  # rounding may make one too many
             return [int(s) - 1 for s in t.round()]
-        stride, rest = divmod(self.timesteps, steps)
-        times = [1 + i * stride for i in reversed(range(steps))]
-        if times[0] < self.timesteps - 1 and (stride == 1 or rest > self.timesteps // 10):
+        left_out = 1 if with_end and steps + 1 < T else 0
+        stride, rest = divmod(T, steps + left_out)
+        times = [1 + i * stride for i in reversed(range(left_out, steps + left_out))]
+        if times[0] < T - 1 and (stride == 1 or rest > T // 10):
+            better = T // (stride + 1) - left_out
             warnings.warn(
-                f"{steps} leading steps begin at t = {times[0]} of {self.timesteps}, far from pure noise; "
-                f"take fewer than {self.timesteps // (stride + 1)} steps, or trailing spacing",
+                f"{steps} leading steps begin at t = {times[0]} of {T}, far from pure noise; "
+                f"take {better} steps or trailing spacing",
                 stacklevel=2,
             )
         return times
@@ -162,7 +166,7 @@ class Schedule:
         return signal[t].view(shape), sigma[t].view(shape)
 
     def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(T,) "abar", or its roots "signal" and "sigma"; each is moved to a device and type once."""
+        """(T,) "abar", or "signal" = sqrt(abar), or "sigma" = sqrt(1 - abar); computed once for a device and type."""
         if (name, device, dtype) not in self._moved:
             abar = self.alphas_cumprod
             table = {"abar": abar, "signal": abar.sqrt(), "sigma": (1.0 - abar).sqrt()}[name]

@@ -60,9 +60,9 @@ class Autoencoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) -> moments (B, 2z, H/f, W/f): mean and log-variance of z numbers each.
+    """Pictures (B, 3, H, W) -> moments (B, 2z, H/f, W/f): z means, then z log-variances; f is 8 in SD, z is 4.
 
-    Each level has `blocks` residual blocks of its width; all but the last then halve the size.
+    Each level has `blocks` residual blocks of its width; every level but the last then halves the size.
     """
 
     def __init__(self, config: VAEConfig):
@@ -96,8 +96,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, z, h, w) -> pictures (B, 3, f h, f w).
 
-    Levels run from the coarsest: each has one residual block more than the encoder's; all but the finest then double
-    the size.
+    Levels run from the coarsest to the finest. Each has one residual block more than the encoder's; every level but
+    the finest then doubles the size.
     """
 
     def __init__(self, config: VAEConfig):
@@ -131,6 +131,8 @@ class Decoder(nn.Module):
 
 
 class Middle(nn.Module):
+    """Two residual blocks around one attention layer, at the coarsest level: (B, C, h, w) -> (B, C, h, w)."""
+
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.block_1 = ResBlock(width, width, groups)
@@ -142,7 +144,7 @@ class Middle(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); no timestep here."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), without a timestep: (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, width: int, out: int, groups: int):
         super().__init__()
@@ -159,7 +161,10 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions; its matrices are stored as 1x1 convolutions."""
+    """Self-attention over all positions, with one head: (B, C, H, W) -> (B, C, H, W).
+
+    Its matrices are stored as 1x1 convolutions.
+    """
 
     def __init__(self, width: int, groups: int):
         super().__init__()
@@ -177,6 +182,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halves the size: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
@@ -186,6 +193,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Doubles the size: (B, C, h, w) -> (B, C, 2h, 2w)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures for several test files."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts at the top, not modules of the package
+sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts at the top level, not modules of the package
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,7 +29,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def randomised():
-    """randomised(network) draws every parameter at random: a zero-initialised layer would hide the layers before it."""
+    """randomised(network) draws every parameter at random. A layer of zeros would hide the layers before it."""
 
     def draw(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,7 @@ def randomised():
 def random_model(randomised):
     """random_model(): a small Stable Diffusion with odd widths and its own vocabulary.
 
-    Pictures are 32x32, latents 8x8. Cross-attention and output are made strong, so that the text changes the picture.
+    Pictures are 32x32, latents 8x8. Cross-attention and output are amplified, so that the text changes the picture.
     """
 
     def make(seed: int = 0) -> StableDiffusion:
@@ -79,10 +79,10 @@ def random_model(randomised):
 
 @pytest.fixture
 def narrow(randomised, monkeypatch):
-    """narrow(family): a Stable Diffusion "sd1", "sd2" or "sd2_v", as deep as the real one, but narrow.
+    """narrow(family): a Stable Diffusion "sd1", "sd2" or "sd2_v" with all layers of the official one, but narrow.
 
-    Only its text encoder is shorter: two blocks. While a test uses this fixture, official files that do not say their
-    configuration are taken for such models.
+    Its text encoder has only two blocks. While a test uses this fixture, official files that do not state their
+    configuration are read as such models.
     """
     unet = {"channels": (16, 32, 48, 48), "norm_groups": 8, "context_dim": 24}
     vae = VAEConfig(channels=(8, 16, 24, 24), norm_groups=4)
@@ -106,7 +106,7 @@ def narrow(randomised, monkeypatch):
 
 @pytest.fixture(scope="session")
 def saved(random_model, tmp_path_factory) -> dict[str, Path]:
-    """The path of a saved `random_model()` in each layout. Tests must not write to them."""
+    """{layout: path} of a saved `random_model()`. Tests must not write to these paths."""
     folder = tmp_path_factory.mktemp("model")
     paths = {"official": folder / "model.safetensors", "diffusers": folder / "model"}
     for layout, path in paths.items():
@@ -116,7 +116,7 @@ def saved(random_model, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def scheduler_of_diffusers():
-    """scheduler_of_diffusers(sampler, config): diffusers' scheduler for our sampler of this name."""
+    """scheduler_of_diffusers(sampler, config) returns diffusers' scheduler for our sampler of this name."""
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     names = {
         "ddpm": "DDPMScheduler",

@@ -1,16 +1,16 @@
-"""torch.randn as a CUDA device draws it right after `manual_seed`, computed on the CPU.
+"""The numbers that torch.randn draws on a CUDA device right after `manual_seed`, computed on the CPU.
 
 CUDA's generator is a function of (seed, thread, call): Philox 4x32 with ten rounds (Salmon et al. 2011, "Parallel
-random numbers: as easy as 1, 2, 3"), whose four words Box and Muller make four normal numbers of (curand_normal4).
-torch gives a call's four numbers to elements that lie a whole grid of threads apart, and begins again at the next
-call. The grid is as large as the tensor asks for, but no larger than the card holds at once: up to 256 * `blocks`
-elements do not depend on the card.
+random numbers: as easy as 1, 2, 3"). Its four words become four normal numbers by Box and Muller's method
+(curand_normal4). torch gives these four numbers to elements that lie a whole grid of threads apart; the next call
+serves the elements after them. The grid grows with the tensor, up to the number of threads that the card holds at once,
+256 * `blocks`. The numbers of a tensor with at most so many elements do not depend on the card.
 """
 
 import numpy as np
 
 MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-WEYL = 0x9E3779B9, 0xBB67AE85  # what the key grows by each round
+WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key in each round
 LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 # blocks of 256 threads that a card holds at once: multiprocessors x blocks on each
@@ -18,7 +18,7 @@ CARDS = {"T4": 160, "TITAN RTX": 288, "A10G": 480, "V100": 640, "A100": 864, "H1
 
 
 def cuda_randn(shape: tuple[int, ...], seed: int, blocks: int | None = None) -> np.ndarray:
-    """Standard normal float32 of this shape. blocks: of the card, see CARDS; without limit if None."""
+    """Standard normal float32 numbers of this shape. blocks: the card's number in CARDS; no limit if None."""
     count = int(np.prod(shape))
     grid = min(-(-count // 256), blocks or count)
     threads = 256 * grid
@@ -31,7 +31,7 @@ def cuda_randn(shape: tuple[int, ...], seed: int, blocks: int | None = None) -> 
 
 
 def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Four 32-bit words, in uint64, of a counter of four and a key of two."""
+    """A counter of four 32-bit words and a key of two -> four 32-bit words, stored as uint64."""
     a, b, c, d = counter
     for _ in range(10):
         first, second = MULTIPLIERS[0] * a, MULTIPLIERS[1] * c
@@ -42,7 +42,7 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.nd
 
 
 def box_muller(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two uniform 32-bit words -> two normal numbers, in float32 as on the card."""
+    """Two uniform 32-bit words -> two normal numbers, computed in float32 as on the card."""
     unit = np.float32(2.0**-32)
     turn = np.float32(2.0**-32 * 6.2831855)
     u = x.astype(np.float32) * unit + unit / 2

@@ -1,4 +1,4 @@
-"""What diffusers and transformers compute with the embedded model, written down for tests that have neither.
+"""Writes what diffusers and transformers compute with the embedded model, for tests that run without them.
 
 python tests/make_goldens.py          # needs the parity extra; writes goldens/tiny.json and goldens/tiny.png
 """
@@ -14,19 +14,19 @@ BASE = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "base"
 NUMBERS, PICTURE = (Path(__file__).parent / "goldens" / name for name in ("tiny.json", "tiny.png"))
 
 PROMPTS = ["a photo of a red cat on the beach", ""]
-STEPS = [1, 801]  # of the schedule, for the UNet
+STEPS = [1, 801]  # timesteps for the UNet
 SAMPLING = {"steps": 10, "guidance": 4.0, "seed": 3}
 
 
 def wave(*shape: int) -> Tensor:
-    """An input that is the same in every version of everything: sin(0), sin(0.7), sin(1.4), ..."""
+    """An input that does not depend on any library's version: sin(0), sin(0.7), sin(1.4), ..."""
     count = torch.Size(shape).numel()
     return torch.sin(0.7 * torch.arange(count, dtype=torch.float64)).float().view(shape)
 
 
 @torch.no_grad()
 def compute(base: Path) -> tuple[dict[str, Tensor], Image.Image]:
-    """Outputs of the three networks for `wave` and PROMPTS, and a whole DDIM picture of the first prompt."""
+    """Outputs of the three networks for `wave` and PROMPTS, and a complete DDIM picture of the first prompt."""
     import diffusers
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
@@ -52,7 +52,7 @@ def compute(base: Path) -> tuple[dict[str, Tensor], Image.Image]:
 
 
 def digest(tensor: Tensor, count: int = 96) -> dict[str, list]:
-    """Enough of a tensor to know it again: its shape, and numbers from all over it."""
+    """A summary that identifies a tensor: its shape and `count` of its numbers, evenly spaced."""
     flat = tensor.flatten()
     return {"shape": list(tensor.shape), "values": [flat[i * len(flat) // count].item() for i in range(count)]}
 

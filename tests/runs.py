@@ -1,4 +1,4 @@
-"""Running train.py and sample.py from the command line, in processes of their own, and reading what is left behind."""
+"""Helpers that run train.py and sample.py, in this process or in new ones, and read the files of a run."""
 
 import gc
 import hashlib
@@ -34,7 +34,7 @@ PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 @dataclass
 class Done:
-    """How a command has ended."""
+    """The exit status and the output of a command."""
 
     status: int
     out: str
@@ -42,7 +42,7 @@ class Done:
 
     @property
     def complaint(self) -> str:
-        """The one line that a user's mistake is answered with, with nothing but progress and torchrun's own words."""
+        """The one line that reports the error. Checks that there is no other, and no traceback except torchrun's."""
         lines = [line for line in self.err.splitlines() if line.startswith("train.py: error:")]
         assert len(lines) == 1, self.err
         assert self.err.count("Traceback") <= self.err.count("ChildFailedError"), self.err
@@ -50,7 +50,7 @@ class Done:
 
 
 def photograph(folder: Path, sizes: Sequence[tuple[int, int]] = ((32, 32),) * 3) -> Path:
-    """A folder with small pictures that are easy to tell apart, of these sizes."""
+    """Makes a folder with pictures of these sizes that differ clearly."""
     folder.mkdir(parents=True)
     for i, size in enumerate(sizes):
         noise = torch.randint(256, (4, 4, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
@@ -59,9 +59,9 @@ def photograph(folder: Path, sizes: Sequence[tuple[int, int]] = ((32, 32),) * 3)
 
 
 def call(*arguments: object, **options: object) -> None:
-    """train.py with these arguments in this process, which saves the seconds that it takes to start one."""
+    """Runs train.py with these arguments in this process, which saves the seconds of starting a new one."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model is not worth more
+    torch.set_num_threads(1)  # more threads do not speed up so small a model
     try:
         train.main([str(argument) for argument in arguments], **options)
     finally:
@@ -69,20 +69,20 @@ def call(*arguments: object, **options: object) -> None:
 
 
 def refused(*arguments: object) -> str:
-    """The line with which train.py refuses them."""
+    """Runs train.py, which has to raise InputError. Returns its message, which is one line."""
     with pytest.raises(InputError) as error:
         call(*arguments)
     message = str(error.value)
     assert "\n" not in message
     del error
-    gc.collect()  # and with the traceback the run, which has its folder locked
+    gc.collect()  # frees the traceback and with it the run, which has locked its folder
     return message
 
 
 def command(
     arguments: Sequence[object], processes: int = 1, torchrun: Sequence[str] = (), script: str = "train.py"
 ) -> list[str]:
-    """The command line of train.py with these arguments, or of torchrun with it."""
+    """The command line of a script with these arguments, under torchrun for several processes or torchrun flags."""
     program = [str(ROOT / script), *map(str, arguments)]
     if processes == 1 and not torchrun:
         return [sys.executable, *program]
@@ -92,14 +92,14 @@ def command(
 
 
 def start(line: Sequence[str], folder: Path, **environment: str) -> subprocess.Popen:
-    """Starts a command in a folder; its output goes to files there, so that no pipe can fill and block it."""
+    """Starts a command in a folder. Its output goes to files there, because a full pipe would block it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
         return subprocess.Popen(line, cwd=folder, env=os.environ | PROCESS | environment, stdout=out, stderr=err)
 
 
 def finish(process: subprocess.Popen, folder: Path, seconds: float = 300) -> Done:
-    """Waits for its end, and kills it when that does not come: a run that hangs is a failure, not a long wait."""
+    """Waits for the end of a process. Kills it after this time: a run that hangs is a failure, not a long wait."""
     try:
         status = process.wait(seconds)
     finally:
@@ -108,14 +108,14 @@ def finish(process: subprocess.Popen, folder: Path, seconds: float = 300) -> Don
 
 
 def run(line: Sequence[str], folder: Path, status: int | None = 0, **environment: str) -> Done:
-    """Runs a command to its end, which has to have that status, if one is given."""
+    """Runs a command to its end. Checks its exit status, unless `status` is None."""
     done = finish(start(line, folder, **environment), folder)
     assert status is None or done.status == status, f"status {done.status}\n{done.out}\n{done.err}"
     return done
 
 
 def latent_rows(kind: str, mean: torch.Tensor, std: torch.Tensor, seed: int = 0) -> Rows:
-    """Rows of pictures whose latents are mean and std, (N, views, C, h, w), of a schedule with 1000 steps."""
+    """Rows of pictures with these latents, mean and std (N, views, C, h, w), for a schedule of 1000 steps."""
     draws = LatentDraws(seed, kind, len(mean), tuple(mean.shape[2:]), 1000, views=mean.shape[1])
     return Rows("", draws, mean.device, Latents(mean, std))
 
@@ -130,7 +130,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def losses(run: Path) -> list[float]:
-    """The losses of all steps, which have to be there once each, in their order."""
+    """The losses of all steps. Checks that each step is there once and in order."""
     lines = [line for line in metrics(run) if not line.get("skipped")]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
@@ -141,7 +141,7 @@ def weights(run: Path) -> dict:
 
 
 def check_same(a: Path, b: Path) -> None:
-    """Two runs with the same losses, the same weights and the same pictures, bit for bit."""
+    """Checks that two runs have the same losses, weights and before/after sheets, bit for bit."""
     assert losses(a) == losses(b)
     one, other = weights(a), weights(b)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -149,7 +149,7 @@ def check_same(a: Path, b: Path) -> None:
 
 
 def pixels(path: Path) -> np.ndarray:
-    """A picture's numbers, as integers that can be subtracted."""
+    """The pixels of a picture as signed integers."""
     return np.asarray(Image.open(path)).astype(int)
 
 
@@ -163,21 +163,21 @@ def checkpoints(run: Path) -> list[int]:
 
 
 def leftovers(run: Path) -> list[str]:
-    """What has a temporary name below a run's folder."""
+    """The files and folders of a run that have a temporary name."""
     return sorted(str(path.relative_to(run)) for path in run.rglob(".*"))
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 300) -> None:
-    """Waits for a condition, as long as the process that should bring it about is there."""
+    """Waits until the condition holds. Fails when the process ends first, or after this time."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process is None or process.poll() is None, "it ended before what was waited for"
-        assert time.monotonic() < end, "what was waited for did not come"
+        assert process is None or process.poll() is None, "the process ended before the condition held"
+        assert time.monotonic() < end, "the condition did not hold in time"
         time.sleep(0.005)
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started: of torchrun its workers, rank 0 first."""
+    """The child processes of a process. Those of torchrun are its workers, rank 0 first."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return sorted(int(child) for child in text.split())
 

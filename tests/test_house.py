@@ -1,6 +1,6 @@
-"""The package is a house: ideas on top, machinery in wings, each importing only from those above it, none too large.
+"""The structure of the package: imports go in one direction, wings have public names, files and functions are short.
 
-python tests/test_house.py      prints what is counted here
+python tests/test_house.py      prints the sizes that these tests check
 """
 
 import ast
@@ -12,20 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LDM = ROOT / "ldm"
 
-# In reading order. A wing stands for all of its modules.
+# In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae unet schedule samplers guidance images
 formats model dreambooth training __main__""".split()
 
 WINGS = {
-    "runtime": "cli files reading memory threads signals processes",
+    "runtime": "streams cli files reading memory threads signals progress processes",
     "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
-    "training": "precision ema optimizer tracking settings options state content checkpoint continuity claim run "
-    "latents batches class_pictures validation",
+    "training": "precision ema optimizer tracking settings options state content checkpoint continuity claim log saver "
+    "run latents batches class_pictures validation",
 }
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of the package that a module imports, at its top or later: "rng", "formats.names", ..."""
+    """The modules of the package that a module imports, anywhere in it: "rng", "formats.names", ..."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ldm":
@@ -39,8 +39,8 @@ def imported(path: Path) -> set[str]:
     return found - {""}
 
 
-def test_imports_point_one_way():
-    assert len(FLOORS) - len(WINGS) - 1 <= 16  # modules directly in ldm/, __main__ aside
+def test_imports_go_in_one_direction():
+    assert len(FLOORS) - len(WINGS) - 1 <= 16  # modules directly in ldm/, without __main__
     assert sorted(WINGS) == sorted(path.parent.name for path in LDM.glob("*/__init__.py"))
     modules = {path.stem for path in LDM.glob("*.py")} - {"__init__"}
     assert sorted(FLOORS) == sorted(modules | WINGS.keys())
@@ -52,7 +52,7 @@ def test_imports_point_one_way():
             assert outside <= above, f"{path.relative_to(LDM)} imports {outside - above}"
 
 
-def test_imports_point_one_way_within_a_wing():
+def test_imports_go_in_one_direction_within_a_wing():
     for wing, names in WINGS.items():
         rooms = names.split()
         assert sorted(rooms) == sorted(path.stem for path in (LDM / wing).glob("*.py") if path.stem != "__init__")
@@ -62,7 +62,7 @@ def test_imports_point_one_way_within_a_wing():
             assert inside <= set(rooms[:i]), f"{wing}/{room} imports {inside - set(rooms[:i])}"
 
 
-def test_mathematics_knows_no_files_and_no_devices():
+def test_samplers_and_networks_import_no_files_and_no_devices():
     assert imported(LDM / "samplers.py") <= {"errors", "schedule"}
     for room in ("unet", "vae", "clip"):
         assert imported(LDM / f"{room}.py") == {"config"}
@@ -76,20 +76,20 @@ def test_a_wing_is_entered_through_its_public_names():
         assert not inner, f"{path.relative_to(ROOT)} imports {inner}"
 
 
-def test_a_wing_says_what_it_is_for_and_what_is_in_it():
+def test_the_docstring_of_a_wing_names_its_modules():
     for wing, names in WINGS.items():
         tree = ast.parse((LDM / wing / "__init__.py").read_text(encoding="utf-8"))
         text = ast.get_docstring(tree)
         assert all(name in text for name in names.split()), wing
 
 
-# Sizes. Lines are counted as they stand in the file, docstrings and comments too.
+# Sizes. All lines of a file count, also docstrings and comments.
 
-TABLES = {"config_files"}  # functions that are tables of names
+TABLES = {"config_files"}  # functions that only contain a table of names
 
 
 def functions(path: Path) -> dict[str, tuple[int, int]]:
-    """Lines and parameters (self aside) of every function of a file."""
+    """{function: (lines, parameters without self)} of a file."""
     found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -126,10 +126,10 @@ def main() -> None:
     files = sorted(LDM.rglob("*.py"))
     longest = max(((size, f"{name} in {path.relative_to(ROOT)}") for path in files
                    for name, (size, _) in functions(path).items() if name not in TABLES))  # fmt: skip
-    print(f"modules directly in ldm/, __init__ and __main__ aside: {len(FLOORS) - len(WINGS) - 1}")
+    print(f"modules directly in ldm/, without __init__ and __main__: {len(FLOORS) - len(WINGS) - 1}")
     print(f"wings: {', '.join(f'{wing} {len(names.split())}' for wing, names in WINGS.items())}")
     print(f"longest file of ldm/: {max((lines(path), str(path.relative_to(ROOT))) for path in files)}")
-    print(f"longest function of ldm/, tables of names aside: {longest}")
+    print(f"longest function of ldm/, without tables of names: {longest}")
     print(f"train.py: {lines(ROOT / 'train.py')} lines; parameters of its functions:", end=" ")
     print(", ".join(f"{name} {count}" for name, (_, count) in functions(ROOT / "train.py").items()))
     print(f"class Run: {class_lines(LDM / 'training' / 'run.py', 'Run')} lines")

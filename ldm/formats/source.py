@@ -53,8 +53,8 @@ class Source:
         self.dtypes = self.dtypes or tuple(sorted({str(t.dtype).removeprefix("torch.") for t in self.tensors.values()}))
 
     def without_tensors(self) -> "Source":
-        """The same, without the three networks' tensors: nothing large is held."""
-        return replace(self, tensors={})
+        """The same, without the three networks' tensors: nothing large is held, and nothing of the file is mapped."""
+        return replace(self, tensors={}, extra={name: tensor.clone() for name, tensor in self.extra.items()})
 
     def describe(self) -> str:
         """Family, layout, types, and what the model predicts and how that is known: one line."""

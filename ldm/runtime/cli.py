@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 
 from ldm.errors import InputError, RunError
+from ldm.runtime import streams
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -65,6 +66,7 @@ def reported(program: str) -> Iterator[None]:
     InputError ends the program with status 2, RunError with 1. Of several processes the first of each machine prints.
     The others wait five seconds, since torchrun ends all processes as soon as one ends, and then print too.
     """
+    streams.protect()
     first = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def say(text: object) -> None:
@@ -84,9 +86,6 @@ def reported(program: str) -> Iterator[None]:
             end(f"error: {error}", 2 if isinstance(error, InputError) else 1)
         except KeyboardInterrupt:
             end("interrupted", 130)
-        except BrokenPipeError:  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
 
 
 def device(name: str | None) -> torch.device:

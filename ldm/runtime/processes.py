@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.errors import InputError, RunError
 from ldm.runtime import cli
+from ldm.runtime.signals import Stopped
 
 TIMEOUT = timedelta(hours=4)  # the others wait so long while the main process samples a sheet or saves to a slow disk
 
@@ -80,11 +81,11 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Wraps work without collectives: an InputError or RunError in any process is raised in all of them."""
+        """Wraps work without collectives: InputError, RunError and Stopped in any process are raised in all of them."""
         errors: list[Exception | None] = [None] * self.size
         try:
             yield
-        except (InputError, RunError) as error:
+        except (InputError, RunError, Stopped) as error:
             errors[self.rank] = error
         if self.size > 1:
             dist.all_gather_object(errors, errors[self.rank])
@@ -118,21 +119,31 @@ class World:
 
 def start(device: str | None) -> World:
     """This process's place in the world. device: as in `cli.device`; with CUDA each process takes a GPU of its own."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = _number("WORLD_SIZE", 1)
     chosen = cli.device(device)
     if size == 1:
         return World(0, 1, chosen)
+    if absent := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise InputError(f"WORLD_SIZE is {size}, and {absent[0]} is not set: start with torchrun, or unset WORLD_SIZE")
     if chosen.type == "cuda":
-        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        processes, gpus = _number("LOCAL_WORLD_SIZE", size), torch.cuda.device_count()
         if processes > gpus:
             raise InputError(f"{processes} processes can't share {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        chosen = torch.device("cuda", _number("LOCAL_RANK", 0))
         torch.cuda.set_device(chosen)
-    rank, backend = int(os.environ["RANK"]), "nccl" if chosen.type == "cuda" else "gloo"
+    rank, backend = _number("RANK", 0), "nccl" if chosen.type == "cuda" else "gloo"
     store = meet(rank) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     whose = {"store": store, "rank": rank, "world_size": size} if store is not None else {}
     dist.init_process_group(backend, timeout=TIMEOUT, **whose)
     return World(rank, size, chosen)
+
+
+def _number(name: str, default: int) -> int:
+    """An environment variable as a whole number."""
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise InputError(f"the environment variable {name} is {text[:80]!r}, and should be a number; torchrun sets it")
+    return int(text) if text else default
 
 
 def meet(rank: int) -> dist.Store:

@@ -1,33 +1,53 @@
 """Stopping well when asked: a signal is noted, the work at hand is finished, and the state is saved."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """Raised by `Stop.check` to leave work that has nothing to save, such as the sampling of a picture."""
+    """Raised where work has nothing to save and can be left at once, such as loading a model or making a picture."""
 
 
 class Stop:
-    """Inside, SIGTERM, SIGINT and SIGUSR1 set `asked` and do nothing else. A second SIGINT ends the process at once."""
+    """Inside, SIGTERM, SIGINT, SIGUSR1 and SIGHUP set `asked`, however often they come.
 
-    asked = False
+    A second SIGINT ends the process at once. A signal that the process ignores, as SIGHUP under nohup, stays ignored.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self._leave = False
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, handler in self._before.items():  # the end of a stopped program is not to be stopped again
+            signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
     def check(self) -> None:
         """Raises Stopped if a signal has come."""
         if self.asked:
             raise Stopped
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises Stopped wherever the main thread is. For work that leaves nothing half-written."""
+        self.check()
+        self._leave = True
+        try:
+            yield
+        finally:
+            self._leave = False
+
     def _note(self, number: int, frame: object) -> None:
-        self.asked = True
+        repeated, self.asked = self.asked, True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._leave and not repeated:
+            raise Stopped

@@ -12,12 +12,14 @@ content         whether a checkpoint holds such a state
 checkpoint      that state on disk, whole or not there
 continuity      whether a run that resumes is the run that it resumes
 claim           the folder of a run, and that no other run is at work there
+log             metrics.jsonl and the tracker
+saver           when a run saves, and that there is space for it
 run             what the parts of a training program share
 validation      sheets of pictures, before and after
 tracking        TensorBoard and Weights & Biases
 """
 
-from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows
+from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.class_pictures import ClassPictures
 from ldm.training.latents import encode, encode_pictures
 from ldm.training.options import parse
@@ -39,6 +41,7 @@ __all__ = [
     "encode",
     "encode_pictures",
     "make_comparison",
+    "make_rows",
     "make_sheet",
     "parse",
     "set_exactness",

@@ -8,7 +8,7 @@ making latents of it, is done for all rows at once.
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ldm import rng
 from ldm.dreambooth import Batch
 from ldm.errors import InputError
-from ldm.images import load_picture
-from ldm.runtime import World
-from ldm.training.latents import Encode, Latents
+from ldm.images import Picture, load_picture
+from ldm.model import StableDiffusion
+from ldm.runtime import World, progress_bar
+from ldm.training.latents import Encode, Latents, encode, encode_pictures
+from ldm.training.run import Run
 from ldm.training.settings import Settings
 
 Columns = dict[str, Tensor]  # of several rows
@@ -68,13 +70,13 @@ class LatentDraws(Draws):
 class CropDraws(Draws):
     """Draws for pictures that are cut at another place each time, and mirrored half of the time if `flip`."""
 
-    paths: Sequence[Path] = ()
+    pictures: Sequence[Picture] = ()
     resolution: int = 0
     flip: bool = False
 
     def view(self, k: int, generator: torch.Generator) -> Columns:
         x, y, mirrored = torch.rand(3, generator=generator).tolist()
-        image = load_picture(self.paths[k], self.resolution, (x, y))
+        image = load_picture(self.pictures[k], self.resolution, (x, y))
         return {"image": image.flip(2) if self.flip and mirrored < 0.5 else image}
 
 
@@ -100,6 +102,20 @@ class Rows:
         else:
             mean, std = self.encode(drawn["image"])
         return mean + std * drawn["spread"], drawn["noise"], drawn["t"]
+
+
+def make_rows(run: Run, sd: StableDiffusion, kind: str, prompt: str, pictures: Sequence[Picture]) -> Rows:
+    """The rows of one kind, "instance" or "class"; encodes the pictures once, unless they are cut anew each time."""
+    settings, device = run.settings, run.world.device
+    shape = sd.latent_shape(settings.resolution, settings.resolution)
+    common = (settings.seed, kind, len(pictures), shape, sd.schedule.timesteps)
+    if settings.random_crop:
+        draws = CropDraws(*common, tuple(pictures), settings.resolution, settings.random_flip)
+        return Rows(prompt, draws, device, encode=partial(encode, sd))
+    title = f"encoding {kind} pictures"
+    with progress_bar(run.stop, title, len(pictures), "picture", show=run.world.main) as progress:
+        latents = encode_pictures(sd, pictures, settings.resolution, settings.random_flip, progress)
+    return Rows(prompt, LatentDraws(*common, views=latents.mean.shape[1]), device, latents)
 
 
 class Batches:

@@ -99,8 +99,9 @@ def damaged(path: Path) -> str | None:
             check_file(path / name)
             if sha256(path / name) != digest:
                 return f"{name} is not what was saved"
-        if not {"step", "run"} <= (state := load_state(path)).keys() or not isinstance(state["run"], dict):
-            return f"{STATE} does not name its run"
+        numbers = load_state(path)
+        if type(numbers.get("step")) is not int or not isinstance(numbers.get("run"), dict):
+            return f"{STATE} does not name its step and its run"
         read_text(path / METRICS, MAX_METRICS)
     except InputError as error:
         return str(error).removeprefix(f"{path}/")
@@ -171,9 +172,13 @@ def clean(folder: Path) -> None:
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises RunError if the folder's disk has less than `needed` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    if (free := free_space(folder)) < needed:
         raise RunError(f"{folder} needs {needed / 1e6:.0f} MB for a save, and its disk has {free / 1e6:.0f} MB left")
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that the folder's disk has left."""
+    return shutil.disk_usage(folder).free
 
 
 def sha256(path: Path) -> str:
@@ -191,4 +196,8 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    """Removes a file or folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -4,15 +4,15 @@ import fcntl
 import os
 import re
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from ldm.errors import InputError
-from ldm.runtime import check_writable, processes
+from ldm.runtime import check_writable, processes, written
 from ldm.training import checkpoint
-from ldm.training.checkpoint import METRICS
-from ldm.training.continuity import CONFIG, read_config
+from ldm.training.continuity import CONFIG, Identity, read_config
 from ldm.training.settings import Settings
 from ldm.training.state import TrainingState
 
@@ -23,58 +23,88 @@ LATEST = "latest"  # as a name of a checkpoint: the newest whole one
 
 @dataclass(frozen=True)
 class Claim:
-    """folder: the run's. named: the checkpoint that --resume-from-checkpoint names, None for `latest` or nothing."""
+    """folder: the run's. named: the checkpoint that --resume-from-checkpoint names, None for `latest` or nothing.
+
+    made: the folders that `choose` has made, deepest first.
+    """
 
     folder: Path
     named: Path | None
+    made: tuple[Path, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def find_checkpoint(self, result: Path, state: TrainingState) -> Path | None:
-        """The checkpoint to resume from, if any. result: what a finished run has written. state: of this run.
+    def find_checkpoint(self, state: TrainingState, identity: Identity) -> Path | None:
+        """The checkpoint to resume from, if any: whole, of this run, and fitting the state that has not begun yet.
 
-        Raises InputError if every checkpoint is damaged, or if a finished run left none to resume from.
+        Raises InputError if there is none among those that are there, or if a finished run left none to resume from.
         """
         back = was_here(self.folder)
-        if self.named is not None and not back:
-            return self.named
-        found = checkpoint.newest(self.checkpoints, state) or self.named
-        if found is None and result.exists() and not back:
+        found = checkpoint.newest(self.checkpoints, state) if self.named is None or back else None
+        result = state.trainable.result_path(self.folder, state.settings)
+        if found is None and self.named is None and result.exists() and not back:
             raise InputError(
                 f"--output-dir {self.folder} holds a finished run's model, and no checkpoint to resume from; "
                 "give a new folder"
             )
-        return found
+        if found is not None:
+            identity.check_checkpoint(found)
+        elif self.named is not None:
+            identity.check_checkpoint(self.named)
+            checkpoint.check_fits(self.named, state)
+        return found or self.named
 
     def lock(self) -> TextIO:
         """Makes the folder and locks it until the file is closed. Raises InputError if another run is at work there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / LOCK).open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--output-dir {self.folder}: another run is at work there; wait, or give another folder"
-            ) from None
-        # A loader's process must not hold the lock when this one has been killed. It has a copy of the open file.
-        alive = weakref.ref(file)
-        os.register_at_fork(after_in_child=lambda: (mine := alive()) and mine.close())
+        if (file := lock(self.folder)) is None:
+            raise InputError(f"--output-dir {self.folder}: another run is at work there; wait, or give another folder")
         return file
 
     def tidy(self) -> None:
         """Removes what a killed run has left half-written."""
         checkpoint.clean(self.checkpoints)
-        for pattern in (f".{CONFIG}.*", f".{METRICS}.*", ".model.*", "sheets/.*.png.*"):
+        for pattern in (
+            f".{CONFIG}.*",
+            ".metrics.jsonl.*",
+            ".model.*",
+            ".*.safetensors.*",
+            ".reserve",
+            "sheets/.*.png.*",
+        ):
             for path in self.folder.glob(pattern):
                 checkpoint.remove(path)
 
+    def undo(self) -> None:
+        """Removes the folders that `choose` has made, if nothing but the lock is in them."""
+        for path in self.made:
+            if path == self.folder:
+                (path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                path.rmdir()
 
-def choose(settings: Settings) -> Claim:
-    """The folder for a run; nothing is written. A new run takes a new or empty folder; one that resumes takes its own.
 
-    Raises InputError for a folder that is something else, and for a named checkpoint that is not whole.
+def lock(folder: Path) -> TextIO | None:
+    """Locks a folder until the file is closed, or the process ends. None if another process has it locked."""
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    # A loader's process must not hold the lock when this one has been killed. It has a copy of the open file.
+    alive = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (mine := alive()) and mine.close())
+    return file
+
+
+def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
+    """The folder for a run: a new run takes a new or empty one, a run that resumes its own.
+
+    Without --output-dir a new run takes the next number, and locks it, so that no other run takes it too; nothing else
+    is written. Raises InputError for a folder that is something else, and for a named checkpoint that is not whole.
     """
     resume, numbered = settings.resume_from_checkpoint, numbered_folders()
     named = Path(resume).resolve() if resume not in (None, LATEST) else None
@@ -88,10 +118,9 @@ def choose(settings: Settings) -> Claim:
     elif named is not None and (named.parent.parent / CONFIG).exists():
         folder = named.parent.parent
     else:
-        folder = DEFAULT.with_name(f"{DEFAULT.name}-{max(numbered) + 1}") if numbered else DEFAULT
+        return take_number(max(numbered, default=1))
     check_writable(folder, "--output-dir")
-    # A run that was killed while it began may have left its lock and a temporary name.
-    if folder.is_dir() and any(path.name != LOCK and path.name[0] != "." for path in folder.iterdir()):
+    if folder.is_dir() and not is_unused(folder):
         if resume is None and not was_here(folder):
             raise InputError(
                 f"--output-dir {folder} is not empty; give a new folder, or --resume-from-checkpoint latest"
@@ -102,7 +131,26 @@ def choose(settings: Settings) -> Claim:
         if not named.exists() and (folder / "checkpoints" / resume).is_dir():
             named = folder / "checkpoints" / resume  # given by its name alone
         checkpoint.check_whole(named)
-    return Claim(folder, named)
+    return Claim(folder, named), None
+
+
+def take_number(number: int) -> tuple[Claim, TextIO]:
+    """Makes and locks the first folder from this number on that no run has used, and none is using."""
+    while True:
+        folder = DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}")
+        check_writable(folder, "--output-dir")
+        made = tuple(path for path in (folder, *folder.parents) if not path.exists())
+        with written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = lock(folder) if is_unused(folder) else None
+        if file is not None and is_unused(folder):
+            return Claim(folder, None, made), file
+        number += 1
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run that was killed while it began has left."""
+    return all(path.name == LOCK or path.name[0] == "." for path in folder.iterdir())
 
 
 def was_here(folder: Path) -> bool:

@@ -3,16 +3,16 @@
 import io
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import Stopped, at_once, check_writable, read_json, side_by_side, written
+from ldm.runtime import at_once, check_writable, locked, progress_bar, read_json, side_by_side, written
+from ldm.training import continuity
 from ldm.training.run import Run
 
 MANIFEST = "manifest.json"
@@ -59,7 +59,6 @@ class ClassPictures:
         self.paths = self.own + [self.folder / name for name in self.planned]
         if self.missing():
             check_writable(self.folder, "--class-data-dir")
-        self._record = {**recipe, "seed": seed, "pictures": made | self.planned}
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self.folder / MANIFEST
@@ -87,19 +86,22 @@ class ClassPictures:
         """Names of the pictures that are still to be generated."""
         return [name for name in self.planned if not (self.folder / name).exists()]
 
-    def generate(self, run: Run, sd: StableDiffusion) -> bool:
+    def read(self, run: Run) -> list[images.Picture]:
+        """All pictures. Raises InputError if one can't be read, or is not the one that a resumed run began with."""
+        pictures = [images.read_picture(path) for path in self.paths]
+        run.identify(class_pictures=continuity.sums(pictures))
+        return pictures
+
+    def generate(self, run: Run, sd: StableDiffusion) -> None:
         """Makes what is missing, and first the manifest that says how; every process makes its share.
 
-        Returns False if a signal ended it early; the pictures that were complete by then are kept.
+        Raises Stopped if a signal ends it early; the pictures that are complete by then are kept.
         """
         world, size = run.world, run.settings.sample_batch_size
         missing = set(world.share(self.missing()))
         if not missing:
-            return True
-        with world.agreed(), written(self.folder / MANIFEST):
-            if world.main:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _write(self.folder / MANIFEST, json.dumps(self._record, indent=1).encode() + b"\n")
+            return
+        world.on_main(self._write_manifest)
         # The pictures that a picture is computed beside can change its last bit. So picture i always falls into the
         # same batch, and a batch is made whole even where only one of its pictures is missing.
         names = list(self.planned)
@@ -109,29 +111,25 @@ class ClassPictures:
         rounds = [batches[i : i + share * world.size] for i in range(0, len(batches), share * world.size)]
         evaluations = samplers.find(self.recipe["sampler"]).evaluations(self.recipe["steps"])
         total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
-        with tqdm(total=total, desc="class pictures", unit="step", disable=not world.main) as bar:
-
-            def progress() -> None:
-                bar.update()
-                run.stop.check()
-
+        with progress_bar(run.stop, "class pictures", total, show=world.main) as progress:
             for round in rounds:
+                mine = round[world.rank :: world.size]
                 with (
                     world.agreed(),
                     written(self.folder),
                     run.enough_memory("sampling", "while it made class pictures"),
                 ):
-                    try:
-                        side_by_side(
-                            lambda batch: self._make(run, sd, batch, missing, progress),
-                            round[world.rank :: world.size],
-                            world.device,
-                        )
-                    except Stopped:
-                        pass
-                if world.any(run.stop.asked):
-                    return False
-        return True
+                    side_by_side(lambda batch: self._make(run, sd, batch, missing, progress), mine, world.device)
+
+    def _write_manifest(self) -> None:
+        """Writes how the pictures are made, unless another run has begun to fill the folder in another way."""
+        with written(self.folder / MANIFEST):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(self.folder):
+                _tidy(self.folder)
+                already = self._read_manifest() or {"pictures": {}}
+                record = {**self.recipe, "seed": self.seed, "pictures": already["pictures"] | self.planned}
+                _write(self.folder / MANIFEST, json.dumps(record, indent=1).encode() + b"\n")
 
     def _make(
         self, run: Run, sd: StableDiffusion, batch: list[str], missing: set[str], progress: Callable[[], object]
@@ -155,6 +153,18 @@ class ClassPictures:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    """Writes a whole file, or none; another run that shares the folder may write the same one."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what killed runs have left half-written, on this machine."""
+    for path in folder.glob(".*.tmp"):
+        host, _, pid = path.name.removesuffix(".tmp").rpartition(".png.")[2].rpartition(".json.")[2].rpartition("-")
+        if not host or (host == socket.gethostname() and not (Path("/proc") / pid).exists()):
+            path.unlink(missing_ok=True)

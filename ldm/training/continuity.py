@@ -5,24 +5,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
+from ldm.images import Picture
 from ldm.runtime import read_json
-from ldm.training.checkpoint import sha256
+from ldm.training.checkpoint import load_state
 from ldm.training.settings import Settings
 
 CONFIG = "config.json"  # in a run's folder
-
-
-def config(settings: Settings, identity: dict[str, Any]) -> dict[str, Any]:
-    """What a run is, ready for JSON.
-
-    identity: what makes it this run beside its settings: global_batch; base, the base model's fingerprint; pictures, a
-    digest of the photographs; tuning, the name of its `Trainable`; launch, the torchrun that it belongs to.
-    """
-    return json.loads(json.dumps({**dataclasses.asdict(settings), **identity}))
+PICTURES = {"photographs": "photograph", "class_pictures": "class picture"}  # compared by content, and named
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -39,24 +33,74 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return tree
 
 
-def check_same_run(path: Path, before: dict[str, Any] | None, now: dict[str, Any], settings: Settings) -> None:
-    """Raises InputError, which names every difference, if the run at `path` was another one.
+class Identity:
+    """What makes a run the run that it is: its settings, and what they do not say.
 
-    before: its config, None if it has none. now: the config of the run that resumes it, as far as it is known.
-    A setting that `before` does not have is newer than that run, which had its default.
+    parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
+    class pictures; photographs and class_pictures, the SHA-256 of each by its name; tuning, the name of its
+    `Trainable`; launch, the torchrun that it belongs to. They become known one after another.
     """
-    if before is None:
-        return
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)} | {"tuning": "FullTuning"}
-    changes = [
-        f"{name} was {was!r} and is {value!r}"
-        for name, value in now.items()
-        if not settings.may_change(name) and (was := before.get(name, defaults.get(name))) != value
-    ]
-    if changes:
-        raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
+
+    def __init__(self, settings: Settings, **parts: Any):
+        self.settings, self.parts = settings, parts
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All of it, as far as it is known, ready for JSON."""
+        return json.loads(json.dumps({**dataclasses.asdict(self.settings), **self.parts}))
+
+    def check(self, path: Path, before: dict[str, Any] | None) -> None:
+        """Raises InputError, which names every difference, if the run at `path` was another one.
+
+        before: its config, None if it has none. A setting that `before` does not have is newer than that run, which had
+        its default.
+        """
+        if before is None:
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(Settings)} | {"tuning": "FullTuning"}
+        changes = []
+        for name, value in self.config.items():
+            was = before.get(name, defaults.get(name))
+            if name in PICTURES:
+                was = was if isinstance(was, dict | None) else {}
+                if was is not None and list(was.values()) != list(value.values()):
+                    changes.append(f"{PICTURES[name]} {first_difference(was, value)}")
+            elif name == "pictures" and "photographs" in before:
+                pass  # compared one by one
+            elif was != value and not self.settings.may_change(name):
+                changes.append(f"{name} was {was!r} and is {value!r}")
+        if changes:
+            raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
+
+    def check_checkpoint(self, path: Path) -> None:
+        """Raises InputError if the checkpoint is of another run, or beyond the last step of this one."""
+        state = load_state(path)
+        self.check(path, state["run"])
+        if state["step"] > self.settings.max_train_steps:
+            raise InputError(f"{path} is beyond --max-train-steps {self.settings.max_train_steps}")
 
 
-def digest(paths: Iterable[Path]) -> str:
+def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """The first file that differs between two lists of them (name -> SHA-256), in words."""
+    for old, new in zip_longest(before.items(), now.items()):
+        if old is None:
+            return f"{new[0]} is new"
+        if new is None or (new[0] != old[0] and old[0] not in now):
+            return f"{old[0]} is missing"
+        if old[1] != new[1]:
+            return f"{new[0]} has changed" if new[0] in before else f"{new[0]} is new"
+    return "are in another order"
+
+
+def digest(pictures: Iterable[Picture]) -> str:
     """SHA-256 over the contents of files, in their order."""
-    return hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
+    return hashlib.sha256("".join(sha256(picture) for picture in pictures).encode()).hexdigest()
+
+
+def sums(pictures: Iterable[Picture]) -> dict[str, str]:
+    """The SHA-256 of each file's content, by its name, in their order."""
+    return {picture.path.name: sha256(picture) for picture in pictures}
+
+
+def sha256(picture: Picture) -> str:
+    return hashlib.sha256(picture.content).hexdigest()

@@ -1,14 +1,13 @@
 """Pictures -> the latents that training samples from: mean and standard deviation, scaled."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ldm.images import load_picture
+from ldm.errors import InputError
+from ldm.images import Picture, load_picture
 from ldm.model import StableDiffusion
 from ldm.runtime import side_by_side
 
@@ -40,20 +39,24 @@ def _encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_pictures(
-    sd: StableDiffusion, paths: list[Path], resolution: int, flip: bool, description: str | None
+    sd: StableDiffusion, pictures: Sequence[Picture], resolution: int, flip: bool, progress: Callable[[], object]
 ) -> Latents:
     """The latents of pictures, each encoded once, and once more mirrored if `flip`.
 
-    description: of the progress bar; None for no bar. Raises InputError for a picture that can't be read.
+    progress: called after each picture, in any thread. Raises InputError for a picture that can't be read, and for an
+    autoencoder that makes NaN or infinity of one.
     """
 
-    def work(path: Path) -> tuple[Tensor, Tensor]:
-        image = load_picture(path, resolution).to(sd.device)
+    def work(picture: Picture) -> tuple[Tensor, Tensor]:
+        image = load_picture(picture, resolution).to(sd.device)
         views = [image, image.flip(2)] if flip else [image]
         mean, std = (torch.cat(part) for part in zip(*(_encode(sd, view[None]) for view in views), strict=True))
-        bar.update()
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise InputError(
+                f"the model's autoencoder makes NaN or infinity of {picture.path}; its weights are damaged"
+            )
+        progress()
         return mean, std  # (views, 4, h, w) each
 
-    with tqdm(total=len(paths), desc=description, unit="picture", disable=description is None) as bar:
-        parts = side_by_side(work, paths, sd.device)
+    parts = side_by_side(work, pictures, sd.device)
     return Latents(*(torch.stack(part) for part in zip(*parts, strict=True)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.dreambooth import Trainable
 from ldm.errors import RunError
 from ldm.formats import SAMPLING_KEY, Tensors
+from ldm.runtime import written
 from ldm.training import optimizer
 from ldm.training.ema import EMA
 from ldm.training.precision import Precision
@@ -20,6 +21,10 @@ from ldm.training.settings import Settings
 MAX_OVERFLOWS = 50  # in a row; each halves fp16's scale, so nothing is left of the gradients by then
 
 Metrics = dict[str, Any]
+
+
+class Diverged(RunError):
+    """Training itself has failed: a loss, a gradient or a weight is not a finite number."""
 
 
 class TrainingState:
@@ -69,7 +74,7 @@ class TrainingState:
         """Updates the weights and completes the metrics of this step (loss, subject_loss, prior_loss, grad_norm).
 
         Returns False, with the weights as they were, where fp16 overflowed: the step is done again on new rows with a
-        lower scale. Raises RunError for a loss or norm that is not finite for another reason.
+        lower scale. Raises Diverged for a loss or norm that is not finite for another reason.
         """
         step, scaler, norm = self.step + 1, self.precision.scaler, metrics["grad_norm"]
         check_finite("loss", metrics["loss"], step)
@@ -86,7 +91,7 @@ class TrainingState:
         if self.skipped:
             metrics |= {"grad_norm": None, "skipped": True, "scale": scaler.get_scale()}
             if self.overflows == MAX_OVERFLOWS:
-                raise RunError(f"fp16 overflowed {self.overflows} times in a row at step {step}; take bf16")
+                raise Diverged(f"fp16 overflowed {self.overflows} times in a row at step {step}; take bf16")
             return False
         self.step = step
         if self.ema is not None:
@@ -96,10 +101,10 @@ class TrainingState:
     # Saving
 
     def check_finite(self) -> None:
-        """Raises RunError if the last update has left NaN or infinity in a weight, so that no such model is saved."""
+        """Raises Diverged if the last update has left NaN or infinity in a weight, so that no such model is saved."""
         for name, parameter in self.parameters.items():
             if not parameter.isfinite().all():
-                raise RunError(f"{name} is not finite after step {self.step}, and was not saved; lower --learning-rate")
+                raise Diverged(f"{name} is not finite after step {self.step}, and was not saved; lower --learning-rate")
 
     def averaged(self) -> AbstractContextManager:
         """Inside, the model's weights are their averages, if the run keeps averages."""
@@ -118,6 +123,13 @@ class TrainingState:
         lines = {"step": str(self.step), "base": self.base} | prompts
         header = {f"ldm.{name}": text for name, text in lines.items() if text}
         return header | {SAMPLING_KEY: json.dumps(sampling)}  # sample.py's defaults for this model
+
+    def save_result(self, folder: Path) -> tuple[Path, list[str]]:
+        """Writes what the run is for. Returns its path, and the names of tensors that have no place in it."""
+        path = self.trainable.result_path(folder, self.settings)
+        with written(path):
+            self.check_finite()
+            return path, self.trainable.result(path, self.settings, self.metadata())
 
     def tensors(self) -> Tensors:
         """The optimizer's moments and the averages, on the CPU."""
@@ -164,6 +176,6 @@ class TrainingState:
 
 
 def check_finite(name: str, value: float, step: int) -> None:
-    """Raises RunError for NaN or infinity."""
+    """Raises Diverged for NaN or infinity."""
     if not math.isfinite(value):
-        raise RunError(f"the {name} is {value} at step {step}, and nothing was saved of it; lower --learning-rate")
+        raise Diverged(f"the {name} is {value} at step {step}, and nothing was saved of it; lower --learning-rate")

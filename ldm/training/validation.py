@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from ldm import images, samplers
 from ldm.model import StableDiffusion
-from ldm.runtime import Stopped, replacing, written
+from ldm.runtime import progress_bar, replacing, written
 from ldm.training.run import Run
 
 
@@ -17,23 +16,20 @@ def sheet_path(run: Run, name: str) -> Path:
     return run.folder / "sheets" / f"{name}.png"
 
 
-def make_sheet(run: Run, sd: StableDiffusion, when: str) -> bool:
-    """Makes the sheet "before" or "after" in the main process. Returns False if a signal ended it early."""
+def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
+    """Makes the sheet "before", unless it is there already, or "after", in the main process."""
 
-    def work() -> bool:
-        try:
+    def work() -> None:
+        if when == "after" or not sheet_path(run, when).exists():
             with run.precision.autocast(), run.enough_memory("sampling", f"while it made the sheet {when}"):
                 _save(run, when, images.grid(sample(run, sd, when)))
-        except Stopped:
-            return False
-        return True
 
-    return run.world.on_main(work)
+    run.on_main(work)
 
 
-def make_comparison(run: Run, photographs: Sequence[Path]) -> Path:
+def make_comparison(run: Run, photographs: Sequence[images.Picture]) -> Path:
     """Makes the sheet that shows the photographs, and the sheets "before" and "after" side by side below them."""
-    squares = [images.square(path, run.settings.resolution) for path in photographs]
+    squares = [images.square(picture, run.settings.resolution) for picture in photographs]
     top = images.grid([("photographs of the subject", squares[: 2 * run.settings.num_validation_images])])
     left, right = (images.open_picture(sheet_path(run, name)) for name in ("before", "after"))
     return _save(run, "before_after", images.beside(top, left, right))
@@ -55,12 +51,7 @@ def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
     batches = [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]
     total = len(batches) * samplers.find(settings.sampler).evaluations(settings.sample_steps)
     pictures = []
-    with tqdm(total=total, desc=f"sheet {when}", unit="step") as bar:
-
-        def progress() -> None:
-            bar.update()
-            run.stop.check()
-
+    with progress_bar(run.stop, f"sheet {when}", total) as progress:
         for batch in batches:
             pictures += sd.generate(
                 [prompt for prompt, _ in batch],

@@ -1,11 +1,11 @@
-"""Compares the time and memory that we and diffusers need to load a single file.
+"""Compares the time and memory that this package and diffusers need to load a single file.
 
     python tests/bench/load.py v1-5-pruned-emaonly.safetensors
     python tests/bench/load.py --random sd1
 
-Each round starts a new process for each of the two, in turn. The first round reads the file from the disk and is not
-counted. Time is from the call until a model in fp32 is ready; memory is the whole process's peak (VmHWM).
-diffusers is `StableDiffusionPipeline.from_single_file` with a local folder as its `config`.
+Each round loads the file once with each of the two, each time in a new process. The first round reads the file from the
+disk and does not count. The time ends when a model in fp32 is ready; the memory is the process's peak (VmHWM).
+diffusers loads with `StableDiffusionPipeline.from_single_file` and a local folder as its `config`.
 """
 
 import argparse
@@ -35,8 +35,8 @@ PRESETS = {"sd1": SD1, "sd2": SD2, "sd2_v": SD2_V}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="official .safetensors or .ckpt file")
-    parser.add_argument("--random", choices=PRESETS, help="instead of a file, one of this family with random weights")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--random", choices=PRESETS, help="load a file of this family with random weights instead")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
     parser.add_argument("--child", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(who: str, file: Path, config: Path) -> dict[str, float]:
-    """Loads the file in a new process. Returns seconds, and the process's peak memory in bytes."""
+    """Loads the file in a new process. Returns its seconds and its peak memory in bytes."""
     command = [sys.executable, __file__, str(file), "--child", who, "--config", str(config)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
@@ -112,7 +112,7 @@ def write_random(path: Path, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def randomise(network: torch.nn.Module) -> torch.nn.Module:
-    """Draws all weights so that activations keep their size, also in layers that are initialised to zero."""
+    """Draws all weights at random, also those initialised to zero, so that activations keep their scale."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:

@@ -1,7 +1,8 @@
-"""Reads files in a process with limited memory, and reports what happened.
+"""Reads files in a process of its own and reports what happens.
 
-python tests/guard.py FOLDER            ckpt.read_pickle on each file, with little memory; a line of JSON for each
-python tests/guard.py FOLDER --trust    Python's own unpickler on each file's data.pkl, in a folder FILE.d
+python tests/formats/guard.py FOLDER            reads each file with ckpt.read_pickle in limited memory; prints one line
+                                                of JSON for each
+python tests/formats/guard.py FOLDER --trust    reads each file's data.pkl with Python's unpickler, in a folder FILE.d
 """
 
 import codecs
@@ -36,7 +37,7 @@ def main(folder: Path, mode: str = "") -> None:
         for path in files:
             unpickle(path)
         return
-    codecs.lookup("raw-unicode-escape")  # pickletools loads it before our reader can refuse the opcode
+    codecs.lookup("raw-unicode-escape")  # load it now: pickletools needs it for opcodes that our reader refuses
     events, watching, before = set(), [], resident("VmRSS")
     sys.addaudithook(lambda event, _: watching and events.add(event))
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -70,7 +71,7 @@ def resident(field: str) -> int:
 
 
 def types(tree: Any) -> list[str]:
-    """The types of all objects in a tree. Reads the tensors too: a view outside the file would crash."""
+    """The types of all objects in a tree. Also reads the tensors: a view outside the file would crash."""
     found, seen, todo, looked = set(), set(), [tree], 0
     while todo:
         thing = todo.pop()
@@ -92,7 +93,7 @@ def types(tree: Any) -> list[str]:
 
 
 def unpickle(path: Path) -> None:
-    """Reads the pickle as a program without ckpt.py would."""
+    """Reads the pickle with Python's unpickler, as a program without ckpt.py does."""
 
     class Unpickler(pickle.Unpickler):
         def persistent_load(self, reference: Any) -> None:

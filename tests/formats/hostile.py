@@ -1,7 +1,7 @@
-"""Malicious and broken checkpoints, made byte by byte. FILES: name -> (content, what the error has to say, or None).
+"""Malicious and broken checkpoints, made byte by byte. FILES: name -> (content, words of the error or None).
 
-Most are a checkpoint like any other, {"extra": ..., "state_dict": {"w": tensor([0., 1., 2., 3.])}}, and attack in
-"extra", which comes first.
+Most of them are normal checkpoints, {"extra": ..., "state_dict": {"w": tensor([0., 1., 2., 3.])}}, whose attack is in
+"extra", which comes first. None means that the file is read without an error and without running the attack.
 """
 
 import io
@@ -91,7 +91,7 @@ class Member:
 
 
 def zipped(members: Iterable[Member], count: int | None = None, start: int = 0, length: int = 0) -> bytes:
-    """A plain zip archive; `count`, `start` and `length` are written in its end record in place of the true values."""
+    """A plain zip archive. `count`, `start` and `length` put false values into its end record."""
     body, directory, members = bytearray(), bytearray(), list(members)
     for member in members:
         size = len(member.content)
@@ -120,7 +120,7 @@ WEIGHTS = struct.pack("<4f", 0, 1, 2, 3)
 
 
 def archive(pickle: bytes, *more: Member, weights: bytes = WEIGHTS, both: dict | None = None, **lies: dict) -> bytes:
-    """The archive that torch.save makes of a pickle and one storage, with false values for the storage's headers."""
+    """The archive that torch.save writes for a pickle and one storage, with false values in the storage's headers."""
     lies = {"central": both, "local": both} if both else lies
     members = Member("archive/data.pkl", pickle), Member("archive/data/0", weights, **lies)
     return zipped([*members, Member("archive/version", b"3\n"), *more])
@@ -136,7 +136,7 @@ def saved(thing: object, **options: object) -> bytes:
 
 
 def repacked(method: int, *more: tuple[str, bytes]) -> bytes:
-    """A good checkpoint as zipfile packs it."""
+    """A good checkpoint, packed by zipfile."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", method) as out:
         for member, content in (("archive/data.pkl", GOOD), ("archive/data/0", WEIGHTS), *more):
@@ -196,7 +196,7 @@ WORKING = {  # Python's unpickler runs these
     "as-key": b"}" + RUN + b"Ns",
     "as-hooks": call(REBUILD, storage(), *PLACES[:-1], RUN),
 }
-WORKING_REFUSED = {  # Python's unpickler runs these too; they use opcodes that ours refuses
+WORKING_REFUSED = {  # Python's unpickler runs these too; our reader refuses them
     "inst": (b"(" + SHELL + b"ios\nsystem\n", "opcode INST"),
     "obj": (b"(" + SYSTEM + SHELL + b"o", "opcode OBJ"),
     "ext1": (b"\x82\x71" + tuple_(SHELL) + b"R", "opcode EXT1"),
@@ -206,7 +206,7 @@ WORKING_REFUSED = {  # Python's unpickler runs these too; they use opcodes that 
     "persistent-id-of-call": (tuple_(text("storage"), RUN, text("0"), text("cpu"), b"K\x04") + b"Q", "no storage"),
     "storage-by-call": (tensor(over=RUN), "not a plain view"),
 }
-OTHER = {  # these work only with luck, another file or torch's unpickler
+OTHER = {  # these attacks need luck, another file or torch's unpickler
     "newobj": (SYSTEM + tuple_(SHELL) + b"\x81", None),
     "newobj-ex": (name("subprocess", "Popen") + tuple_(SHELL) + b"}" + text("shell") + b"\x88s\x92", None),
     "torch-load": (call(name("torch", "load"), text("global-reduce.ckpt")), None),
@@ -225,18 +225,18 @@ OTHER = {  # these work only with luck, another file or torch's unpickler
     "calls-a-tensor": (tensor() + b")R", "calls something"),
 }
 
-# Pickles that lie
+# Pickles with false values
 
-FLOOD = 500_000  # opcodes: a little below the limit
+FLOOD = 500_000  # opcodes; a little below the limit
 V3 = name("torch._utils", "_rebuild_tensor_v3")
 LAUGHS = b"]q\0" + b"".join(b"0" + list_(*[b"h" + bytes([i])] * 10) + b"q" + bytes([i + 1]) for i in range(60))
 LONG = text("a" * 2**22) + b"q\x000"  # recalled by h 0
 CHAIN = (
     name("x", "y") + b"q\0" + b"h\0)R" * (FLOOD // 4) + b"b" * (FLOOD // 4)
-)  # each is the state of the one before it
+)  # each object is the state of the one before it
 COLLIDING = (
     b"}(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(10_000)) + b"u"
-)  # all have the same hash in Python
+)  # all keys have the same hash in Python
 TENSORS = REBUILD + b"q\x000" + tuple_(storage(), *PLACES) + b"q\x010" + list_(b"h\0h\1R" * (FLOOD // 3))
 
 LYING = {
@@ -325,18 +325,18 @@ RAW = {  # the whole pickle is bad
 }
 
 
-# Files that are not what they seem
+# Files of another kind, and false headers
 
 
 def overlapping() -> bytes:
-    """An archive in which data/1, with a header of its own, lies within data/0."""
+    """An archive in which data/1 lies inside data/0 and has its own header."""
     inside = zipped([Member("archive/data/1", WEIGHTS)])[: 30 + 14 + 16]
     place = 30 + 16 + len(GOOD) + 30 + 14
     return archive(GOOD, Member("archive/data/1", WEIGHTS, central={"offset": place}), weights=inside)
 
 
 def wide(**values: int) -> dict:
-    """An archive whose header fields are in a zip64 extra field of 64 bits each."""
+    """Header values that put these fields into a zip64 extra field, with 64 bits each."""
     numbers = [values[key] for key in ("size", "stored", "offset") if key in values]
     extra = struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
     return dict.fromkeys(values, 0xFFFFFFFF) | {"extra": extra}
@@ -395,17 +395,17 @@ FILES: dict[str, tuple[bytes, str | None]] = (
 )
 
 
-# Files broken at random
+# Files damaged at random
 
 
 def cut(whole: bytes) -> Iterator[bytes]:
-    """The file, cut at many places, the last hundred bytes among them."""
+    """The file truncated at many places, among them each of the last hundred bytes."""
     for end in (*range(1, len(whole) - 100, len(whole) // 100), *range(len(whole) - 100, len(whole))):
         yield whole[:end]
 
 
 def mutants(whole: bytes, count: int) -> Iterator[bytes]:
-    """The file with a few bytes changed in a zip header, in the pickle or anywhere, or with parts of it moved."""
+    """The file with a few bytes changed in a zip header, in the pickle or anywhere, or with pickle parts moved."""
     draw = random.Random(0)
     with zipfile.ZipFile(io.BytesIO(whole)) as opened:
         members = {entry.filename: opened.read(entry) for entry in opened.infolist()}

@@ -1,4 +1,4 @@
-"""A pickled .ckpt is read as it was saved, whatever classes it names, and nothing in it is run."""
+"""A pickled .ckpt is read as it was saved, whatever classes it names. No code in it is run."""
 
 import json
 import os
@@ -23,11 +23,11 @@ LOADED |= {"str", "bytes", "int", "float", "bool", "NoneType"}
 HARMLESS = {"open", "mmap.__new__", "builtins.id"}  # audit events; no import, no exec, no process
 
 
-# Honest files
+# Good files
 
 
 def state_dict() -> dict[str, Tensor]:
-    """Tensors of the types, layouts and ties that checkpoints have."""
+    """Tensors of all types and memory layouts that checkpoints have; some of them share memory."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(6, 4, generator=generator)
     tensors = {str(dtype): (base * 9).to(dtype) for dtype in (torch.float64, torch.float32, torch.float16)}
@@ -55,7 +55,7 @@ def _channels_last() -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether type, shape, strides and all bits are equal, those of NaN too."""
+    """Whether type, shape, strides and all bits are equal, also the bits of NaN."""
     same = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
     return same and torch.equal(*(t.detach().reshape(-1).view(torch.uint8) for t in (a, b)))
 
@@ -76,7 +76,7 @@ def test_reads_what_torch_reads(tmp_path, protocol):
     assert ours == theirs and type(ours["shape"]) is torch.Size
 
 
-def test_tied_tensors_stay_tied_and_writing_stays_off_the_file(tmp_path):
+def test_tensors_share_memory_as_saved_and_writing_to_them_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save(state_dict(), path)
     before, read = path.read_bytes(), ckpt.read_pickle(path)
@@ -86,8 +86,8 @@ def test_tied_tensors_stay_tied_and_writing_stays_off_the_file(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_reads_the_official_kind_of_checkpoint(tmp_path, monkeypatch):
-    """A small sd-v1-4.ckpt: beside the weights it names Lightning's classes, which can't be imported here."""
+def test_reads_a_checkpoint_like_the_official_ones(tmp_path, monkeypatch):
+    """A small sd-v1-4.ckpt. Besides the weights it names classes of Lightning, which can't be imported here."""
 
     class ModelCheckpoint: ...
 
@@ -125,12 +125,12 @@ def test_reads_the_official_kind_of_checkpoint(tmp_path, monkeypatch):
     assert {type(thing) for thing in read["rest"].values()} == {ckpt.Stub}
 
 
-# Files that lie
+# Malicious and damaged files
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, dict]:
-    """A guarded process's report on each hostile file, and on honest files that were damaged."""
+    """guard.py's report on each hostile file, and on good files that were damaged."""
     folder = tmp_path_factory.mktemp("hostile")
     for name, (content, _) in hostile.FILES.items():
         (folder / f"{name}.ckpt").write_bytes(content)
@@ -138,7 +138,7 @@ def reports(tmp_path_factory) -> dict[str, dict]:
     for kind, contents in {"cut": hostile.cut(honest), "mutant": hostile.mutants(honest, 400)}.items():
         for i, content in enumerate(contents):
             (folder / f"{kind}-{i}.ckpt").write_bytes(content)
-    torch.save({"w": torch.zeros(64 << 18)}, folder / "0-large.ckpt")  # its name makes it the first to be read
+    torch.save({"w": torch.zeros(64 << 18)}, folder / "0-large.ckpt")  # it is read first because of its name
     done = subprocess.run([sys.executable, GUARD, folder], cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(folder.rglob("canary"))
@@ -146,7 +146,7 @@ def reports(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", hostile.FILES)
-def test_hostile_file_is_refused_or_inert(reports, name):
+def test_a_hostile_file_is_refused_or_runs_nothing(reports, name):
     report, says = reports[name], hostile.FILES[name][1]
     if says is None:
         assert report["error"] is None
@@ -157,24 +157,24 @@ def test_hostile_file_is_refused_or_inert(reports, name):
     assert set(report["types"]) <= LOADED
 
 
-def test_weights_are_as_they_are_stored(reports):
+def test_weights_are_read_as_stored(reports):
     assert reports["global-reduce"]["w"] == "tensor([0., 1., 2., 3.])"
     assert reports["weights-nan"]["w"] == "tensor([nan, inf, nan, inf])"
     assert reports["weights-float8"]["w"] == "tensor([0., 1., 2., 3.], dtype=torch.float8_e4m3fn)"
 
 
 def test_memory_is_bounded(reports):
-    """Reading any file takes at most 200 MB; reading 64 MB of honest weights takes under 16 MB."""
+    """Reading any file takes less than 200 MB; reading 64 MB of good weights takes less than 16 MB."""
     assert max(report["megabytes"] for report in reports.values()) < 200
     assert reports["0-large"]["error"] is None and reports["0-large"]["megabytes"] < 16
 
 
-def test_cut_file_is_refused(reports):
+def test_a_truncated_file_is_refused(reports):
     errors = [report["error"] for name, report in reports.items() if name.startswith("cut-")]
     assert len(errors) > 190 and all(errors)
 
 
-def test_broken_file_is_refused_or_inert(reports):
+def test_a_damaged_file_is_refused_or_runs_nothing(reports):
     mutants = [report for name, report in reports.items() if name.startswith("mutant-")]
     assert len(mutants) == 400 and 100 < sum(bool(report["error"]) for report in mutants) < 390
     for report in mutants:
@@ -182,8 +182,8 @@ def test_broken_file_is_refused_or_inert(reports):
         assert set(report["events"]) <= HARMLESS and report["imports"] == 0
 
 
-def test_attacks_are_real(tmp_path):
-    """The attacks in WORKING do run their command when Python's own unpickler reads the file."""
+def test_the_attacks_work_on_pythons_own_unpickler(tmp_path):
+    """The attacks in WORKING run their command when Python's own unpickler reads the file."""
     working = [*hostile.WORKING, *hostile.WORKING_REFUSED]
     for name in working:
         (tmp_path / f"{name}.ckpt").write_bytes(hostile.FILES[name][0])
@@ -191,7 +191,7 @@ def test_attacks_are_real(tmp_path):
     assert [name for name in working if not (tmp_path / f"{name}.d" / "canary").exists()] == []
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_folders_missing_files_and_pipes_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.ckpt")
     for path, says in (
         (tmp_path, "is a folder"),

@@ -1,4 +1,4 @@
-"""Every layout of model files, for both families: reading, writing and converting keep every bit."""
+"""Reading, writing and converting model files keeps every bit, in every layout and for both families."""
 
 import json
 import shutil
@@ -42,13 +42,13 @@ def official_tensors(sd: StableDiffusion, folder: Path, dtype=None) -> dict[str,
 
 
 def averages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Averages of the UNet, named as by the original code's LitEma: without dots, and without "model." at the front."""
+    """EMA tensors of the UNet under the names of the original code's LitEma: no dots, and no "model." in front."""
     unet = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
     made = {EMA + name.removeprefix("model.").replace(".", ""): tensor * 0.5 for name, tensor in unet.items()}
     return made | {EMA + "decay": torch.tensor(0.9999), EMA + "num_updates": torch.tensor(7, dtype=torch.int32)}
 
 
-# Each function writes one layout as other programs write it, and returns the model's path.
+# Each of these functions writes one layout as other programs do, and returns the model's path.
 
 
 def safetensors(sd, folder, dtype):
@@ -104,7 +104,7 @@ def diffusers_shards_variant(sd, folder, dtype):
 
 
 def shard(whole: Path, stem: str, index: str, count: int = 3) -> None:
-    """Cuts a file into shards with an index, named as by diffusers and transformers."""
+    """Splits a file into shards with an index, under the names that diffusers and transformers use."""
     tensors = load_file(whole)
     names = sorted(tensors)
     weight_map = {}
@@ -136,13 +136,13 @@ LAYOUTS = (
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_layout_into_any_other_and_back_is_bitwise(family, layout, dtype, narrow, there):
+def test_any_layout_converts_into_any_other_and_back_bit_for_bit(family, layout, dtype, narrow, there):
     original, dtype = narrow(family), DTYPES[dtype]
     expected = {name: tensor.to(dtype) for name, tensor in original.state().items()}
     variant = "fp16" if "variant" in layout.__name__ else None
     first = StableDiffusion.load(layout(original, there, dtype), dtype=None, variant=variant)
     assert same_bits(first.state(), expected)
-    assert first.config == original.config  # the family is read from the tensors, or the folder
+    assert first.config == original.config  # the family comes from the tensors or from the folder
     first.save(there / "second", "diffusers")
     second = StableDiffusion.load(there / "second", dtype=None)
     second.save(there / "third.safetensors")
@@ -154,7 +154,7 @@ def test_any_layout_into_any_other_and_back_is_bitwise(family, layout, dtype, na
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-def test_folders_that_diffusers_writes_in_pieces_are_read(safe, family, narrow, there):
+def test_folders_that_diffusers_writes_in_shards_are_read(safe, family, narrow, there):
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     original = narrow(family)
     original.save(there / "ours", "diffusers")
@@ -170,7 +170,7 @@ def test_folders_that_diffusers_writes_in_pieces_are_read(safe, family, narrow, 
 
 
 @pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
-def test_of_a_full_checkpoint_either_unet_is_taken_and_the_average_is_never_written(kind, narrow, there):
+def test_a_full_checkpoint_loads_either_unet_and_no_ema_is_ever_written(kind, narrow, there):
     original = narrow("sd1")
     path = ckpt_full(original, there, None)
     if kind == "safetensors":
@@ -191,10 +191,10 @@ def test_of_a_full_checkpoint_either_unet_is_taken_and_the_average_is_never_writ
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_folder_has_no_place_for_is_named_and_what_a_file_has_is_kept(family, narrow, there):
+def test_saving_a_folder_names_the_tensors_left_out_and_saving_a_file_keeps_them(family, narrow, there):
     tensors = official_tensors(narrow(family), there)
     kept = {"first_stage_model.loss.logvar": torch.tensor(0.25), "betas": torch.full((1000,), 0.5)}
-    if family != "sd1":  # OpenCLIP's last block and its projection: the original's class has them and never runs them
+    if family != "sd1":  # OpenCLIP's last block and projection: the original code has them and never runs them
         last = [name for name in tensors if ".resblocks.2." in name]
         assert len(last) == 12
         for name in [*last, "cond_stage_model.model.text_projection", "cond_stage_model.model.logit_scale"]:
@@ -215,7 +215,7 @@ def official_networks(tensors) -> set[str]:
     return ours | {name for name in text if not name.endswith(unused) and ".resblocks.2." not in name}
 
 
-def test_a_header_says_what_the_model_is_and_where_it_comes_from(narrow, there):
+def test_the_header_says_what_the_model_is_and_where_it_comes_from(narrow, there):
     narrow("sd2").save(there / "a.safetensors", metadata={"ldm.step": "400", "ldm.base": "f" * 64})
     with safe_open(there / "a.safetensors", "pt") as file:
         said = file.metadata()
@@ -227,10 +227,10 @@ def test_a_header_says_what_the_model_is_and_where_it_comes_from(narrow, there):
         assert file.metadata() == {"format": "pt", "ldm.step": "400"}
 
 
-# eps or v: the tensors do not show which
+# What the model predicts, eps or v, is not visible in the tensors
 
 
-def test_the_summary_says_what_the_model_predicts_and_how_that_is_known(narrow, there):
+def test_the_summary_says_what_the_model_predicts_and_how_we_know(narrow, there):
     file = safetensors(narrow("sd2_v"), there, None)
     guessed = StableDiffusion.load(file)
     assert (guessed.config.schedule.prediction, guessed.config.resolution) == ("v", 768)
@@ -257,7 +257,7 @@ def test_the_summary_says_what_the_model_predicts_and_how_that_is_known(narrow, 
         StableDiffusion.load(first, prediction="x0")
 
 
-# Damaged files: the error is one line that names the file
+# Damaged files: the error is one line that names the file.
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def sharded(narrow, there):
     return path, path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
 
 
-def test_a_damaged_or_lying_index_is_refused(sharded, there):
+def test_a_damaged_or_false_index_is_refused(sharded, there):
     path, index = sharded
     good = json.loads(index.read_text())
     name = min(good["weight_map"])
@@ -313,7 +313,7 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
         StableDiffusion.load(path)
 
 
-def test_a_shard_that_is_a_link_elsewhere_is_what_hub_caches_have(sharded, there):
+def test_shards_may_be_links_as_in_the_cache_of_the_hub(sharded, there):
     path, index = sharded
     for piece in set(json.loads(index.read_text())["weight_map"].values()):
         (there / piece).write_bytes((index.parent / piece).read_bytes())
@@ -366,7 +366,7 @@ def test_a_hostile_header_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"<html>not found</html>" * 9, b"PK\x03\x04" * 9])
-def test_what_is_no_safetensors_file_is_refused(content, tmp_path):
+def test_a_file_that_is_not_safetensors_is_refused(content, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(InputError, match="is not a whole .safetensors file"):
         StableDiffusion.load(tmp_path / "a.safetensors")
@@ -390,17 +390,17 @@ def test_what_is_no_safetensors_file_is_refused(content, tmp_path):
     ids=["nan", "inf", "fp8", "int", "complex", "shape", "scalar", "empty"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, None], ids=["fp32", "as stored"])
-def test_a_tensor_that_is_no_weight_is_refused_by_name(value, said, dtype, narrow, there):
+def test_a_tensor_of_a_wrong_type_shape_or_value_is_refused_by_name(value, said, dtype, narrow, there):
     tensors = official_tensors(narrow("sd1"), there)
     name = "model.diffusion_model.input_blocks.0.0.bias"
     save_file(tensors | {name: value}, there / "a.safetensors")
-    with pytest.raises(InputError, match=f"{name} {said}"):  # loading does not read the numbers
+    with pytest.raises(InputError, match=f"{name} {said}"):  # loading alone does not read the values
         StableDiffusion.load(there / "a.safetensors", dtype=dtype).check_finite()
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
 @pytest.mark.parametrize("key", [1, ("a", "b"), None, b"unet", "a\nb", "\x1b[2J", "a\udc80", "a" * 2000], ids=ascii)
-def test_a_tensor_whose_name_is_no_text_is_refused(key, suffix, narrow, there):
+def test_a_tensor_whose_name_is_not_plain_text_is_refused(key, suffix, narrow, there):
     tensors = official_tensors(narrow("sd1"), there)
     torch.save({"state_dict": {**tensors, key: torch.zeros(2)}}, there / f"a{suffix}")
     with pytest.raises(InputError, match="under a name that is no text"):
@@ -411,7 +411,7 @@ def test_a_tensor_whose_name_is_no_text_is_refused(key, suffix, narrow, there):
     "part, name",
     [("text", "layers"), ("unet", "blocks"), ("vae", "blocks"), ("schedule", "timesteps"), ("text", "vocab_size")],
 )
-def test_sizes_beyond_reason_are_refused_before_memory_is_taken(part, name, random_model, there):
+def test_absurd_sizes_are_refused_before_memory_is_allocated(part, name, random_model, there):
     sd = random_model()
     sd.save(there / "a.safetensors")
     with safe_open(there / "a.safetensors", "pt") as file:
@@ -425,7 +425,7 @@ def test_sizes_beyond_reason_are_refused_before_memory_is_taken(part, name, rand
     assert time.perf_counter() - began < 5
 
 
-def test_tensors_that_overlap_are_written_apart(tmp_path):
+def test_tensors_that_share_memory_are_written_separately(tmp_path):
     base = torch.arange(24.0)
     tensors = {"a": base[:16], "b": base[8:24], "c": base, "d": base[4:5], "e": torch.zeros(0)}
     save_tensors(tmp_path / "a.safetensors", tensors, {"format": "pt"})
@@ -443,7 +443,7 @@ def test_tensors_that_overlap_are_written_apart(tmp_path):
         ("scheduler", "trained_betas", [0.1, 0.2]),
     ],
 )
-def test_a_folder_of_another_architecture_is_refused_by_what_it_says(file, name, value, random_model, there):
+def test_a_folder_of_another_architecture_is_refused_by_its_configuration(file, name, value, random_model, there):
     random_model().save(there / "folder", "diffusers")
     path = there / "folder" / file / ("scheduler_config.json" if file == "scheduler" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
@@ -451,12 +451,12 @@ def test_a_folder_of_another_architecture_is_refused_by_what_it_says(file, name,
         StableDiffusion.load(there / "folder")
 
 
-def test_where_a_model_comes_from_stays_with_it(random_model, there):
+def test_a_model_keeps_the_metadata_of_its_training(random_model, there):
     origin = {"ldm.base": "f" * 64, "ldm.step": "7", "ldm.instance_prompt": "a sks dog"}
     origin["ldm.sampling"] = '{"sampler": "ddim", "steps": 25}'
     random_model().save(there / "a.safetensors", metadata=origin)
     StableDiffusion.load(there / "a.safetensors").save(there / "folder", "diffusers")
-    for part, stem in PARTS.items():  # variants keep it too
+    for part, stem in PARTS.items():  # a variant keeps it too
         (there / "folder" / part / f"{stem}.safetensors").rename(there / "folder" / part / f"{stem}.fp16.safetensors")
     StableDiffusion.load(there / "folder", variant="fp16").save(there / "b.safetensors")
     with safe_open(there / "b.safetensors", "pt") as file:
@@ -465,11 +465,11 @@ def test_where_a_model_comes_from_stays_with_it(random_model, there):
     with safe_open(there / "c.safetensors", "pt") as file:
         assert (
             file.metadata()["ldm.step"] == "9" and "ldm.base" not in file.metadata()
-        )  # given metadata replace the source's
+        )  # metadata that are given replace the source's
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (71, 24), (72,)], ids=str)
-def test_openclip_stacks_that_do_not_part_in_three_are_refused_by_name(shape, narrow, there):
+def test_openclip_stacks_that_do_not_split_into_three_are_refused_by_name(shape, narrow, there):
     tensors = official_tensors(narrow("sd2"), there)
     name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
     save_file(tensors | {name: torch.zeros(shape)}, there / "a.safetensors")
@@ -494,17 +494,17 @@ def test_openclip_stacks_that_are_missing_or_unknown_are_named(narrow, there):
 # Saving
 
 
-def test_a_model_is_saved_over_the_file_that_it_is_mapped_from(narrow, there):
+def test_a_model_can_be_saved_over_the_file_that_it_is_mapped_from(narrow, there):
     original = narrow("sd1")
     original.save(there / "a.safetensors")
     sd = StableDiffusion.load(there / "a.safetensors")
     sd.save(there / "a.safetensors", dtype=torch.float16)
-    assert same_bits(sd.state(), original.state())  # the old file's bytes stay mapped
+    assert same_bits(sd.state(), original.state())  # the old file stays mapped
     halves = {name: tensor.half() for name, tensor in original.state().items()}
     assert same_bits(StableDiffusion.load(there / "a.safetensors", dtype=None).state(), halves)
 
 
-def test_writing_to_a_loaded_model_does_not_reach_the_file(narrow, there):
+def test_changing_a_loaded_model_does_not_change_its_file(narrow, there):
     for path in (safetensors(narrow("sd1"), there, None), ckpt_bare(narrow("sd1"), there, None)):
         before = path.read_bytes()
         sd = StableDiffusion.load(path)
@@ -516,8 +516,8 @@ def test_writing_to_a_loaded_model_does_not_reach_the_file(narrow, there):
 
 @pytest.mark.parametrize("family, official", [("SD1", "sd1"), ("SD2", "sd2"), ("SD2_V", "sd2")])
 def test_a_saved_file_has_the_tensors_of_the_published_ones(family, official, monkeypatch, tmp_path):
-    """At full size, on the meta device: names, shapes and types, without the two leftovers of the moving average."""
-    from test_manifest import published_rows
+    """Compares names, shapes and types at full size on the meta device, without the two remaining EMA tensors."""
+    from published import published_rows
 
     from ldm import config
 

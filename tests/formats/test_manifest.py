@@ -1,10 +1,10 @@
-"""The presets have the parameters of the published checkpoints: how many, their names, their shapes."""
+"""The presets have the parameters of the published checkpoints: the same number, names and shapes."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from published import published
 
 from ldm import StableDiffusion
 from ldm.config import SD1, SD2
@@ -12,25 +12,8 @@ from ldm.formats import names
 from ldm.schedule import Schedule
 
 PREFIXES = {"unet": names.UNET_PREFIX, "vae": names.VAE_PREFIX, "text_encoder": names.TEXT_PREFIX}
-# 0 to 76: a buffer of older versions of transformers
+# a buffer of older versions of transformers: 0 to 76
 POSITION_IDS = names.TEXT_PREFIX + "text_model.embeddings.position_ids"
-Shapes = dict[str, tuple[int, ...]]
-
-
-@cache
-def published(family: str) -> Shapes:
-    """Every tensor of the published single files of a family, and its shape."""
-    lines = (Path(__file__).parent.parent / "facts" / f"{family}_tensors.txt").read_text().splitlines()
-    rows = [line.split() for line in lines if not line.startswith("#")]
-    return {name: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for name, shape, *_ in rows}
-
-
-def published_rows(family: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor of the published files, without the two leftovers of the moving average."""
-    lines = (Path(__file__).parent.parent / "facts" / f"{family}_tensors.txt").read_text().splitlines()
-    types = {line.split()[0]: (line.split() + ["float32"])[2] for line in lines if not line.startswith("#")}
-    kept = {name: shape for name, shape in published(family).items() if not name.startswith("model_ema.")}
-    return {name: (shape, getattr(torch, types[name])) for name, shape in kept.items()}
 
 
 @cache
@@ -58,8 +41,8 @@ def test_a_network_has_the_published_parameters(family, part, count):
     assert ours == theirs
 
 
-def test_what_else_is_in_a_published_file():
-    """The schedule's tables, which we write too, the position ids, and two leftovers of the moving average."""
+def test_a_published_file_also_has_the_schedules_tables_and_three_other_tensors():
+    """The schedule's tables, which we write too, the position ids, and two remaining tensors of the EMA."""
     networks = (names.UNET_PREFIX, names.VAE_PREFIX, names.TEXT_PREFIX)
     rest = {name: shape for name, shape in published("sd1").items() if not name.startswith(networks)}
     buffers = {name: tuple(table.shape) for name, table in Schedule(SD1.schedule).official_buffers().items()}

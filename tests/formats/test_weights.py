@@ -1,4 +1,4 @@
-"""Model files: the same tensors, bit for bit, in every layout; strict loading; saving in one step."""
+"""Model files: every layout keeps the tensors bit for bit, loading is strict, saving is atomic."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from ldm import InputError, StableDiffusion
 from ldm.formats.tensors import STORED_DTYPES, raw_bytes, save_tensors
 
 TEXT = "cond_stage_model.transformer.text_model."
-LAYOUTS = {"official": "model.safetensors", "diffusers": "model"}  # and a model's file name in each
+LAYOUTS = {"official": "model.safetensors", "diffusers": "model"}  # {layout: name of a model in it}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -39,13 +39,13 @@ def test_a_round_trip_through_any_two_layouts_is_bitwise(first, second, dtype, r
     twice = StableDiffusion.load(b, dtype=dtype)
     expected = {name: tensor.to(dtype) for name, tensor in original.state().items()}
     assert same_bits(once.state(), expected) and same_bits(twice.state(), expected)
-    assert original.config == once.config == twice.config  # odd widths and all
+    assert original.config == once.config == twice.config  # including the odd widths
     prompt = ["a photo of sks dog, isn't it?"]
     assert torch.equal(original.tokenizer(prompt), twice.tokenizer(prompt))
-    assert once.source_fingerprint() == twice.source_fingerprint()  # the layout does not count
+    assert once.source_fingerprint() == twice.source_fingerprint()  # it does not depend on the layout
 
 
-def test_the_fingerprint_tells_models_and_types_apart(saved, random_model, tmp_path):
+def test_the_fingerprint_distinguishes_models_and_types(saved, random_model, tmp_path):
     original = StableDiffusion.load(saved["official"])
     assert original.source_fingerprint() == StableDiffusion.load(saved["diffusers"]).source_fingerprint()
     assert (
@@ -60,18 +60,18 @@ def test_the_fingerprint_tells_models_and_types_apart(saved, random_model, tmp_p
     assert len({sd.source_fingerprint() for sd in prints}) == 3
 
 
-def test_the_fingerprint_is_of_the_source_whatever_was_done_to_the_model_since(saved):
+def test_the_fingerprint_is_that_of_the_source_even_after_the_model_changes(saved):
     sd = StableDiffusion.load(saved["official"])
     before, summary = sd.source_fingerprint(), sd.summary
     with torch.no_grad():
         sd.unet.out[2].bias += 1.0
     assert sd.source_fingerprint() == before and sd.summary == summary
-    assert sd.source.path == saved["official"] and sd.source.tensors == {}  # nothing large is held twice
+    assert sd.source.path == saved["official"] and sd.source.tensors == {}  # the tensors are not held twice
     with pytest.raises(ValueError, match="without its tensors has no fingerprint"):
         sd.source.fingerprint()
 
 
-def test_latents_that_overflow_fp16_are_decoded_in_fp32_and_leave_the_model_as_it_was(random_model, tmp_path):
+def test_latents_that_overflow_fp16_are_decoded_in_fp32_and_the_model_stays_fp16(random_model, tmp_path):
     sd = random_model()
     with torch.no_grad():
         sd.vae.post_quant_conv.weight *= 1e4
@@ -99,7 +99,7 @@ sd.save(sys.argv[2], "diffusers", metadata=metadata)
 """
 
 
-def test_the_same_model_is_saved_to_the_same_bytes_by_any_process(saved, root, tmp_path):
+def test_every_process_saves_the_same_model_to_the_same_bytes(saved, root, tmp_path):
     for seed in ("1", "2"):
         command = [sys.executable, "-c", SAVE_TWICE, saved["official"], tmp_path / seed]
         subprocess.run(command, cwd=root, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
@@ -115,8 +115,8 @@ def test_the_same_model_is_saved_to_the_same_bytes_by_any_process(saved, root, t
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
 
 
-def test_a_header_is_what_the_safetensors_library_writes(tmp_path):
-    """All types of the format, odd shapes, and names in no order."""
+def test_a_file_has_the_same_bytes_as_the_safetensors_library_writes(tmp_path):
+    """Checked with all types of the format, odd shapes and unsorted names."""
     ramp = torch.arange(6).view(2, 3)
     tensors = {f"{i % 3}.{dtype}": ramp.to(dtype) for i, dtype in enumerate(STORED_DTYPES)}
     tensors |= {"ö": torch.zeros(0, 3), "scalar": torch.tensor(2.5), 'a "b"': torch.zeros(3, dtype=torch.bool)}
@@ -133,8 +133,8 @@ def test_a_header_is_what_the_safetensors_library_writes(tmp_path):
     assert not (tmp_path / "c.safetensors").exists()
 
 
-# The tables that CompVis' DDPM.register_schedule keeps in its checkpoints: first, second and last entry, evaluated
-# from its formulas in float64. alphas_cumprod also stands in the tests of other ports, e.g. tinygrad's
+# The tables that CompVis' DDPM.register_schedule keeps in its checkpoints: first, second and last entry, computed
+# from its formulas in float64. Tests of other ports contain alphas_cumprod too, for example tinygrad's
 # external_test_models.py: sqrt_alphas_cumprod 0.99957490 and 0.06826485.
 BUFFERS = {
     "betas": (0.00085, 0.0008546986554056862, 0.012),
@@ -171,7 +171,7 @@ def test_an_official_file_has_the_tables_that_the_original_class_expects(saved):
     assert others == BUFFERS.keys() | formulas.keys()
 
 
-def test_what_an_official_file_has_beside_the_networks_is_carried_over(saved, tmp_path):
+def test_the_other_tensors_of_an_official_file_are_kept(saved, tmp_path):
     tensors = load_file(saved["official"])
     kept = {
         "betas": torch.full((1000,), 0.5),  # even wrong values are kept
@@ -208,7 +208,7 @@ def test_loading_is_strict_and_names_the_tensor(layout, fault, saved, tmp_path):
     else:
         shutil.copytree(saved[layout], path)
         file, name = path / "unet" / "diffusion_pytorch_model.safetensors", "down_blocks.0.resnets.0.norm1.weight"
-    official = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"  # its name in messages about either layout
+    official = "model.diffusion_model.input_blocks.1.0.in_layers.0.weight"  # messages use this name for both layouts
     with rewritten(file) as tensors:
         if fault == "missing":
             del tensors[name]
@@ -226,7 +226,7 @@ def test_loading_is_strict_and_names_the_tensor(layout, fault, saved, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_folders_of_every_age_are_read(saved, tmp_path):
+def test_old_and_new_folders_are_read(saved, tmp_path):
     """Old and new folders differ in the text encoder's names, the tokenizer's files and the VAE's attention."""
     theirs, expected = tmp_path / "model", StableDiffusion.load(saved["diffusers"])
     shutil.copytree(saved["diffusers"], theirs)
@@ -257,7 +257,7 @@ def test_folders_of_every_age_are_read(saved, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_save_that_fails_leaves_the_old_model_whole(layout, random_model, saved, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_model_whole(layout, random_model, saved, tmp_path, monkeypatch):
     path = tmp_path / LAYOUTS[layout]
     random_model().save(path, layout)
     before = StableDiffusion.load(path).source_fingerprint()
@@ -265,7 +265,7 @@ def test_a_save_that_fails_leaves_the_old_model_whole(layout, random_model, save
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("to_metadata", "save"):  # each is called in the middle of writing a layout
+    for name in ("to_metadata", "save"):  # each is called while a layout is being written
         monkeypatch.setattr("ldm.tokenizer.Tokenizer." + name, full)
     with pytest.raises(OSError, match="No space"):
         random_model(1).save(path, layout)
@@ -289,8 +289,8 @@ def test_a_folder_with_other_things_is_not_replaced(random_model, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_others_may_read_a_saved_model_as_they_may_any_new_file(layout, random_model, tmp_path):
-    """The safetensors library makes files that only their owner may read; a server may run as another user."""
+def test_a_saved_model_has_the_permissions_of_any_new_file(layout, random_model, tmp_path):
+    """The safetensors library writes files that only their owner can read, but a server may run as another user."""
     (tmp_path / "any").touch()
     (tmp_path / "anywhere").mkdir()
     random_model().save(tmp_path / LAYOUTS[layout], layout)

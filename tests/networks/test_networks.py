@@ -1,4 +1,4 @@
-"""Each network against diffusers and transformers: the same random weights, forward and gradients."""
+"""Each network equals that of diffusers or transformers on the same random weights: outputs and gradients."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ TEXTS = {
 
 
 def theirs_of(part: str, config: ModelConfig):
-    """The part of diffusers or transformers built from the JSON that we write for it."""
+    """The network of diffusers or transformers, built from the JSON that we write for it."""
     tree = dict(folder_config.config_files(config, eos_id=99, bos_id=98)[f"{part}/config.json"])
     if part == "text_encoder":
         return transformers.CLIPTextModel(transformers.CLIPTextConfig(**tree)).eval()
@@ -45,7 +45,7 @@ def theirs_of(part: str, config: ModelConfig):
 
 
 def copy_into(theirs, ours, table):
-    """Gives their network our weights, name by name; returns {our name: their name}."""
+    """Copies our weights into their network, name by name. Returns {our name: their name}."""
     mine, yours = dict(ours.named_parameters()), dict(theirs.named_parameters())
     renamed = {key: names.rename(key, table) if table else key for key in mine}
     if not set(renamed.values()) & set(yours):
@@ -64,7 +64,7 @@ def assert_same(ours, theirs, what, scale=None):
 
 
 def assert_same_gradients(ours, theirs, renamed):
-    """Of the network's largest gradient: CLIP's k_proj.bias, for one, has none but rounding."""
+    """Compares relative to the network's largest gradient: that of CLIP's k_proj.bias is only rounding error."""
     mine, yours = dict(ours.named_parameters()), dict(theirs.named_parameters())
     scale = max(p.grad.abs().max() for p in yours.values())
     for key, name in renamed.items():

@@ -1,4 +1,4 @@
-"""Stable Diffusion 2's text encoder equals OpenCLIP's own text tower, under the names of the official file."""
+"""Stable Diffusion 2's text encoder equals OpenCLIP's text tower, under the names of the official file."""
 
 import importlib
 import sys
@@ -19,15 +19,15 @@ from ldm.formats import names
 def towers():
     """The module open_clip.transformer.
 
-    Its package imports torchvision, for pictures. Where torchvision can't be imported (PyPI's needs a torch with CUDA),
-    this module is imported alone, with empty stand-ins for what it imports.
+    Its package imports torchvision for pictures. Where torchvision can't be imported (PyPI's needs a torch with CUDA),
+    only this module is imported, with empty stand-ins for its own imports.
     """
     transformers = pytest.importorskip("transformers", reason="needs the parity extra")
-    # transformers looks for torchvision once: it must do so before our stand-in is there
+    # transformers looks for torchvision only once, which must happen before our stand-in exists
     transformers.utils.import_utils.is_torchvision_available()
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
-        pytest.skip("needs open_clip, of the parity extra")
+        pytest.skip("needs open_clip of the parity extra")
     try:
         return importlib.import_module("open_clip.transformer")
     except (ImportError, RuntimeError):
@@ -47,7 +47,7 @@ def towers():
 
 
 def tower(towers, config):
-    """OpenCLIP's text tower, with the last block that SD2 never runs. Its output is the vectors of all tokens."""
+    """OpenCLIP's text tower, including the last block, which SD2 never runs. Outputs one vector for each token."""
     theirs = towers.TextTransformer(
         context_length=config.context_length,
         vocab_size=config.vocab_size,
@@ -63,7 +63,7 @@ def tower(towers, config):
 
 
 def penultimate(theirs, ids):
-    """As FrozenOpenCLIPEmbedder of the original code: all blocks but the last, then the final norm."""
+    """All blocks except the last, then the final norm, as FrozenOpenCLIPEmbedder of the original code does."""
     h = theirs.token_embedding(ids) + theirs.positional_embedding
     for block in theirs.transformer.resblocks[:-1]:
         h = block(h, attn_mask=theirs.attn_mask)
@@ -89,7 +89,7 @@ def test_the_text_encoder_equals_openclips_under_the_official_names(layers, towe
     back = names.to_openclip(ours.state_dict(), config)
     prefix = names.OPENCLIP_PREFIX
     unused = {name.removeprefix(prefix): tensor.shape for name, tensor in names.unused_text(config).items()}
-    # the temperature is not in the text tower but in the whole CLIP
+    # the temperature belongs to the whole CLIP, not to the text tower
     assert back.keys() | unused.keys() == official.keys() | {"logit_scale"}
     assert all(torch.equal(back[name], official[name]) for name in back)
     assert all(official[name].shape == shape for name, shape in unused.items() if name != "logit_scale")
@@ -112,7 +112,7 @@ def test_gradients_equal_openclips_too(towers, randomised):
 
 
 def test_an_official_file_of_sd2_runs_in_openclip(towers, narrow, tmp_path):
-    """OpenCLIP's class loads strictly what `save` writes."""
+    """OpenCLIP's class loads the tensors that `save` writes, strictly."""
     sd = narrow("sd2")
     sd.save(tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
@@ -128,7 +128,7 @@ def test_an_official_file_of_sd2_runs_in_openclip(towers, narrow, tmp_path):
 
 
 @pytest.mark.parametrize("family, prediction", [("sd2", "epsilon"), ("sd2_v", "v_prediction")])
-def test_a_folder_of_sd2_opens_in_diffusers_and_says_what_it_predicts(family, prediction, narrow, tmp_path):
+def test_a_folder_of_sd2_opens_in_diffusers_with_its_prediction_type(family, prediction, narrow, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     sd = narrow(family)
     sd.save(tmp_path / "model", "diffusers")
@@ -137,7 +137,7 @@ def test_a_folder_of_sd2_opens_in_diffusers_and_says_what_it_predicts(family, pr
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     arguments = {"prompt": "a red cat!", "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "latent"}
-    ids = sd.tokenizer(["", "a red cat!"])  # not a prompt: transformers reads "!" as padding (diffusers#4153)
+    ids = sd.tokenizer(["", "a red cat!"])  # no prompt: transformers reads its "!" as padding (diffusers#4153)
     without, context = pipe.text_encoder(ids)[0].chunk(2)
     del arguments["prompt"]
     theirs = pipe(prompt_embeds=context, negative_prompt_embeds=without, latents=latents, **arguments).images

@@ -1,4 +1,4 @@
-"""Token ids equal those of CLIP's own tokenizer, of transformers' and of OpenCLIP's, and a folder keeps them."""
+"""Token ids equal those of CLIP, transformers and OpenCLIP. Saved folders keep the tokenizer."""
 
 import gzip
 import hashlib
@@ -22,7 +22,7 @@ from ldm.tokenizer import BOS, EOS, Tokenizer
 
 FACTS = json.loads((Path(__file__).parent.parent / "facts" / "tokenizer.json").read_text())
 
-# A vocabulary as small models have: no merge but a + b</w>, and nothing for most characters.
+# A vocabulary as small models have: a single merge, a + b</w>, and no token for most characters.
 SMALL = Tokenizer(
     vocab={"a": 0, "b": 1, "a</w>": 2, "b</w>": 3, "ab</w>": 4, BOS: 5, EOS: 6}, merges=[("a", "b</w>")],
     context_length=8, pad_id=6,
@@ -55,7 +55,7 @@ def test_a_saved_folder_has_the_files_released_with_sd1(tmp_path):
     assert sha256((tmp_path / "vocab.json").read_bytes()) == FACTS["vocab_sha256"]
 
 
-def test_attributes_and_shape(tokenizer):
+def test_a_tokenizer_gives_padded_ids_and_tells_its_sizes(tokenizer):
     ids = tokenizer(["a cat", "", "two dogs"])
     assert (ids.shape, ids.dtype) == ((3, 77), torch.long)
     assert (tokenizer.vocab_size, tokenizer.context_length) == (49408, 77)
@@ -65,8 +65,8 @@ def test_attributes_and_shape(tokenizer):
         tokenizer("a cat")
 
 
-def test_sd2_keeps_exclamation_marks_apart_from_its_padding():
-    """huggingface/diffusers#4153: ids of open_clip.tokenize, which SD2 was trained with."""
+def test_sd2_distinguishes_exclamation_marks_from_its_padding():
+    """huggingface/diffusers#4153: the ids of open_clip.tokenize, with which SD2 was trained."""
     ids = Tokenizer.clip(pad_id=0)(["! !! !!!"])[0].tolist()
     assert ids == [49406, 256, 748, 995, 49407] + [0] * 72
 
@@ -76,11 +76,11 @@ def test_sd2_keeps_exclamation_marks_apart_from_its_padding():
     [
         ("dog " * 75, ""),
         ("dog " * 75 + "Été, two cats ", "Été, two cats"),
-        ("dog " * 74 + "zwx dog", "zwx dog"),  # two tokens, the second of which has no room
+        ("dog " * 74 + "zwx dog", "zwx dog"),  # "zwx" has two tokens, and there is no room for the second
         ("dog " * 74 + "cat, two", ", two"),
     ],
 )
-def test_what_does_not_fit_is_cut_and_named(tokenizer, prompt, dropped, recwarn):
+def test_words_that_do_not_fit_are_cut_and_named(tokenizer, prompt, dropped, recwarn):
     assert tokenizer.dropped(prompt) == dropped
     ids = tokenizer(["a cat", prompt])[1].tolist()
     assert len(ids) == 77 and ids[:75] == [49406] + [1929] * 74 and ids[76] == 49407
@@ -88,8 +88,8 @@ def test_what_does_not_fit_is_cut_and_named(tokenizer, prompt, dropped, recwarn)
 
 
 @pytest.mark.filterwarnings("ignore:prompt too long")
-def test_a_small_vocabulary():
-    assert SMALL(["AB a? b"])[0].tolist() == [5, 4, 2, 6, 3, 6, 6, 6]  # what it cannot spell is end-of-text
+def test_a_small_vocabulary_gives_the_expected_ids():
+    assert SMALL(["AB a? b"])[0].tolist() == [5, 4, 2, 6, 3, 6, 6, 6]  # a character without a token becomes end-of-text
     assert SMALL(["ab" * 9])[0].tolist() == [5, 0, 1, 0, 1, 0, 1, 6]
     assert SMALL.vocab_size == 7
 
@@ -99,12 +99,12 @@ def same(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 @pytest.mark.parametrize("ours", [Tokenizer.clip(), Tokenizer.clip(pad_id=0), SMALL], ids=["sd1", "sd2", "small"])
-def test_folder_and_metadata_bring_a_tokenizer_back(ours, tmp_path):
+def test_a_tokenizer_is_restored_from_a_folder_and_from_metadata(ours, tmp_path):
     ours.save(tmp_path)
     assert same(Tokenizer.from_folder(tmp_path), ours)
     assert Tokenizer.from_folder(tmp_path, context_length=5, pad_id=1)(["ab"]).shape == (1, 5)
 
-    # Newer versions write tokenizer.json alone, with merges as pairs or, a while ago, as strings.
+    # Newer versions of transformers write tokenizer.json alone, with merges as pairs, or as strings before.
     for merges in (ours.merges, [" ".join(pair) for pair in ours.merges]):
         (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ours.vocab, "merges": merges}}))
         for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
@@ -112,11 +112,11 @@ def test_folder_and_metadata_bring_a_tokenizer_back(ours, tmp_path):
         assert same(Tokenizer.from_folder(tmp_path), ours)
 
     assert same(Tokenizer.from_metadata(ours.to_metadata()), ours)
-    assert len(ours.to_metadata()) < 200  # CLIP's vocabulary goes by its name
+    assert len(ours.to_metadata()) < 200  # CLIP's vocabulary is only named
 
 
-def test_settings_of_a_folder_have_the_precedence_that_transformers_gives_them(tmp_path):
-    """In SD2's own folder the padding "!" stands in special_tokens_map.json."""
+def test_settings_of_a_folder_have_the_precedence_of_transformers(tmp_path):
+    """SD2's own folder has its padding, "!", in special_tokens_map.json."""
     Tokenizer.clip().save(tmp_path)
     padding = {"content": EOS, "lstrip": False}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": padding, "model_max_length": 10**30}))
@@ -126,7 +126,7 @@ def test_settings_of_a_folder_have_the_precedence_that_transformers_gives_them(t
     assert Tokenizer.from_folder(tmp_path).pad_id == 49407
 
 
-def test_what_is_no_tokenizer_is_refused(tmp_path):
+def test_missing_and_damaged_tokenizers_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"missing: no readable tokenizer .*No such file"):
         Tokenizer.from_folder(tmp_path / "missing")
     SMALL.save(tmp_path)
@@ -147,7 +147,7 @@ ALPHABETS = [
     "0123456789",
     "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
     "àâäçéèêëîïôöùûüÿñßøåæœÀÉÎÕÜŽČŠłđıİ",
-    "e\u0301a\u0308n\u0303o\u0302\u0327",  # accents as marks of their own
+    "e\u0301a\u0308n\u0303o\u0302\u0327",  # accents as separate characters
     "абвгдежзийклмнопрстуфхцчшщъыьэюяЖЩЫαβγδεζηθικλμνξοπρςστυφχψωΔΣΩ",
     "一丁七万三上下不世中国東京日本語漢字猫犬写真の絵はかわいいカタカナ한국어고양이",
     "אבגדהוزحطيكلمنसहिन्दीไทยภาษา",
@@ -159,9 +159,9 @@ WORDS = "photo dog's CAN'T they'll sks zwx 16-inch 3.14 &amp; <b> it'd I'm we've
 
 
 def generated_prompts(n: int, seed: int = 0) -> list[str]:
-    """Words of one script or several, ready-made ones, and any character at all, joined by any kind of space."""
+    """Words of one script, words from a list and words of any characters, joined by any kind of space."""
     rng = random.Random(seed)
-    # Any character of Unicode 3.2: of later ones the libraries' tables differ in what is a letter.
+    # Characters of Unicode 3.2 only: for later ones the libraries disagree about what is a letter.
     known = unicodedata.ucd_3_2_0.category
     anything = [c for c in map(chr, range(1, 0x20000)) if known(c) not in ("Cn", "Cs")]
 
@@ -188,7 +188,7 @@ def test_ids_equal_those_of_transformers(dialect, tokenizer, tmp_path):
         assert same(ours, tokenizer)
     assert (theirs.pad_token_id, theirs.model_max_length) == (tokenizer.pad_id, 77)
     prompts = [golden["text"] for golden in FACTS["goldens"]] + generated_prompts(3000)
-    if tokenizer.pad_id == 0:  # transformers takes a prompt's "!" for padding, see above
+    if tokenizer.pad_id == 0:  # transformers reads a prompt's "!" as padding, see above
         prompts = [prompt.replace("!", "?") for prompt in prompts]
     expected = theirs(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     for prompt, a, b in zip(prompts, ours(prompts), expected, strict=True):
@@ -206,10 +206,10 @@ def test_a_small_vocabulary_equals_transformers(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:prompt too long")
 def test_ids_equal_those_of_open_clip():
-    """Wherever its cleaning (ftfy, HTML entities) leaves a prompt as it is.
+    """Compares the prompts that OpenCLIP's cleaning (ftfy, HTML entities) does not change.
 
-    Left out too: special tokens, which OpenCLIP spells otherwise, and the capital sigma, which Python's lower() makes
-    another small letter at a word's end, while tokenizers, hence transformers too, do not.
+    Two kinds are left out: special tokens, which OpenCLIP spells differently, and the capital sigma, for which Python's
+    lower() has another letter at the end of a word; tokenizers and transformers have only one.
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None:

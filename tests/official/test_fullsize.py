@@ -1,6 +1,6 @@
-"""The official sizes, with random weights of which none is zero: one network at a time, and whole files.
+"""Tests at the official sizes, on random weights without zeros: one network at a time, and whole files.
 
-Most of it takes minutes and gigabytes and is marked slow; the same on thin models is not.
+Most of them take minutes and gigabytes and are marked slow. The same tests on narrow models are fast.
 """
 
 import resource
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from bench.load import PRESETS, measure, randomise, write_config, write_random
+from published import published_rows
 from runs import command, losses, run
 from safetensors import safe_open
-from test_manifest import published_rows
 from test_networks import assert_same, theirs_of
 from test_official import FACTS, RECIPES, agree, found
 from test_sd2 import penultimate, tower, towers  # noqa: F401
@@ -32,15 +32,15 @@ FAMILIES = ("sd1", "sd2_v")
 
 
 def built(kind, config):
-    """One of our networks with random weights, and no other copy of them in memory."""
+    """One of our networks with random weights, of which memory holds only one copy."""
     with torch.device("meta"):
         network = kind(config)
     return randomise(network.to_empty(device="cpu"))
 
 
 def sharing(part, config, ours, table):
-    """diffusers' or transformers' network on the very same weights, and {our name: their name}."""
-    device = "cpu" if part == "text_encoder" else "meta"  # transformers' has a buffer
+    """The network of diffusers or transformers that shares our weights in memory, and {our name: their name}."""
+    device = "cpu" if part == "text_encoder" else "meta"  # transformers' network has a buffer
     with torch.device(device):
         theirs = theirs_of(part, config)
     yours = dict(theirs.named_parameters())
@@ -80,7 +80,7 @@ def unet_equals_diffusers(config):
     mine, named = dict(ours.named_parameters()), dict(theirs.named_parameters())
 
     def compare(key):
-        def hook(parameter):  # as soon as it is there, and then it goes: two networks' gradients are too much
+        def hook(parameter):  # compares a gradient and frees it: all gradients of two networks are too much
             gradient = mine[key].grad.view(parameter.shape)
             differences.append((gradient - parameter.grad).abs().max())
             scales.append(parameter.grad.abs().max())
@@ -144,7 +144,7 @@ def test_the_text_encoder_equals_openclip(towers):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """files(family): a full-size official file with random weights, and a diffusers folder without any beside it."""
+    """files(family): an official file of full size with random weights, and a diffusers folder without weights."""
     folder, made = tmp_path_factory.mktemp("full-size"), {}
 
     def make(family):
@@ -160,7 +160,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_file_has_the_rows_of_the_published_ones(family, files):
+def test_a_saved_file_of_full_size_has_the_tensors_of_the_published_ones(family, files):
     with safe_open(files(family)[0], "pt") as file:
         rows = {name: file.get_slice(name) for name in file.keys()}
         types = {"F32": torch.float32, "I64": torch.int64}
@@ -190,7 +190,7 @@ def test_loading_is_no_slower_than_diffusers(files):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_steps_at_256_pixels_give_diffusers_picture_of_the_same_file(family, files):
+def test_two_steps_at_256_pixels_give_the_picture_of_diffusers(family, files):
     same_picture(*files(family), size=256)
 
 
@@ -212,12 +212,12 @@ def same_picture(file, config, size):
     generator = torch.Generator().manual_seed(7)
     theirs = pipe(prompt, num_inference_steps=2, guidance_scale=5.0, generator=generator, **arguments).images[0]
     a, b = (np.asarray(picture).astype(int) for picture in (ours, theirs))
-    print(f"largest difference of pixels: {np.abs(a - b).max()}, their spread: {b.std():.1f}")
+    print(f"largest difference of pixels: {np.abs(a - b).max()}, standard deviation: {b.std():.1f}")
     assert a.shape == (size, size, 3) and np.abs(a - b).max() <= 1
-    assert b.std() > 10  # there is something to see
+    assert b.std() > 10  # the picture has more than one colour
 
 
-def test_the_words_matter_to_such_a_picture(tmp_path, narrow):
+def test_the_prompt_changes_such_a_picture(tmp_path, narrow):
     sd = narrow("sd1")
     for network in sd.networks().values():
         randomise(network)
@@ -227,8 +227,8 @@ def test_the_words_matter_to_such_a_picture(tmp_path, narrow):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_published_numbers_are_told_from_random_weights_at_full_size(family, files):
-    """That the recipes of test_official.py run at the real sizes, but the pictures, whose parts all are in here."""
+def test_random_weights_at_full_size_do_not_give_the_published_numbers(family, files):
+    """Runs the recipes of test_official.py at full size, except the pictures; their parts are all tested here."""
     models = {"sd1": ("1", "1.4", "1.5"), "sd2_v": ("2.0", "2.0-base")}[family]
     sd = StableDiffusion.load(files(family)[0])
     skipped = ("pipe_", "unet_v1", "vae_dec_37")
@@ -243,8 +243,8 @@ def test_published_numbers_are_told_from_random_weights_at_full_size(family, fil
 
 
 @pytest.mark.slow
-def test_two_steps_at_the_official_size_go_on_to_the_same_bits(files, photographs, tmp_path):
-    """UNet only, bf16, 128 pixels: whole, and stopped after its first step; each in less than 20 GB."""
+def test_a_run_of_two_steps_at_the_official_size_resumes_to_the_same_bits(files, photographs, tmp_path):
+    """UNet only, bf16, 128 pixels: once without a stop, once resumed after the first step, each in less than 20 GB."""
     how = ["--no-train-text-encoder", "--mixed-precision", "bf16", "--resolution", 128, "--num-class-images", 1]
     how += ["--num-validation-images", 1, "--sample-steps", 1, "--guidance-scale", 1]
     how += ["--instance-prompt", "a photo of sks dog", "--class-prompt", "a photo of a dog"]
@@ -272,4 +272,4 @@ def test_two_steps_at_the_official_size_go_on_to_the_same_bits(files, photograph
             assert torch.equal(a, b)
             assert name.startswith(names.UNET_PREFIX) or torch.equal(a, before)
             changed += not torch.equal(a, before)
-    assert changed == 686  # each of the UNet's tensors
+    assert changed == 686  # all tensors of the UNet

@@ -1,11 +1,11 @@
-"""Numbers that others have published of the official weights, against ours.
+"""Our networks on the official weights give the numbers that others have published for them.
 
-    LDM_WEIGHTS=/data/models pytest -m slow tests/test_official.py -rs
+    LDM_WEIGHTS=/data/models pytest -m slow tests/official/test_official.py -rs
 
-The files lie in weights/, or where LDM_WEIGHTS says; a test whose file is not there is skipped, and names it.
-facts/official.json has the numbers: a recipe in words, what it gave, how near one has to come, and who published it.
-Here each recipe is a function of a model of any width. So that the recipes are right on the day that somebody has the
-files, they run on thin random models too: some are compared with diffusers, and all have to tell that this is not SD.
+The files are in weights/ or in the folder LDM_WEIGHTS. A test whose file is missing is skipped and names the file.
+facts/official.json has the numbers: a recipe in words, its result, the tolerance, and who published it. Here each
+recipe is a function of a model of any width. Without the files the recipes run on narrow random models: some are
+compared with diffusers, and all must find that such a model does not give the published numbers.
 """
 
 import json
@@ -42,7 +42,7 @@ FILES = {
     "2.0-base": ("512-base-ema.safetensors", "512-base-ema.ckpt"),
     "2.0": ("768-v-ema.safetensors", "768-v-ema.ckpt"),
 }
-FILES["1"] = (*FILES["1.5"], *FILES["1.4"], *FILES["1.1"])  # they share a text encoder
+FILES["1"] = (*FILES["1.5"], *FILES["1.4"], *FILES["1.1"])  # they have the same text encoder
 BOTH_UNETS = ("sd-v1-1-full-ema", "sd-v1-4-full-ema", "v1-5-pruned")
 Recipe = Callable[[StableDiffusion], Tensor]
 
@@ -83,7 +83,7 @@ def five_sums(sd: StableDiffusion) -> Tensor:
 
 
 def peek(tensor: Tensor) -> Tensor:
-    """One number of many, as TorchSharp's tests print it."""
+    """One number that summarises a tensor, as in TorchSharp's tests."""
     flat = tensor.flatten().double()
     return (flat * torch.arange(len(flat), dtype=torch.float64).sqrt()).sum() / flat.sum()
 
@@ -100,7 +100,7 @@ def cat_and_dog(sd: StableDiffusion) -> Tensor:
 def decoded(seed: int) -> Recipe:
     def recipe(sd: StableDiffusion) -> Tensor:
         z = torch.from_numpy(cuda_randn((3, 4, 64, 64), seed))
-        return sd.vae.decode(z[-1:])[-1, -2:, :2, -2:]  # pictures do not see each other: the last one will do
+        return sd.vae.decode(z[-1:])[-1, -2:, :2, -2:]  # pictures are independent of each other: the last one is enough
 
     return recipe
 
@@ -115,11 +115,11 @@ def keras_encoder(sd: StableDiffusion) -> Tensor:
     return sd.config.vae.scale_factor * mean[0, :, 1, 0]
 
 
-# The UNet, fed with ones
+# The UNet, with ones as input
 
 
 def unet_part(name: str) -> Recipe:
-    """The parts as diffusers names them; "up1", say, is its up_blocks[1] and our output_blocks 3 to 5."""
+    """A part of the UNet, under diffusers' name: "up1" is its up_blocks[1] and our output_blocks 3 to 5."""
 
     def recipe(sd: StableDiffusion) -> Tensor:
         unet, n = sd.unet, sd.config.sample_size
@@ -164,7 +164,7 @@ def unet_part(name: str) -> Recipe:
 
 
 def unet_of_noise(seed: int, t: int) -> Recipe:
-    """(cards, 8): the context is larger than any card draws at once, and nobody says which card it was."""
+    """(cards, 8): one row for each card, since the context depends on the card and the source does not name it."""
 
     def recipe(sd: StableDiffusion) -> Tensor:
         n, width = sd.config.sample_size, sd.config.unet.context_dim
@@ -202,7 +202,7 @@ def blue(sd: StableDiffusion, prompt: str, sampler: str, steps: int, guidance: f
     return (images[0, 2] / 2 + 0.5).clamp(0, 1)
 
 
-# The weights themselves
+# The weights
 
 
 def two_points(sd: StableDiffusion) -> Tensor:
@@ -258,7 +258,7 @@ RECIPES |= {id: unet_part(id.removeprefix("unet15_ones_")) for id in FACTS if id
 
 @torch.no_grad()
 def found(id: str, sd: StableDiffusion) -> Tensor:
-    """What the recipe gives, (1, N); of the context that depends on the card (cards, N)."""
+    """The result of the recipe, (1, N), or (cards, N) where the noise depends on the card."""
     fact = FACTS[id]
     rows = RECIPES[id](sd).double().reshape(-1, len(fact["expected"]))
     assert len(rows) == (len(CARDS) if "card's" in fact["recipe"] else 1)
@@ -266,7 +266,7 @@ def found(id: str, sd: StableDiffusion) -> Tensor:
 
 
 def agree(id: str, rows: Tensor, expected: list[float]) -> None:
-    """Raises AssertionError if no row is as near to the expected numbers as the entry wants it."""
+    """Raises AssertionError if no row is within the entry's tolerance of the expected numbers."""
     fact, expected = FACTS[id], torch.tensor(expected, dtype=torch.float64)
     assert rows.isfinite().all()
     worst = ((rows - expected).abs() / (fact["atol"] + fact["rtol"] * expected.abs())).amax(1).min()
@@ -290,7 +290,7 @@ def test_the_official_weights_give_the_published_numbers(id, root):
     agree(id, found(id, load(there[0])), FACTS[id]["expected"])
 
 
-# What holds without the files
+# Tests that need no files
 
 
 def test_there_is_a_recipe_for_every_published_number():
@@ -299,7 +299,7 @@ def test_there_is_a_recipe_for_every_published_number():
 
 
 def thin(narrow, id: str) -> StableDiffusion:
-    """A random model of the entry's family whose pictures are 256x256."""
+    """A narrow random model of the entry's family whose pictures are 256x256."""
     family = {"2.0-base": "sd2", "2.0": "sd2_v"}.get(FACTS[id]["model"], "sd1")
     sd = narrow(family)
     sd.config = replace(sd.config, sample_size=32)
@@ -307,7 +307,7 @@ def thin(narrow, id: str) -> StableDiffusion:
 
 
 @pytest.mark.parametrize("id", FACTS)
-def test_a_recipe_computes_and_tells_another_model_from_the_official_one(id, narrow):
+def test_a_recipe_runs_and_distinguishes_another_model_from_the_official_one(id, narrow):
     fact, rows = FACTS[id], found(id, thin(narrow, id))
     with pytest.raises(AssertionError, match="times the tolerance"):
         agree(id, rows, fact["expected"])
@@ -336,7 +336,7 @@ def theirs(narrow, tmp_path):
 
 
 @pytest.mark.parametrize("id", ["pipe_v14_ddim", "pipe_v14_pndm", "pipe_onnx_v14_pndm", "pipe_sd2v_default"])
-def test_recipes_for_pictures_are_those_of_diffusers_tests(id, narrow, theirs):
+def test_recipes_for_pictures_equal_those_of_diffusers_tests(id, narrow, theirs):
     import diffusers
 
     sd = thin(narrow, id)
@@ -357,7 +357,7 @@ def test_recipes_for_pictures_are_those_of_diffusers_tests(id, narrow, theirs):
 
 
 @torch.no_grad()
-def test_recipes_for_parts_are_the_commands_that_were_run_on_diffusers(narrow, theirs):
+def test_recipes_for_parts_equal_the_published_commands_for_diffusers(narrow, theirs):
     sd = thin(narrow, "unet15_ones_full")
     unet, ones = theirs(sd).unet, torch.ones
     emb, context = ones(1, 64), ones(1, 77, 24)
@@ -387,8 +387,8 @@ def test_recipes_for_parts_are_the_commands_that_were_run_on_diffusers(narrow, t
         torch.testing.assert_close(unet_part(name)(sd), command(), atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_the_sinusoid_is_the_published_one():
-    """JuliaNeuralGraphics/Diffusers.jl@64aed844 test/model_load_utils.jl: no weights in it."""
+def test_the_timestep_embedding_equals_the_published_one():
+    """JuliaNeuralGraphics/Diffusers.jl@64aed844 test/model_load_utils.jl. It does not depend on weights."""
     expected = [0.6799572, -0.7984292, 0.57806414, -0.67470044, 0.9926904, 0.8710014]
     found = timestep_embedding(torch.tensor([981]), 320)[0, :6]
     torch.testing.assert_close(found, torch.tensor(expected), atol=2e-4, rtol=0)
@@ -397,8 +397,8 @@ def test_the_sinusoid_is_the_published_one():
 # The noise of CUDA devices
 
 
-def test_cuda_noise_is_what_cards_were_seen_to_draw():
-    """The starts do not depend on the card, pytorch/pytorch#158398, #143086; diffusers v0.7's test of latents."""
+def test_cuda_noise_equals_the_published_draws_of_cards():
+    """These first numbers depend on no card: pytorch/pytorch#158398, #143086; diffusers v0.7's test of latents."""
     noise = cuda_randn((64, 2048), 42, blocks=168)
     np.testing.assert_allclose(noise[0, :3], [0.1940, 2.1614, -0.1721], atol=6e-5)
     np.testing.assert_allclose(noise[0, -3:], [1.4540, -2.7733, -0.8932], atol=6e-5)

@@ -1,4 +1,4 @@
-"""python -m ldm weights inspect|convert|verify: what it prints, and its one-line errors."""
+"""The output and the one-line errors of python -m ldm weights inspect|convert|verify."""
 
 import hashlib
 import re
@@ -25,7 +25,7 @@ def run(capsys):
 
 @pytest.fixture
 def file(narrow, tmp_path):
-    """An official file of SD1 with averages of its UNet, and no metadata."""
+    """An official file of SD1 with EMA weights of its UNet and without metadata."""
     narrow("sd1").save(tmp_path / "saved.safetensors")
     tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "saved.safetensors").items()}
     for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:
@@ -34,7 +34,7 @@ def file(narrow, tmp_path):
     return tmp_path / "a.safetensors"
 
 
-def test_inspect_tells_what_a_file_is(run, file, narrow):
+def test_inspect_describes_a_model(run, file, narrow):
     sd = narrow("sd1")
     counts = [sum(p.numel() for p in network.parameters()) for network in sd.networks().values()]
     assert run("inspect", file) == [
@@ -54,7 +54,7 @@ def test_inspect_tells_what_a_file_is(run, file, narrow):
     ]
 
 
-def test_inspect_names_what_is_missing_unknown_or_of_another_shape_and_fails(run, file, capsys):
+def test_inspect_names_missing_unknown_and_misshapen_tensors_and_fails(run, file, capsys):
     tensors = load_file(file)
     del tensors["model.diffusion_model.out.2.bias"]
     tensors["first_stage_model.decoder.conv_in.bias"] = torch.zeros(3)
@@ -72,7 +72,7 @@ def test_inspect_names_what_is_missing_unknown_or_of_another_shape_and_fails(run
     ]
 
 
-def test_convert_goes_to_a_folder_and_back_in_the_type_that_is_asked_for(run, file, narrow):
+def test_convert_writes_a_folder_and_back_in_the_requested_type(run, file, narrow):
     folder, back = file.parent / "folder", file.parent / "back.safetensors"
     lines = run("convert", file, folder, "--dtype", "fp16")
     assert lines[0].endswith("predicts eps (SD 1.x always does)") and lines[1] == f"wrote {folder}"
@@ -97,7 +97,7 @@ def test_convert_writes_no_pickles(name, run, file):
     assert not file.with_name(name).exists()
 
 
-def test_verify_knows_the_official_files_by_their_hash(run, tmp_path, monkeypatch):
+def test_verify_recognises_the_official_files_by_their_hash(run, tmp_path, monkeypatch):
     file = tmp_path / "download.safetensors"
     file.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
@@ -114,7 +114,7 @@ def test_verify_knows_the_official_files_by_their_hash(run, tmp_path, monkeypatc
         run("verify", file)
 
 
-def test_what_this_user_may_not_read_is_one_line(run, file, narrow, monkeypatch):
+def test_a_file_that_this_user_may_not_read_is_refused_in_one_line(run, file, narrow, monkeypatch):
     narrow("sd1").save(file.parent / "folder", "diffusers")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     for path in (file, file.parent / "folder"):
@@ -122,13 +122,13 @@ def test_what_this_user_may_not_read_is_one_line(run, file, narrow, monkeypatch)
             run("inspect", path)
 
 
-def test_the_list_of_hashes_is_one_that_sha256sum_reads():
+def test_the_list_of_hashes_has_the_format_of_sha256sum():
     lines = [line for line in __main__.OFFICIAL_SUMS.read_text().splitlines() if not line.startswith("#")]
     assert len(lines) == 12 and all(re.fullmatch(r"[0-9a-f]{64}  [\w.-]+\.(ckpt|safetensors)", line) for line in lines)
     assert len({line[:64] for line in lines}) == len({line[66:] for line in lines}) == 12
 
 
-def test_a_mistake_is_one_line_and_status_2(tmp_path, root):
+def test_a_mistake_gives_one_line_and_status_2(tmp_path, root):
     (tmp_path / "a.safetensors").write_bytes(b"\0" * 99)
     for words, said in (
         (["inspect", tmp_path / "nothing.ckpt"], "no such model; give a .safetensors or .ckpt file"),

@@ -1,4 +1,4 @@
-"""Bad input is answered in one line that says what to do, with status 2, and nothing is written."""
+"""Wrong input ends a program with one line that says what to do, status 2, and no file written."""
 
 import json
 import os
@@ -29,9 +29,9 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def refused(tmp_path, saved, photographs, monkeypatch, capsys):
-    """refused(program, flags, words) runs it with good flags and these after them, and checks what is said of it."""
+    """refused(program, flags, words) runs it with good flags and then these; checks that its error has these words."""
     monkeypatch.chdir(tmp_path)
-    for layout, path in saved.items():  # to be damaged
+    for layout, path in saved.items():  # copies that tests may damage
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / layout)
     (tmp_path / "official").rename("official.safetensors")
     good = {
@@ -73,7 +73,7 @@ MODELS = {
 
 @pytest.mark.parametrize("program", [train, sample], ids=["train", "sample"])
 @pytest.mark.parametrize("model", MODELS)
-def test_models(program, model, refused, tmp_path, saved):
+def test_a_wrong_model_is_refused(program, model, refused, tmp_path, saved):
     whole = saved["official"].read_bytes()
     (tmp_path / "notes.txt").write_text("my models")
     (tmp_path / "empty.safetensors").write_bytes(b"")
@@ -105,10 +105,10 @@ DEEP, LARGE = '{"a": ' * 100_000, "[" + "1, " * 3_000_000 + "1]"
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "null", "", "\xff", DEEP, LARGE], ids=lambda text: text[:8])
 @pytest.mark.parametrize("name", [*SETTINGS, "tokenizer/vocab.json", "tokenizer/tokenizer_config.json"])
-def test_damaged_json_in_a_folder(name, text, refused, tmp_path):
+def test_damaged_json_in_a_folder_is_refused(name, text, refused, tmp_path):
     (tmp_path / "diffusers" / name).write_bytes(text.encode("latin1"))
     if name == "tokenizer/tokenizer_config.json" and text == "{}":
-        return  # says nothing, which is allowed
+        return  # an empty object is allowed
     folder, file = name.split("/")
     refused(sample, "--model diffusers", rf"diffusers/{folder}\b.*")
 
@@ -122,8 +122,8 @@ def test_a_pipe_in_a_folder_is_not_opened(name, refused, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("name", SETTINGS)
-def test_no_word_in_a_folders_json_is_a_bug_of_ours(name, saved, tmp_path):
-    """Whatever a key says, the folder is read and makes a picture, or is refused."""
+def test_no_value_in_a_folders_json_raises_anything_but_an_input_error(name, saved, tmp_path):
+    """Whatever value a key has, the folder either makes a picture or is refused."""
     shutil.copytree(saved["diffusers"], tmp_path / "model")
     path = tmp_path / "model" / name
     tree = json.loads(path.read_text())
@@ -192,7 +192,7 @@ TRAIN = {
 
 
 @pytest.mark.parametrize("flags", TRAIN)
-def test_training(flags, refused, tmp_path):
+def test_train_py_refuses_wrong_flags(flags, refused, tmp_path):
     for name in ("empty", "broken", "cats"):
         (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("feed the cat")
@@ -222,7 +222,7 @@ def test_training(flags, refused, tmp_path):
         ("--instance-data-dir photographs", "--instance-data-dir is missing"),
     ],
 )
-def test_what_training_can_not_do_without(without, words, refused):
+def test_train_py_names_missing_flags(without, words, refused):
     refused(train, "", words, without)
 
 
@@ -256,13 +256,13 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize("flags", SAMPLE)
-def test_sampling(flags, refused, tmp_path):
+def test_sample_py_refuses_wrong_flags(flags, refused, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large.txt").write_text("a cat\n" * 2_000_000)
     refused(sample, flags, SAMPLE[flags])
 
 
-def test_sampling_without_a_prompt(refused, tmp_path):
+def test_sample_py_without_a_prompt_is_refused(refused, tmp_path):
     refused(sample, "", 'nothing to show: give --prompt "a photo of a cat", or --prompts-file', "--prompt dog")
     (tmp_path / "prompts.txt").write_text("\n  \n")
     refused(sample, "--prompts-file prompts.txt", "nothing to show: give --prompt", "--prompt dog")
@@ -275,7 +275,7 @@ def test_sampling_without_a_prompt(refused, tmp_path):
         (["sample.py", "--prompt", "a\nb", "--model", "two\nlines"], "no such model"),
     ],
 )
-def test_the_programs_themselves(command, words, root, photographs, tmp_path):
+def test_the_programs_print_one_line_and_end_with_status_2(command, words, root, photographs, tmp_path):
     argv = [sys.executable, str(root / command[0]), *command[1:]]
     if command[0] == "train.py":
         argv += ["--instance-data-dir", photographs, "--instance-prompt", "sks", "--class-prompt", "dog"]

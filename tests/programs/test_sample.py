@@ -1,4 +1,4 @@
-"""sample.py and `generate`: a picture depends on its prompt and its seed, and not on its batch."""
+"""sample.py and `generate`: a picture depends on its prompt and its seed, not on its batch."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def sd(random_model) -> StableDiffusion:
 
 @pytest.fixture
 def run(saved, tmp_path, monkeypatch):
-    """run(flags...) runs sample.py with the small model in an empty folder. Returns the names of the files it made."""
+    """run(flags...) runs sample.py with the small model in an empty folder. Returns the names of the new files."""
     monkeypatch.chdir(tmp_path)
 
     def main(*flags: str) -> list[str]:
@@ -32,7 +32,7 @@ def run(saved, tmp_path, monkeypatch):
     return main
 
 
-def test_pictures_say_how_they_were_made(run, saved, tmp_path):
+def test_pictures_record_how_they_were_made(run, saved, tmp_path):
     prompt = 'a "photo" of a café\nat night, 夜'
     names = run("--prompt", prompt, "--seed", "41", "--num-images", "2", "--negative-prompt", "fog", "--height", "16")
     assert names == ["00000-41.png", "00001-42.png"]
@@ -57,7 +57,7 @@ SAMPLING = {"sampler": "euler", "steps": 3, "guidance_scale": 4.0, "resolution":
 
 @pytest.fixture
 def sampled(saved, tmp_path, monkeypatch, capsys):
-    """sampled(metadata, layout, flags...): how sample.py samples a model with this metadata, and what it prints."""
+    """sampled(metadata, layout, flags...): the settings with which sample.py samples such a model, and its output."""
 
     def run(metadata: dict[str, str], layout: str, *flags: str) -> tuple[dict, list[str]]:
         name = {"official": "a.safetensors", "diffusers": "a", "checkpoint": "checkpoint-000003/model.safetensors"}
@@ -116,20 +116,20 @@ def test_a_tuned_model_is_sampled_as_its_training_run_sampled(layout, sampled):
     ],
     ids=lambda value: value[:24],
 )
-def test_damaged_words_about_sampling_are_ignored_with_a_warning(text, ignored, sampled):
+def test_damaged_sampling_metadata_are_ignored_with_a_warning(text, ignored, sampled):
     with pytest.warns(UserWarning, match=f"its metadata ldm.sampling (says )?{ignored}.*ignored"):
         seen, lines = sampled({"ldm.sampling": text}, "official")
     assert seen == {"sampler": "ddim", "steps": 50, "guidance": 7.5, "height": 32, "width": 32}
     assert not any("training run" in line for line in lines)
 
 
-def test_good_words_beside_damaged_ones_count(sampled):
+def test_good_sampling_metadata_beside_damaged_ones_are_used(sampled):
     with pytest.warns(UserWarning, match="steps -1"):
         seen, _ = sampled({"ldm.sampling": json.dumps(SAMPLING | {"steps": -1, "more": 1})}, "official")
     assert seen == {"sampler": "euler", "steps": 50, "guidance": 4.0, "height": 24, "width": 24}
 
 
-def test_the_embedded_model_is_sampled_as_its_settings_say(root, tmp_path, monkeypatch):
+def test_the_embedded_model_is_sampled_with_the_settings_of_train_toml(root, tmp_path, monkeypatch):
     seen = {}
 
     def spy(self, prompts, **kwargs):
@@ -154,7 +154,7 @@ def test_nothing_is_overwritten(run, tmp_path):
     assert "grid-00002.png" in run("--prompt", "c", "--grid")
 
 
-def test_a_name_that_another_run_has_taken_meanwhile_is_left_to_it(run, tmp_path, monkeypatch):
+def test_a_file_that_another_run_writes_meanwhile_is_not_overwritten(run, tmp_path, monkeypatch):
     def meanwhile(*args, **kwargs):
         (tmp_path / "samples" / "00001-1.png").write_bytes(b"another's")
         return [Image.new("RGB", (32, 32))] * 2
@@ -166,7 +166,7 @@ def test_a_name_that_another_run_has_taken_meanwhile_is_left_to_it(run, tmp_path
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"00000-0.png", "00001-1.png"}
 
 
-def test_a_picture_is_there_whole_or_not_at_all(run, tmp_path, monkeypatch):
+def test_a_picture_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
     def cut_short(picture, path, **kwargs):
         path.write_bytes(b"\x89PNG")
         raise OSError(28, "No space left on device")
@@ -177,7 +177,7 @@ def test_a_picture_is_there_whole_or_not_at_all(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "samples").iterdir())
 
 
-def test_too_many_pictures_at_once_are_one_line(run, monkeypatch):
+def test_running_out_of_memory_gives_one_line(run, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
 
@@ -196,7 +196,7 @@ def test_prompts_come_from_flags_and_from_a_file(run, tmp_path):
     assert shown == [(prompt, seed) for prompt in ("a dog", "a cat", "snow") for seed in ("0", "1")]
 
 
-def test_the_pictures_are_those_of_generate_in_batches_of_any_size(run, sd, tmp_path):
+def test_the_pictures_equal_those_of_generate_in_batches_of_any_size(run, sd, tmp_path):
     flags = ("--prompt", "a cat", "--prompt", "snow", "--num-images", "3", "--sampler", "ddpm", "--seed", "5")
     run(*flags, "--batch-size", "1", "--output-dir", "samples")
     run(*flags, "--batch-size", "4", "--output-dir", "samples")
@@ -239,10 +239,10 @@ def test_a_grid_has_a_row_for_each_prompt_and_a_column_for_each_seed(run, tmp_pa
         assert np.abs(found - mean).max() < 20
 
 
-def test_latents_begin_as_torch_randn_of_the_seed_and_noise_goes_on_from_there(sd, monkeypatch):
+def test_the_generator_of_the_seed_draws_first_the_latents_and_then_the_noise(sd, monkeypatch):
     seen = {}
 
-    def spy(denoise, x, schedule, steps, *, noise, **others):
+    def spy(denoise, x, schedule, times, *, noise, **others):
         seen["x"], seen["noise"] = x, noise()
         return x
 
@@ -266,7 +266,7 @@ def test_a_picture_does_not_depend_on_its_batch(sampler, sd):
     assert (batch[0] - batch[1]).abs().max() > 1
 
 
-def test_guidance_is_one_batched_pass_and_at_1_half_of_it(sd, monkeypatch):
+def test_guidance_doubles_the_batch_except_at_scale_1(sd, monkeypatch):
     """eps = eps("") + w (eps(prompt) - eps("")), Ho & Salimans 2022."""
     monkeypatch.setitem(samplers.SAMPLERS, "one", samplers.Sampler(lambda denoise, x, *_, **__: denoise(x, 300)))
     sizes, forward = [], sd.unet.forward
@@ -303,7 +303,7 @@ def test_latents_and_pictures_that_sampling_can_not_start_from_are_refused(laten
         sd.generate("a", steps=2, **{name: torch.zeros(shape) for name, shape in given.items() if shape is not None})
 
 
-def test_what_is_no_number_is_no_picture(sd):
+def test_latents_that_are_not_finite_give_an_error_instead_of_a_picture(sd):
     diverged = torch.full((1, 4, 8, 8), float("nan"))
     with pytest.raises(RunError, match=r"NaN or infinity: fp16 is too narrow for the model \(take bf16 or fp32\)"):
         sd.generate("a cat", steps=1, latents=diverged)
@@ -322,7 +322,7 @@ def test_lists_of_length_one_are_broadcast(sd):
         sd.generate(["a", "b"], seeds=[1, 2, 3])
 
 
-def test_half_precision_makes_much_the_same_pictures(run, tmp_path):
+def test_half_precision_makes_nearly_the_same_pictures(run, tmp_path):
     run("--prompt", "a cat", "--guidance-scale", "2")
     run("--prompt", "a cat", "--guidance-scale", "2", "--dtype", "bf16")
     a, b = (pixels(tmp_path / "samples" / name) for name in ("00000-0.png", "00001-0.png"))

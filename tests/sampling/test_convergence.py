@@ -1,10 +1,9 @@
-"""The samplers on a distribution that is known: pictures whose every number is N(mean, std^2)."""
+"""The samplers on a known distribution: every number of a picture is N(mean, std^2)."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from ldm import samplers
 from ldm.config import ScheduleConfig
 from ldm.samplers import SAMPLERS
 from ldm.schedule import Schedule
@@ -13,10 +12,10 @@ MEAN, STD = 0.7, 0.4
 
 
 def moments(name: str, steps: int) -> tuple[float, float]:
-    """Mean and standard deviation that the sampler arrives at, without chance.
+    """Mean and standard deviation of the sampler's result, computed exactly, without random draws.
 
-    The noise expected in x_t ~ N(sqrt(abar) mean, abar std^2 + 1 - abar) is linear in it. So x can be kept as its
-    coefficients: of 1, of the first noise, and of each later draw.
+    The expected noise in x_t ~ N(sqrt(abar) mean, abar std^2 + 1 - abar) is linear in x_t. So x is represented by its
+    coefficients: those of 1, of the first noise, and of each later draw.
     """
     schedule, units = Schedule(ScheduleConfig()), iter(torch.eye(steps + 2, dtype=torch.float64))
     one = next(units)
@@ -28,33 +27,34 @@ def moments(name: str, steps: int) -> tuple[float, float]:
         abar = schedule.alpha_bar(t)
         return (1 - abar) ** 0.5 * (x - abar**0.5 * MEAN * one) / spread(abar)
 
-    abar = schedule.alpha_bar(samplers.times(name, schedule, steps)[0])
+    abar = schedule.alpha_bar(SAMPLERS[name].times(schedule, steps)[0])
     begin = abar**0.5 * MEAN * one + spread(abar) ** 0.5 * next(units)
     x = SAMPLERS[name](denoise, begin, schedule, steps, noise=lambda: next(units))
     return x[0].item(), x[1:].norm().item()
 
 
 def arrived_at(name: str, last: float) -> tuple[float, float]:
-    """Mean and standard deviation where a sampler ends that was exact up to its last step."""
+    """Mean and standard deviation of the result of a sampler that is exact until its last step."""
     schedule = Schedule(ScheduleConfig())
-    if name in ("ddim", "plms"):  # on abar[0]
+    if name in ("ddim", "plms"):  # these end at abar[0]
         abar = schedule.alpha_bar(0)
         return abar**0.5 * MEAN, (abar * STD**2 + 1 - abar) ** 0.5
-    abar = schedule.alpha_bar(last)  # on what x_0 is expected to be, seen from there
+    abar = schedule.alpha_bar(last)  # the others end at the x_0 expected at the last step
     return MEAN, STD**2 / (STD**2 + (1 - abar) / abar) ** 0.5
 
 
+@pytest.mark.filterwarnings("ignore:64. leading steps begin at")
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_converges_to_the_distribution(name):
+def test_every_sampler_converges_to_the_distribution(name):
     errors = {}
     for steps in (20, 80, 160, 640):
-        last = samplers.times(name, Schedule(ScheduleConfig()), steps)[-1]
+        last = SAMPLERS[name].times(Schedule(ScheduleConfig()), steps)[-1]
         found, expected = moments(name, steps), arrived_at(name, last)
         assert found[0] == pytest.approx(expected[0], abs=1e-12)
         errors[steps] = found[1] - expected[1]
-    if name in ("ddpm", "ddim", "euler", "euler_a"):  # of first order
+    if name in ("ddpm", "ddim", "euler", "euler_a"):  # first order
         assert abs(errors[20]) > 2.5 * abs(errors[80]) and abs(errors[640]) <= 4e-3
     else:
         assert abs(errors[640]) <= 1e-4
-    if name in ("heun", "dpmpp_2m_karras"):  # of second order, as may be seen where steps are fine and even
+    if name in ("heun", "dpmpp_2m_karras"):  # second order, visible with many evenly spaced steps
         assert 3.5 <= errors[80] / errors[160] <= 4.5

@@ -15,10 +15,10 @@ pytest.importorskip("transformers", reason="needs the parity extra")
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float16], ids=["fp32", "fp16"])
 def opened(request, random_model, tmp_path_factory):
-    """A saved folder, the pipeline that diffusers makes from it, and all warnings that came up."""
+    """A saved folder, the pipeline that diffusers makes from it, and all warnings that it prints."""
     path = tmp_path_factory.mktemp("saved") / "model"
     random_model().save(path, "diffusers", dtype=request.param)
-    kind = diffusers.StableDiffusionPipeline  # importing it may warn about other packages; that does not count
+    kind = diffusers.StableDiffusionPipeline  # importing it may warn about other packages, which does not count
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
@@ -40,7 +40,7 @@ def test_a_saved_folder_opens_in_diffusers_without_a_warning(opened):
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
-def test_diffusers_makes_the_same_pictures_of_a_saved_folder(sampler, eta, guidance, opened):
+def test_diffusers_makes_the_same_pictures_from_a_saved_folder(sampler, eta, guidance, opened):
     path, pipe, _ = opened
     kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}[sampler]
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
@@ -59,4 +59,4 @@ def test_diffusers_makes_the_same_pictures_of_a_saved_folder(sampler, eta, guida
     )
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
-        assert np.asarray(a).std() > 10  # the picture is not of one colour
+        assert np.asarray(a).std() > 10  # the picture has more than one colour

@@ -1,4 +1,4 @@
-"""Pictures from pictures, with every sampler and setting of guidance: equal to those of diffusers."""
+"""Text to picture and picture to picture equal diffusers, with every sampler and with guidance settings."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def sd(random_model):
 
 @pytest.fixture(scope="module")
 def zero_snr(random_model):
-    """The same weights, taken to predict v under a schedule with zero terminal SNR."""
+    """The same weights, used to predict v on a schedule with zero terminal SNR."""
     sd = random_model()
     schedule = replace(sd.config.schedule, prediction="v", zero_terminal_snr=True, spacing="trailing")
     sd.config = replace(sd.config, schedule=schedule)
@@ -33,7 +33,7 @@ def zero_snr(random_model):
 
 @pytest.fixture(scope="module")
 def folders(sd, zero_snr, tmp_path_factory):
-    """Where the two are saved as diffusers folders."""
+    """A folder that has both models as diffusers folders, "eps" and "v"."""
     folder = tmp_path_factory.mktemp("folders")
     for name, model in {"eps": sd, "v": zero_snr}.items():
         model.save(folder / name, "diffusers")
@@ -42,7 +42,7 @@ def folders(sd, zero_snr, tmp_path_factory):
 
 @pytest.fixture
 def with_diffusers(folders, scheduler_of_diffusers):
-    """with_diffusers(kind, model, sampler, options...): the pictures that a pipeline of this kind makes."""
+    """with_diffusers(kind, model, sampler, options...) returns the pictures of a diffusers pipeline of this kind."""
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
 
     def make(kind: str, model: str, sampler: str, **options) -> list[Image.Image]:
@@ -65,7 +65,7 @@ def image() -> Image.Image:
 def assert_same(ours: list[Image.Image], theirs: list[Image.Image]):
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
-        assert np.asarray(a).std() > 10  # there is something to see
+        assert np.asarray(a).std() > 10  # the picture has more than one colour
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -83,7 +83,7 @@ def test_zero_terminal_snr_and_guidance_rescale_equal_those_of_diffusers(sampler
     assert_same(ours, theirs)
 
 
-# All but plms, which diffusers starts at the wrong step: its list of steps has one twice, and is cut by their number.
+# Without plms: diffusers starts it at the wrong step, because its list contains one step twice and is cut by count.
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd, with_diffusers, image):
@@ -108,7 +108,7 @@ def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd,
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_strength_says_how_much_of_the_picture_is_left(sampler, sd, image):
+def test_strength_is_the_fraction_of_steps_that_change_the_picture(sampler, sd, image):
     start = images.to_tensor(image)
     kept = sd.decode_latents(sd.encode_images(start[None], torch.Generator().manual_seed(5))).detach()
     calls, distances = [], []
@@ -138,7 +138,7 @@ def test_a_picture_is_encoded_once_for_all_seeds(sd, image, monkeypatch):
     assert torch.equal(batch[1:2], sd.generate("snow", seeds=[4], **start))
 
 
-def test_guidance_rescale_gives_each_picture_the_spread_of_the_prompts_prediction():
+def test_guidance_rescale_restores_the_standard_deviation_of_the_prompts_prediction():
     without, with_prompt = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = without + 9.0 * (with_prompt - without)
     torch.testing.assert_close(guided(without, with_prompt, 9.0), plain)
@@ -147,7 +147,7 @@ def test_guidance_rescale_gives_each_picture_the_spread_of_the_prompts_predictio
     torch.testing.assert_close(guided(without, with_prompt, 9.0, 0.5), half)
 
 
-# At the command line
+# On the command line
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def run(folders, tmp_path, monkeypatch):
     return lambda *flags: sample.main(["--model", str(folders / "eps"), "--prompt", "a cat", "--steps", "5", *flags])
 
 
-def test_sample_starts_from_a_picture_of_any_shape(run, sd, image, tmp_path):
+def test_sample_py_starts_from_a_picture_of_any_shape(run, sd, image, tmp_path):
     image.resize((90, 40)).save(tmp_path / "wide.jpg")
     run("--init-image", "wide.jpg", "--strength", "0.6", "--height", "16", "--width", "48", "--sampler", "heun")
     made = Image.open(tmp_path / "samples" / "00000-0.png")
@@ -167,7 +167,7 @@ def test_sample_starts_from_a_picture_of_any_shape(run, sd, image, tmp_path):
     assert np.array_equal(np.asarray(made), np.asarray(expected[0]))
 
 
-def test_sample_lists_the_samplers_without_a_model(capsys, tmp_path, monkeypatch):
+def test_sample_py_lists_the_samplers_without_a_model(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sample.main(["--sampler", "help", "--model", "nowhere"])
     assert capsys.readouterr().out.split("\n")[:-1] == samplers.listing().split("\n")
@@ -183,7 +183,7 @@ def test_sample_lists_the_samplers_without_a_model(capsys, tmp_path, monkeypatch
         (("--guidance-rescale", "nan"), "--guidance-rescale nan"),
     ],
 )
-def test_sample_says_what_is_wrong(flags, complaint, run, tmp_path):
+def test_sample_py_refuses_wrong_flags_and_writes_nothing(flags, complaint, run, tmp_path):
     with pytest.raises(InputError, match=complaint):
         run(*flags)
     assert not list(tmp_path.iterdir())

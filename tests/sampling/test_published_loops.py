@@ -1,8 +1,8 @@
-"""The full-loop tests of diffusers' own suite, run with our samplers: the same numbers come out.
+"""Our samplers give the published numbers of the full-loop tests in diffusers' own test suite.
 
-An entry's schedule is made of the steps that it takes and of no other: `alphas_cumprod` holds the abar at which it
-ends, then those of its steps, rising. So step i of ours is its i-th from the end, and whatever spacing, offset, noise
-levels and final abar it was configured with are in the table. What else it wants, its denoiser does.
+Each entry has a schedule that contains only the steps it takes: `alphas_cumprod` holds the abar at which the loop ends,
+then the abar of its steps, rising. So our step i is the entry's i-th step from the end, and the table contains its
+spacing, offset, noise levels and final abar. The denoiser does everything else that an entry asks for.
 """
 
 import json
@@ -30,7 +30,7 @@ def schedule_of(abar: np.ndarray, prediction: str) -> Schedule:
 
 
 def table(kind: str, count: int, first: float, last: float) -> np.ndarray:
-    """abar of the entry's betas, with the float32 rounding that its numbers were made with."""
+    """abar of the entry's betas, rounded to float32 like the published numbers."""
     power = {"linear": 1.0, "scaled_linear": 0.5}[kind]
     betas = torch.linspace(first**power, last**power, count) ** (1 / power)
     return torch.cumprod(1.0 - betas, dim=0).double().numpy()
@@ -50,13 +50,13 @@ def model(x: Tensor, t: float) -> Tensor:
 
 
 def denoiser(entry: dict, schedule: Schedule, times: list[float]) -> samplers.Denoise:
-    """Step i of the schedule is the time times[i] to the model; clips x_0 where the entry says so."""
+    """A denoiser that calls the model with times[i] at step i. Clips x_0 where the entry asks for it."""
 
     def denoise(x: Tensor, i: float) -> Tensor:
         eps = schedule.eps(model(x, times[round(i)]), x, i)
         x0 = schedule.x0(eps, x, i)
         if entry.get("clip") and entry["sampler"] == "ddim":
-            assert x0.abs().max() < 1.0  # there, clipping would leave eps as it is; but it never comes to that
+            assert x0.abs().max() < 1.0  # diffusers' DDIM keeps eps when it clips; here nothing is clipped
         elif entry.get("clip"):
             x0 = x0.clamp(-1.0, 1.0)
         elif "threshold" in entry:  # dynamic thresholding, Saharia et al. 2022, section 2.3
@@ -72,10 +72,10 @@ def denoiser(entry: dict, schedule: Schedule, times: list[float]) -> samplers.De
 
 
 class FromScaled:
-    """Those tests scale the sample for the model, and then take the step from the scaled sample, not from the sample.
+    """A denoiser for tests of diffusers that step from the sample scaled for the model instead of the sample itself.
 
-    Our step goes from y along a slope. For it to arrive where theirs does, the slope has to make up for the difference;
-    in Heun's second half it is the first half's that was missing.
+    Our samplers step from the sample y along a slope. This denoiser adds the difference to the slope, so that both
+    steps end at the same point. In Heun's second half it adds the difference that the first half left out.
     """
 
     def __init__(self, entry: dict, sigmas: list[float]):
@@ -129,7 +129,7 @@ def run(entry: dict) -> Tensor:
         entry = entry | {"times": [None, *map(float, times)]}
         return loop(sampler, FromScaled(entry, [None, *sigmas]), x, schedule, steps, noise, start)
 
-    # These end on the smallest sigma, where ours go on to 0: what the last evaluation sees is what they have.
+    # These loops end at the smallest sigma; ours go on to 0. The input of our last evaluation is their result.
     if sampler == "dpmpp_2m":
         times = np.linspace(0, len(abar) - 1, steps + 1).round().astype(int)
         schedule, times, steps = schedule_of(np.array([1.0, *abar[times]]), prediction), [None, *times], steps + 1
@@ -149,7 +149,7 @@ def loop(sampler: str, denoise: Callable, x: Tensor, schedule: Schedule, steps: 
 
 
 @pytest.mark.parametrize("entry", LOOPS, ids=[entry["name"] for entry in LOOPS])
-def test_loop(entry):
+def test_a_loop_gives_the_published_numbers(entry):
     if "skip" in entry:
         pytest.skip(entry["skip"])
     x = run(entry)
@@ -158,6 +158,6 @@ def test_loop(entry):
         assert total is None or x.abs().sum().item() == pytest.approx(total, abs=total_tolerance, rel=1e-4)
         assert x.abs().mean().item() == pytest.approx(mean, abs=mean_tolerance)
     found = [x.abs().sum().item(), *x.flatten()[:4].tolist(), *x.flatten()[-4:].tolist()]
-    # Relative, because some of these loops lead to almost nothing. Theirs are in float32, which DDPM feels: its beta is
-    # 1 - abar_t / abar_{t-1}, with three digits left near t = 0. In float64 diffusers, too, comes to our numbers.
+    # The tolerance is relative because some results are almost 0. diffusers computes in float32, in which DDPM's beta,
+    # 1 - abar_t / abar_{t-1}, keeps three digits near t = 0. In float64 diffusers gives our numbers, too.
     assert found == pytest.approx(entry["measured"], rel=1e-4 if entry["sampler"] == "ddpm" else 5e-5, abs=0.0)

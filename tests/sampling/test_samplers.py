@@ -1,4 +1,4 @@
-"""The samplers: against diffusers, against the published equations, and against each other."""
+"""The samplers compared with diffusers, with the published equations, and with each other."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from ldm.schedule import Schedule
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy 2
 
 SHAPE = (2, 4, 6, 6)
-# what Stable Diffusion's scheduler_config.json says, and the spacing that all schedulers of diffusers shall have
+# Stable Diffusion's scheduler_config.json, with the spacing set for all of diffusers' schedulers
 SD = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -31,11 +31,11 @@ SD = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-EXACT = ("ddpm", "ddim", "plms")  # their table can be replaced by one of float64
+EXACT = ("ddpm", "ddim", "plms")  # we can give these schedulers of diffusers a table in float64
 
 
 def model(x: Tensor, t: float) -> Tensor:
-    """A denoiser's stand-in: smooth, not linear, and different for every place and step."""
+    """A stand-in for the UNet: smooth, nonlinear, and different at every position and step."""
     return torch.tanh(x * (0.5 + t / 1500)) + 0.3 * torch.sin(3 * x.flip(-1) + t / 100)
 
 
@@ -49,7 +49,7 @@ def denoiser(schedule: Schedule, calls: list[float] | None = None) -> samplers.D
 
 
 def normal(seed: int, shape=SHAPE) -> Callable[[], Tensor]:
-    """Draws of standard normal noise, in the order of this seed."""
+    """A function that draws standard normal noise from a generator with this seed."""
     return partial(torch.randn, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -58,26 +58,26 @@ def sample(name: str, schedule: Schedule, steps: int, calls: list[float] | None 
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest, relative to the largest number."""
+    """The largest difference, relative to the largest number."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-# Against diffusers
+# Compared with diffusers
 
 
 @pytest.fixture
 def set_up(scheduler_of_diffusers):
-    """set_up(sampler, schedule, steps, settings...): the scheduler of diffusers with our table, ready to step."""
+    """set_up(sampler, schedule, steps, settings...) returns diffusers' scheduler with our table, ready to step."""
 
     def make(name: str, schedule: Schedule, steps: int, **settings):
-        # PNDM there combines predictions of v; the official code, and ours, those of eps
+        # diffusers' PNDM combines predictions of v; the official code and ours combine those of eps
         v = schedule.config.prediction == "v" and name != "plms"
         settings = SD | {"prediction_type": "v_prediction" if v else "epsilon"} | settings
         scheduler = scheduler_of_diffusers(name, settings)
         if name in EXACT:
             scheduler.alphas_cumprod = schedule.alphas_cumprod
             scheduler.final_alpha_cumprod = schedule.alphas_cumprod[0]
-        if name == "heun" and schedule.config.zero_terminal_snr:  # which it does not know there
+        if name == "heun" and schedule.config.zero_terminal_snr:  # diffusers' Heun has no rescale_betas_zero_snr
             scheduler.alphas_cumprod = schedule.alphas_cumprod.float()
         scheduler.set_timesteps(steps)
         return scheduler
@@ -107,7 +107,7 @@ def test_equals_diffusers(name, prediction, steps, set_up):
     ours = sample(name, schedule, steps, calls)
     theirs = sample_with_diffusers(name, scheduler, schedule)
     assert [round(t) for t in calls] == scheduler.timesteps.tolist()
-    assert difference(ours, theirs) <= (1e-9 if name in EXACT else 2e-6)  # 4e-7 is usual
+    assert difference(ours, theirs) <= (1e-9 if name in EXACT else 2e-6)  # usually 4e-7
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
@@ -124,13 +124,13 @@ def test_zero_terminal_snr_with_trailing_steps_equals_diffusers(name, set_up):
     settings = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
     scheduler = set_up(name, schedule, 20, **settings)
     ours, theirs = sample(name, schedule, 20), sample_with_diffusers(name, scheduler, schedule)
-    # float32 loses more from a sigma of 4096
+    # float32 loses more digits from a sigma of 4096
     assert difference(ours, theirs) <= (1e-9 if name in EXACT else 2e-5)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_the_floor_under_alpha_bar_is_not_seen(name, set_up):
-    """diffusers' DDPM and DDIM take x_0 from v, and so can have abar = 0; we stop at 2**-24."""
+def test_the_floor_under_alpha_bar_does_not_change_the_result(name, set_up):
+    """diffusers' DDPM and DDIM compute x_0 from v, so that abar can be 0 there; ours ends on 2**-24."""
     schedule = Schedule(ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"))
     settings = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
     scheduler = set_up(name, schedule, 20, **settings)
@@ -145,7 +145,7 @@ def test_the_floor_under_alpha_bar_is_not_seen(name, set_up):
     assert difference(in_float32.double(), theirs) <= 2 * 2**-12
 
 
-# Against the equations as they were published, in float64. D(x; sigma) is what is left when the noise is taken away.
+# Against the published equations, in float64. D(x; sigma) is x without its noise.
 
 
 def published(schedule: Schedule, t: list[float]):
@@ -184,7 +184,7 @@ def smld_ancestral(schedule: Schedule, t: list[float], x: Tensor) -> Tensor:
 
 
 def dpm_solver_pp_algorithm_2(schedule: Schedule, t: list[float], x: Tensor) -> Tensor:
-    """Lu et al. 2022, with alpha, sigma and lambda of x itself; the step to lambda = infinity is of first order."""
+    """Lu et al. 2022, with alpha, sigma and lambda of x itself. The step to lambda = infinity has first order."""
     alpha = [math.sqrt(schedule.alpha_bar(step)) for step in t] + [1.0]
     sigma = [math.sqrt(1.0 - a * a) for a in alpha]
     lam = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma, strict=True)]
@@ -200,7 +200,7 @@ def dpm_solver_pp_algorithm_2(schedule: Schedule, t: list[float], x: Tensor) -> 
 
 
 def karras_steps(schedule: Schedule, steps: int) -> list[float]:
-    """Karras et al. 2022, eq. 5, and the steps at which log sigma, linear in between, has these values."""
+    """The steps at which log sigma, interpolated linearly, has the values of Karras et al. 2022, eq. 5."""
     sigma = np.sqrt(1 / schedule.alphas_cumprod.numpy() - 1)
     rho, i = 7, np.arange(steps)
     wanted = (sigma[-1] ** (1 / rho) + i / (steps - 1) * (sigma[0] ** (1 / rho) - sigma[-1] ** (1 / rho))) ** rho
@@ -229,11 +229,11 @@ def test_equals_the_published_equations(name, prediction, steps):
     assert difference(sample(name, schedule, steps), PUBLISHED[name](schedule, t, normal(0)())) <= 1e-9
 
 
-# Against each other
+# Compared with each other
 
 
 def test_ddim_at_eta_1_is_ddpm():
-    """Same mean and variance wherever the strides are the same; only their ends, abar[0] and 1, are not."""
+    """Both take steps of the same mean and variance, except the last: it ends on abar[0] or on 1."""
     schedule = Schedule(ScheduleConfig())
 
     def seen_by_the_denoiser(name: str) -> list[Tensor]:
@@ -251,7 +251,7 @@ def test_euler_ancestral_is_ddpm_written_in_sigma():
     assert difference(sample("euler_a", schedule, 50), sample("ddpm", schedule, 50)) <= 1e-12
 
 
-# Steps and their number
+# The number of steps
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -275,7 +275,7 @@ def test_refuses_other_numbers_of_steps(name, steps):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_starts_part_way(name):
+def test_starts_from_any_of_its_steps(name):
     schedule = Schedule(ScheduleConfig())
     sampler = SAMPLERS[name]
     t = sampler.times(schedule, 20)
@@ -289,14 +289,14 @@ def test_starts_part_way(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_works_in_the_type_of_x(name):
+def test_computes_in_the_type_of_x(name):
     schedule = Schedule(ScheduleConfig())
     x = torch.randn(SHAPE)
     assert SAMPLERS[name](denoiser(schedule), x, schedule, 5, noise=lambda: torch.randn(SHAPE)).dtype == torch.float32
-    assert SAMPLERS[name](denoiser(schedule), x, schedule, 5).isfinite().all()  # draws noise by itself
+    assert SAMPLERS[name](denoiser(schedule), x, schedule, 5).isfinite().all()  # draws its own noise
 
 
-def test_the_listing_has_a_line_for_each():
+def test_the_listing_has_a_line_for_each_sampler():
     lines = samplers.listing().splitlines()
     assert [line.split()[0] for line in lines] == list(SAMPLERS)
     assert all(len(line) <= 110 and line.endswith(".") for line in lines)

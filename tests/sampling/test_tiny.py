@@ -1,4 +1,4 @@
-"""The embedded model: golden numbers from diffusers, the scripts that made it, README's first command."""
+"""The embedded model: golden numbers from diffusers, the scripts that made it, the first command of README."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def assert_golden(name: str, found: dict[str, list]) -> None:
     np.testing.assert_allclose(found["values"], golden["values"], rtol=0, atol=2e-5 * scale, err_msg=name)
 
 
-def test_the_goldens_are_of_these_weights(sd):
+def test_the_golden_numbers_belong_to_these_weights(sd):
     assert sd.source_fingerprint() == GOLDENS["model"], "the weights have changed: python tests/make_goldens.py"
 
 
@@ -49,12 +49,12 @@ def test_networks_give_the_golden_numbers(sd):
     assert_golden("vae decoded", digest(sd.vae.decode(3.0 * wave(1, 4, size, size))))
 
 
-def test_the_golden_picture_comes_out(sd):
+def test_generate_gives_the_golden_picture(sd):
     picture = sd.generate(PROMPTS[0], steps=SAMPLING["steps"], guidance=SAMPLING["guidance"], seeds=[SAMPLING["seed"]])
     assert furthest(picture[0], Image.open(PICTURE)) <= 1
 
 
-def test_diffusers_gives_the_goldens_today():
+def test_diffusers_still_gives_the_golden_numbers():
     pytest.importorskip("diffusers", reason="needs the parity extra")
     pytest.importorskip("transformers", reason="needs the parity extra")
     outputs, picture = compute(BASE)
@@ -63,7 +63,7 @@ def test_diffusers_gives_the_goldens_today():
     assert furthest(picture, Image.open(PICTURE)) <= 1
 
 
-def test_what_is_shipped_is_small(root):
+def test_the_shipped_weights_are_small(root):
     shipped = subprocess.run(["git", "ls-files", "weights"], cwd=root, capture_output=True, text=True)
     if shipped.returncode != 0:
         pytest.skip("not a git checkout")
@@ -72,7 +72,7 @@ def test_what_is_shipped_is_small(root):
 
 @pytest.mark.slow
 def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
-    """Runs them in the order of weights/tiny/README.md, with few drawings and one training step each."""
+    """Runs the scripts in the order of weights/tiny/README.md, with few drawings and one training step each."""
     scripts = root / "weights" / "tiny"
 
     def call(script: str, *flags: str) -> subprocess.CompletedProcess:
@@ -98,7 +98,7 @@ def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
         if command.startswith("unet.py"):
             made.append(StableDiffusion.load(tmp_path / "base").source_fingerprint())
     assert made[0] != made[1]
-    assert StableDiffusion.load(BASE).source_fingerprint() == GOLDENS["model"], "what is shipped has changed"
+    assert StableDiffusion.load(BASE).source_fingerprint() == GOLDENS["model"], "a shipped file has changed"
 
     assert call("text_encoder.py").returncode == 0
     refused = call("unet.py", "--resume")
@@ -107,7 +107,7 @@ def test_the_scripts_make_a_model_from_drawings(root, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_first_command_of_the_readme_gives_a_model_that_diffusers_opens(root, tmp_path):
-    """The command is shortened by two flags; all else is as in weights/tiny/train.toml."""
+    """Two flags shorten the run. Everything else is as in weights/tiny/train.toml."""
     short = ["--max-train-steps", "3", "--num-class-images", "4"]
     done = subprocess.run(
         [sys.executable, root / "train.py", *short], cwd=tmp_path, capture_output=True, text=True, check=False

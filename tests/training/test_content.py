@@ -65,8 +65,6 @@ def rewrite(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
 
 
 STATE = {
-    "a step that is no number": ({"step": "2"}, "step is '2', and should be a whole number from 0"),
-    "a step that is a truth value": ({"step": True}, "step is True, and should be a whole number"),
     "an absurd step": ({"step": 10**12}, "step is 1000000000000, and should be"),
     "a negative step": ({"step": -1}, "step is -1, and should be"),
     "fewer draws than steps": ({"draws": 1}, "draws is 1, and should be a whole number from 2 to 152"),
@@ -142,7 +140,7 @@ def forge(path: Path, what: str) -> None:
     seal(path)
 
 
-@pytest.mark.parametrize("what", ["an absurd step", "a moment is missing", "a weight that is NaN"])
+@pytest.mark.parametrize("what", ["absurd draws", "a moment is missing", "a weight that is NaN"])
 def test_a_named_one_is_refused_and_latest_takes_the_one_before(what, once, base, tmp_path):
     newest = once / "checkpoints" / "checkpoint-000002"
     forge(newest, what)
@@ -224,8 +222,10 @@ def test_checksums_lead_nowhere_else(text, said, once):
     ("text", "said"),
     [
         ("[]", "state.json is damaged: it does not hold a JSON object"),
-        ("{}", "state.json does not name its run"),
-        ('{"step": 2, "run": []}', "state.json does not name its run"),
+        ("{}", "state.json does not name its step and its run"),
+        ('{"step": 2, "run": []}', "state.json does not name its step and its run"),
+        ('{"step": "2", "run": {}}', "state.json does not name its step and its run"),
+        ('{"step": true, "run": {}}', "state.json does not name its step and its run"),
         ("[" * 100_000, "state.json is damaged: it is nested too deeply"),
         ('{"step": 1, "step": 2, "run": {}}', "state.json is damaged: 'step' is in it twice"),
     ],

@@ -1,4 +1,4 @@
-"""One curve, however it is cut: processes, batches and accumulation change how a run is computed, not what it is."""
+"""The number of processes, the batch size and gradient accumulation do not change the loss curve."""
 
 import shutil
 from pathlib import Path
@@ -18,17 +18,17 @@ def pictures(folder: Path) -> dict[str, str]:
     return {path.name: digest(path) for path in folder.glob("class-*.png")}
 
 
-def test_accumulation_draws_the_same_curve(base, tmp_path):
+def test_accumulation_gives_the_same_losses(base, tmp_path):
     call(*base, *LONG, "--train-batch-size", 4, "--output-dir", tmp_path / "one")
     call(*base, *LONG, "--gradient-accumulation-steps", 4, "--output-dir", tmp_path / "four")
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert len(one) == 24 and one == pytest.approx(four, rel=1e-6)
-    assert max(one) - min(one) > 0.1  # and it is no straight line
+    assert max(one) - min(one) > 0.1  # the curve is not flat
 
 
 @pytest.mark.slow
-def test_every_cut_draws_the_same_curve(base, tmp_path):
-    """Text encoder, accumulation and several processes together, too."""
+def test_every_split_of_the_batch_gives_the_same_losses(base, tmp_path):
+    """The splits combine processes and accumulation, and the text encoder trains too."""
     curves, made = {}, []
     for processes, batch, accumulation in [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 1, 4), (2, 1, 2)]:
         folder = tmp_path / f"{processes}x{batch}x{accumulation}"
@@ -52,7 +52,7 @@ def test_the_text_encoder_stops_on_all_processes(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_fewer_pictures_than_rows_in_a_batch(base, tmp_path):
+def test_a_batch_may_have_more_rows_than_there_are_pictures(base, tmp_path):
     base = (*base, "--num-class-images", 2, "--gradient-checkpointing")
     for path in sorted(Path(base[3]).iterdir())[1:]:
         path.unlink()
@@ -78,6 +78,6 @@ def test_two_processes_complete_a_folder_of_class_pictures(base, tmp_path):
     (folder / ".class-00004.png.tmp").write_bytes(b"half a picture")
     run(command([*base, "--class-data-dir", folder, "--output-dir", tmp_path / "two"], 2), tmp_path)
     assert pictures(folder) == whole
-    assert {path: path.stat().st_mtime_ns for path in there} == there  # none was made twice
+    assert {path: path.stat().st_mtime_ns for path in there} == there  # no picture is made twice
     others = {path.name for path in folder.iterdir()} - whole.keys()
     assert others == {"notes.txt", ".DS_Store", "more", "manifest.json"}

@@ -1,4 +1,4 @@
-"""Photographs as people have them become upright, square, RGB pictures in [-1, 1]."""
+"""Loading photographs: files of any common kind become upright, square RGB pictures in [-1, 1]."""
 
 import io
 import os
@@ -39,13 +39,13 @@ def test_a_picture_is_rgb_from_minus_one_to_one(tmp_path):
     assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.float32)
     assert pixels[:, 2, 2].tolist() == [1, -1, -1] and pixels[:, 2, 29].tolist() == [-1, 1, -1]
     assert pixels[:, 29, 29].tolist() == [1, 1, 1]
-    levels = (pixels + 1) * 127.5  # of 8 bits
+    levels = (pixels + 1) * 127.5  # 8-bit levels
     assert (levels - levels.round()).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_as_its_camera_says(orientation, tmp_path):
-    """EXIF 2.3, tag 274: where the picture's top left corner lies in the file."""
+def test_a_photograph_is_rotated_as_its_exif_orientation_says(orientation, tmp_path):
+    """EXIF 2.3, tag 274, says where the file stores the picture's top left corner."""
     upright = quarters(RED, GREEN, BLUE, WHITE)
     turn = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -59,8 +59,8 @@ def test_a_photograph_is_turned_as_its_camera_says(orientation, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(300, 100), (100, 300), (101, 100), (3, 2), (1, 1), (1, 500), (500, 1)])
-def test_the_short_side_fits_and_the_middle_stays(size, tmp_path):
-    """A ramp along the longer side, cut to its middle: symmetric around the middle grey."""
+def test_a_picture_is_scaled_by_its_short_side_and_cropped_to_the_middle(size, tmp_path):
+    """The picture is a ramp along its longer side. Its middle is symmetric around the middle grey."""
     width, height = size
     ramp = np.tile(np.linspace(0, 255, max(size)), (min(size), 1))
     ramp = (ramp if width >= height else ramp.T).round().astype(np.uint8)
@@ -74,7 +74,7 @@ def test_the_short_side_fits_and_the_middle_stays(size, tmp_path):
 
 
 def save_transparent(mode: str, path) -> None:
-    """Left half red (or black, in grey), right half nothing at all over some hidden colour."""
+    """Writes a picture: left half red (black in grey modes), right half transparent over a hidden colour."""
     color, hidden = {"RGBA": ((255, 0, 0, 255), (9, 9, 9, 0)), "LA": ((0, 255), (9, 0))}.get(mode, (0, 1))
     image = Image.new("P" if mode == "P" else mode, (64, 64), hidden)
     image.paste(color, (0, 0, 32, 64))
@@ -86,20 +86,20 @@ def save_transparent(mode: str, path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_is_white(mode, tmp_path):
+def test_transparent_pixels_become_white(mode, tmp_path):
     save_transparent(mode, tmp_path / "a.png")
     left, right, _ = corners(square(tmp_path / "a.png", 64))
     assert left == ((0, 0, 0) if mode == "LA" else RED) and right == WHITE
 
 
-def test_colour_keys_and_half_transparency(tmp_path):
+def test_colour_keys_become_white_and_half_transparent_pixels_are_blended(tmp_path):
     quarters(RED, GREEN, RED, GREEN).save(tmp_path / "key.png", transparency=GREEN)
     assert corners(square(tmp_path / "key.png", 64)) == [RED, WHITE, RED]
     Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save(tmp_path / "half.png")
     assert close(square(tmp_path / "half.png", 8).getpixel((4, 4)), (127, 127, 127), by=1)
 
 
-def test_printers_jpegs_palettes_and_two_colours(tmp_path):
+def test_cmyk_palette_and_one_bit_pictures_become_rgb(tmp_path):
     image = quarters(RED, GREEN, BLUE, WHITE)
     image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     assert Image.open(tmp_path / "cmyk.jpg").mode == "CMYK"
@@ -112,7 +112,7 @@ def test_printers_jpegs_palettes_and_two_colours(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_sixteen_bits_are_scaled_not_clipped(name, tmp_path):
-    """65535 is white; 0x8000 is the middle grey, and not white, as everything above 255 is where it is clipped."""
+    """65535 is white and 0x8000 is the middle grey. Clipping at 255 would make both white."""
     values = np.full((64, 64), 0x8000, dtype=np.uint16)
     values[:32, :32], values[:32, 32:] = 0xFFFF, 0
     Image.fromarray(values).save(tmp_path / name)
@@ -122,13 +122,13 @@ def test_sixteen_bits_are_scaled_not_clipped(name, tmp_path):
 
 
 def test_floating_point_pictures_are_refused(tmp_path):
-    """Whether 1 or 255 is white is not said in the file."""
+    """The file does not say whether 1 or 255 is white."""
     Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif can't be read .* 8 or 16 bits"):
         square(tmp_path / "a.tif", 8)
 
 
-def test_pictures_are_found_and_the_rest_is_skipped_with_a_warning(tmp_path, recwarn):
+def test_pictures_are_found_and_other_files_are_skipped_with_a_warning(tmp_path, recwarn):
     picture = quarters(RED, GREEN, BLUE, WHITE)
     for name in ("b.JPG", "a.Png", "c.webp", ".hidden.png"):
         picture.save(tmp_path / name, format={"b.JPG": "JPEG", "c.webp": "WEBP"}.get(name, "PNG"))
@@ -157,7 +157,7 @@ def test_a_folder_without_pictures_is_an_error_that_names_it(what, tmp_path):
 
 
 def damaged() -> dict[str, bytes]:
-    """Pictures cut short or hit in the middle, as bad cards and broken downloads leave them."""
+    """Truncated pictures, and files that are no pictures, as bad cards and broken downloads leave them."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     files = {"empty.png": b"", "text.jpg": b"<html>404 not found</html>"}
     for name, format in (("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("a.gif", "GIF"), ("a.tif", "TIFF")):
@@ -176,8 +176,8 @@ def test_an_unreadable_picture_is_named(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow has much to say about such files
-def test_whatever_the_bytes_are_nothing_but_an_input_error_comes_up(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about many of these files
+def test_damaged_bytes_raise_nothing_but_an_input_error(tmp_path):
     rng = np.random.default_rng(0)
     picture, exif = quarters(RED, GREEN, BLUE, WHITE), Image.Exif()
     exif[274], exif[306] = 6, "2024:01:01 00:00:00"

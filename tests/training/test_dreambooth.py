@@ -1,4 +1,4 @@
-"""DreamBooth's own parts: the loss, what trains, the rows of a batch, and the class pictures."""
+"""The parts of DreamBooth: the loss, the parameters that train, the rows of a batch, the class pictures."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from runs import latent_rows, pixels, sample_rows
 
 from ldm import InputError, rng
 from ldm.dreambooth import FullTuning, dreambooth_loss
-from ldm.images import load_picture
+from ldm.images import load_picture, read_picture
 from ldm.runtime.processes import World
 from ldm.training import ClassPictures, Rows, Run, Settings, encode_pictures
 from ldm.training.class_pictures import FLAGS
@@ -32,7 +32,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def test_the_loss_is_equation_2():
-    """E|x - x'|^2 over the subject's rows + lambda E|x - x'|^2 over the class rows, by numpy, in any order of rows."""
+    """numpy gives the same E|x - x'|^2 over subject rows + lambda E|x - x'|^2 over class rows, in any row order."""
     rng = np.random.default_rng(0)
     prediction, target = rng.normal(size=(2, 5, 4, 3, 2))
     is_class = np.array([False, True, True, False, True])
@@ -42,7 +42,7 @@ def test_the_loss_is_equation_2():
     np.testing.assert_allclose([x.item() for x in found], [subject + 0.7 * prior, subject, prior], rtol=1e-6)
 
 
-def test_rows_are_weighted_and_a_kind_that_is_absent_counts_nothing():
+def test_rows_are_weighted_and_the_mean_of_no_rows_is_zero():
     prediction, target = torch.randn(2, 4, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     error = (prediction - target).square().mean((1, 2, 3))
     weight = torch.tensor([0.5, 2.0, 0.0, 3.0])
@@ -56,13 +56,13 @@ def test_rows_are_weighted_and_a_kind_that_is_absent_counts_nothing():
 
 
 def test_the_loss_is_computed_in_fp32():
-    prediction = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)  # 300 squared is no half
+    prediction = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)  # 300 squared overflows fp16
     loss, _, _ = dreambooth_loss(prediction, torch.zeros_like(prediction), torch.tensor([False]), 1.0)
     assert loss.dtype == torch.float32 and loss == 90000.0
 
 
 @pytest.mark.parametrize("text_encoder", [True, False])
-def test_the_autoencoder_is_frozen_and_the_rest_trains_as_asked(text_encoder, random_model):
+def test_the_autoencoder_is_frozen_and_the_text_encoder_trains_if_asked(text_encoder, random_model):
     sd = random_model()
     settings = Settings(train_text_encoder=text_encoder)
     parameters = {id(parameter) for parameter in FullTuning(sd, settings).parameters()}
@@ -72,7 +72,7 @@ def test_the_autoencoder_is_frozen_and_the_rest_trains_as_asked(text_encoder, ra
         assert all(p.requires_grad == (network in expected) for p in network.parameters())
 
 
-# What is drawn depends on the row alone
+# Random draws depend on the row only
 
 
 def rows(kind: str = "instance", count: int = 3, seed: int = 0) -> Rows:
@@ -81,7 +81,7 @@ def rows(kind: str = "instance", count: int = 3, seed: int = 0) -> Rows:
 
 
 @pytest.mark.parametrize("cuts", [[4, 4], [1] * 8, [5, 3]])
-def test_a_row_is_the_same_however_the_batch_is_cut(cuts):
+def test_a_row_does_not_depend_on_the_split_of_the_batch(cuts):
     whole = sample_rows(rows(seed=7), 0, 8)
     parts, first = [], 0
     for count in cuts:
@@ -91,16 +91,16 @@ def test_a_row_is_the_same_however_the_batch_is_cut(cuts):
         assert torch.equal(a, b)
 
 
-def test_every_picture_is_taken_once_an_epoch_in_an_order_of_its_own():
+def test_each_epoch_takes_every_picture_once_in_a_new_order():
     latents = sample_rows(rows(count=5), 0, 40)[0]
     taken = (latents.mean((1, 2, 3)) / 100).round().int().view(8, 5)
     assert all(sorted(epoch) == list(range(5)) for epoch in taken.tolist())
     assert len({tuple(epoch) for epoch in taken.tolist()}) > 4
 
 
-def test_draws_are_those_of_the_forward_process_and_differ_by_seed_kind_and_row():
+def test_draws_follow_the_forward_process_and_differ_by_seed_kind_and_row():
     latents, noise, steps = sample_rows(rows(count=1), 0, 2000)
-    assert abs(latents.mean()) < 0.02 and abs(latents.std() - 0.5) < 0.01  # the autoencoder's own spread
+    assert abs(latents.mean()) < 0.02 and abs(latents.std() - 0.5) < 0.01  # the posterior's standard deviation
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1.0) < 0.01
     assert abs((latents * noise).mean()) < 0.02  # independent
     assert steps.min() < 10 and steps.max() > 989 and steps.dtype == torch.int64
@@ -110,15 +110,15 @@ def test_draws_are_those_of_the_forward_process_and_differ_by_seed_kind_and_row(
     assert len({tuple(n.flatten().tolist()) for n in noises}) == 4
 
 
-def test_numbers_are_the_same_on_every_machine_and_forever():
-    """A resumed run and a folder of class pictures rely on them: SHA-256 of the key, first 8 bytes, halved."""
+def test_random_numbers_are_the_same_on_every_machine_and_in_every_version():
+    """A number is the first 8 bytes of the key's SHA-256, halved. Resumed runs and class pictures rely on it."""
     digest = hashlib.sha256(b"(0, 'class picture', 0)").hexdigest()
     assert rng.number(0, "class picture", 0) == int(digest[:16], 16) // 2 == 4141674004654951706
 
 
 def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs):
     sd, paths = random_model(), sorted(photographs.iterdir())
-    made = encode_pictures(sd, paths, 32, flip=False, description=None)
+    made = encode_pictures(sd, [read_picture(path) for path in paths], 32, flip=False, progress=lambda: None)
     assert made.mean.shape == made.std.shape == (3, 1, 4, 8, 8) and not made.mean.requires_grad
     with torch.no_grad():
         posterior = sd.vae.encode(load_picture(paths[1], 32)[None])
@@ -131,7 +131,7 @@ def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs)
 
 def make(sd, folder, count, batch_size=2, seed=0, **recipe) -> ClassPictures:
     pictures = ClassPictures(folder, count, seed, RECIPE | recipe)
-    assert pictures.generate(run(folder, batch_size), sd)
+    pictures.generate(run(folder, batch_size), sd)
     return pictures
 
 
@@ -139,7 +139,7 @@ def run(folder, batch_size) -> Run:
     return Run(Settings(sample_batch_size=batch_size, output_dir=str(folder.parent / "run")), ALONE)
 
 
-def test_class_pictures_say_how_they_were_made(random_model, tmp_path):
+def test_the_manifest_says_how_the_class_pictures_were_made(random_model, tmp_path):
     sd = random_model()
     pictures = make(sd, tmp_path / "class", 3)
     assert [p.name for p in pictures.paths] == ["class-00000.png", "class-00001.png", "class-00002.png"]
@@ -151,7 +151,7 @@ def test_class_pictures_say_how_they_were_made(random_model, tmp_path):
     assert np.abs(pixels(pictures.paths[1]) - np.asarray(alone).astype(int)).max() <= 1
 
 
-def test_picture_i_is_the_same_however_many_and_in_what_batches(random_model, tmp_path):
+def test_class_picture_i_does_not_depend_on_their_number_or_the_batch_size(random_model, tmp_path):
     sd = random_model()
     few, many = make(sd, tmp_path / "a", 2, 2), make(sd, tmp_path / "b", 5, 3)
     for a, b in zip(few.paths, many.paths, strict=False):
@@ -178,8 +178,8 @@ def test_an_interrupted_generation_resumes_to_the_same_pictures(random_model, tm
     (tmp_path / "class" / ".class-00002.png.tmp").write_bytes(b"half a picture")  # as a power cut leaves it
     pictures = ClassPictures(tmp_path / "class", 5, 0, RECIPE)
     assert pictures.missing() == ["class-00002.png", "class-00003.png", "class-00004.png"]
-    assert pictures.generate(run(tmp_path / "class", 2), sd)
-    assert len(calls) == 4  # and makes none of them twice
+    pictures.generate(run(tmp_path / "class", 2), sd)
+    assert len(calls) == 4  # no picture is made twice
     assert pictures.missing() == [] and len(pictures.paths) == 5
     for a, b in zip(whole.paths, pictures.paths, strict=True):
         assert a.name == b.name and a.read_bytes() == b.read_bytes()
@@ -195,7 +195,7 @@ def test_a_lost_picture_is_made_again_and_the_others_are_not_touched(random_mode
     assert [p.stat().st_mtime_ns for p in again.paths][::2] == times[::2]
 
 
-def test_the_users_own_photographs_count_and_are_topped_up(random_model, photographs):
+def test_the_users_own_photographs_count_and_only_the_missing_ones_are_made(random_model, photographs):
     sd = random_model()
     before = {path.name: path.read_bytes() for path in photographs.iterdir()}
     (photographs / ".DS_Store").write_bytes(b"junk")
@@ -208,14 +208,14 @@ def test_the_users_own_photographs_count_and_are_topped_up(random_model, photogr
     assert all((photographs / name).read_bytes() == content for name, content in before.items())
 
 
-def test_a_folder_with_nothing_but_junk_is_as_good_as_empty(random_model, tmp_path):
+def test_a_folder_with_only_junk_files_counts_as_empty(random_model, tmp_path):
     (tmp_path / ".DS_Store").write_bytes(b"junk")
     assert len(make(random_model(), tmp_path, 1).paths) == 1
     assert len(make(random_model(), tmp_path, 1).paths) == 1
 
 
 @pytest.mark.parametrize("name", [*RECIPE, "seed"])
-def test_pictures_made_otherwise_are_refused_with_the_difference_and_the_flag(name, random_model, tmp_path):
+def test_class_pictures_made_differently_are_refused_with_the_difference_and_the_flag(name, random_model, tmp_path):
     make(random_model(), tmp_path, 1)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     other = {"prompt": "a cat", "sampler": "ddpm", "model": "0" * 64}.get(name, 64)

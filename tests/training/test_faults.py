@@ -1,4 +1,4 @@
-"""What goes wrong on real machines: kills, signals, full and foreign disks, and two who want the same folder."""
+"""A run survives the faults of real machines: signals, kills, full and read-only disks, two runs in one folder."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def base(saved, photographs) -> tuple:
 
 
 def logged(run: Path) -> int:
-    """How many steps a run has come so far."""
+    """The number of steps that a run has logged so far."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -49,7 +49,7 @@ def logged(run: Path) -> int:
 
 
 def stopped(base, folder: Path, name: str, to: str, processes: int = 1) -> None:
-    """Sends a signal in mid-accumulation, and insists on a saved step that the run goes on from to the same end."""
+    """Sends a signal during accumulation; checks that the step is saved and resumes to the same result."""
     processes_ = ("--gradient-accumulation-steps", 24 // processes, *PLAIN, "--max-train-steps")
     base = (*base, *processes_)
     process = start(command([*base, 1000, "--output-dir", folder / "run"], processes), folder)
@@ -58,7 +58,7 @@ def stopped(base, folder: Path, name: str, to: str, processes: int = 1) -> None:
     done = finish(process, folder)
     step = len(losses(folder / "run"))
     assert 2 <= step < 1000 and checkpoints(folder / "run") == [step]
-    if to != "main" or processes == 1:  # torchrun itself says what it died of
+    if to != "main" or processes == 1:  # after a signal to itself torchrun has its own status
         assert done.status == 0 and f"stopped after step {step}" in done.out and "Traceback" not in done.err
     call_ = [*base, step + 2, "--output-dir"]
     run(command([*call_, folder / "run", *LATEST], processes), folder)
@@ -72,7 +72,7 @@ def test_a_signal_finishes_the_step_and_saves(base, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
-def test_other_signals_finish_the_step_too(name, base, tmp_path):
+def test_other_signals_finish_the_step_and_save_too(name, base, tmp_path):
     stopped(base, tmp_path, name, "main")
 
 
@@ -86,8 +86,8 @@ def test_a_signal_to_one_process_or_to_torchrun_stops_all(name, to, base, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "to"), [("SIGINT", "main"), ("SIGUSR1", "rank 1")])
-def test_a_signal_before_training_keeps_the_class_pictures_made(name, to, base, tmp_path):
-    """All processes finish the batch that they are at, and the next start makes the rest of the same pictures."""
+def test_a_signal_before_training_keeps_the_class_pictures_made_so_far(name, to, base, tmp_path):
+    """All processes finish their current batch, and the next start makes the remaining pictures of the same set."""
     base = (*base, "--num-class-images", 60, "--sample-steps", 50, "--max-train-steps", 1)
     folder, processes = tmp_path / "run", 1 if to == "main" else 2
     process = start(command([*base, "--output-dir", folder], processes), tmp_path)
@@ -123,8 +123,8 @@ def test_a_second_interrupt_stops_at_once(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_thirty_times(base, tmp_path):
-    """At moments drawn at random, in starts and in saves too. In the end it is the run that was never killed."""
+def test_a_run_killed_thirty_times_equals_the_run_that_was_never_killed(base, tmp_path):
+    """The kills come at random moments, also during starts and saves."""
     folder, drawn, done, in_saves = tmp_path / "run", random.Random(0), 0, 0
     saves = folder / "checkpoints"
     base = (*base, "--num-class-images", 2)
@@ -143,7 +143,7 @@ def test_killed_thirty_times(base, tmp_path):
         assert finish(process, tmp_path).status == -signal.SIGKILL
         in_saves += kill % 3 != 0 and any(saves.glob(".*"))
         if (newest := checkpoint.newest(saves)) is not None:
-            assert newest == checkpoint.listed(saves)[-1]  # none is damaged
+            assert newest == checkpoint.all_in(saves)[-1]  # none is damaged
             done = checkpoint.load(newest)[2]["step"]
     print(f"{in_saves} of 30 kills fell into a save; {done} steps were done")
     assert in_saves >= 3 and done >= 40
@@ -156,8 +156,8 @@ def test_killed_thirty_times(base, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_brings_a_killed_worker_back(victim, base, tmp_path):
-    """In the folder that it was at work in, though it has no name and another run's lies beside it."""
+def test_torchrun_restarts_a_killed_worker_in_the_folder_of_its_run(victim, base, tmp_path):
+    """The run has no --output-dir, and the folder of another run lies beside its own."""
     base = (*base, "--max-train-steps", 40, "--checkpointing-steps", 3, "--checkpoints-total-limit", 2)
     run(command([*base], 2), tmp_path)
     process = start(command([*base], 2, ["--max-restarts", "2"]), tmp_path)
@@ -173,8 +173,8 @@ def test_torchrun_brings_a_killed_worker_back(victim, base, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_does_not_bring_a_refused_run_into_anothers_folder(base, tmp_path):
-    """A second attempt at what was refused is refused, too."""
+def test_torchrun_does_not_restart_a_refused_run_in_the_folder_of_another(base, tmp_path):
+    """The second attempt is refused like the first."""
     run(command([*base, "--output-dir", "run"]), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     done = run(command([*base, "--output-dir", "run"], 2, ["--max-restarts", "1"]), tmp_path, status=1)
@@ -188,7 +188,7 @@ def test_torchrun_does_not_bring_a_refused_run_into_anothers_folder(base, tmp_pa
 
 @pytest.fixture
 def mounted(tmp_path):
-    """mounted(options...) mounts a tmpfs with these options, and gives the folder; skips where that is not allowed."""
+    """mounted(options...) mounts a tmpfs with these options and returns its folder; skips where that is forbidden."""
     folders = []
 
     def mount(*options: str) -> Path:
@@ -197,7 +197,7 @@ def mounted(tmp_path):
         line = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+            pytest.skip(f"can't mount a tmpfs here: {done.stderr.strip()}")
         folders.append(folder)
         return folder
 
@@ -215,8 +215,8 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(base, mounted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in a save", "between saves"])
-def test_a_disk_that_fills_up(moment, base, mounted):
-    """The run ends with a line that says so, and what it saved before is whole and can be gone on with."""
+def test_a_run_whose_disk_fills_up_keeps_its_checkpoints(moment, base, mounted):
+    """The run ends with one line that says so. Its earlier checkpoints are whole, and it resumes from them."""
     disk = mounted("size=48m")
     base = (*base, *PLAIN, "--output-dir", disk / "run", "--checkpointing-steps", 2, "--checkpoints-total-limit", 2)
     process = start(command([*base, "--max-train-steps", 100000]), disk.parent)
@@ -231,32 +231,32 @@ def test_a_disk_that_fills_up(moment, base, mounted):
             try:
                 os.posix_fallocate(others.fileno(), size, part)
                 size += part
-            except OSError:  # so much is not left; half of it may be
+            except OSError:  # not enough space left: try half of this part
                 part //= 2
     done = finish(process, disk.parent)
     print(done.complaint)
     assert done.status == 1
     step = checkpoints(disk / "run")[-1]
-    assert all(checkpoint.damaged(path) is None for path in checkpoint.listed(saves))
+    assert all(checkpoint.damaged(path) is None for path in checkpoint.all_in(saves))
     (disk / "others").unlink()
     run(command([*base, "--max-train-steps", step + 2, *LATEST]), disk.parent)
     assert len(losses(disk / "run")) == step + 2 and leftovers(disk / "run") == []
 
 
 @pytest.mark.slow
-def test_a_mistake_is_answered_once_by_two_processes(base, tmp_path):
+def test_two_processes_report_a_mistake_once(base, tmp_path):
     done = run(command([*base, "--instance-data-dir", "nowhere", "--output-dir", "run"], 2), tmp_path, status=1)
     assert "nowhere is not a folder" in done.complaint and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_an_error_of_the_main_process_reaches_the_others(random_model, base, tmp_path):
-    """Only the main process makes sheets. When it can't, the others end by themselves, and do not wait for it.
+    """Only the main process makes sheets. When it fails, the other process ends by itself and does not wait for it.
 
-    The processes are started by hand: torchrun would end them all.
+    The test starts the processes without torchrun, which would end them all.
     """
     sd = random_model()
-    with torch.no_grad():  # too wide for fp16: the sheet comes out as NaN
+    with torch.no_grad():  # exceeds the range of fp16: the sheet becomes NaN
         sd.unet.out[2].weight.mul_(1e9)
         sd.unet.out[0].weight.mul_(1e-9)
         sd.unet.out[0].bias.mul_(1e-9)
@@ -290,17 +290,17 @@ def test_two_runs_do_not_share_a_folder(base, tmp_path):
         assert "not empty" in refused(*base, *PLAIN, "--output-dir", folder)
         assert "another run is at work there" in refused(*base, *PLAIN, *forever, "--output-dir", folder, *LATEST)
         count = logged(folder)
-        until(lambda: logged(folder) > count, process)  # which the other one does not mind
+        until(lambda: logged(folder) > count, process)  # the first run goes on
     finally:
         process.kill()
         process.wait()
 
 
-# What is given
+# Inputs that are refused
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_base_model_with_a_weight_that_is_no_number(number, random_model, base, tmp_path):
+def test_a_base_model_with_a_weight_that_is_not_finite_is_refused(number, random_model, base, tmp_path):
     sd = random_model()
     with torch.no_grad():
         sd.unet.out[2].weight.view(-1)[3] = number
@@ -310,7 +310,7 @@ def test_a_base_model_with_a_weight_that_is_no_number(number, random_model, base
     assert not (tmp_path / "run").exists()
 
 
-def test_eight_bit_adam_asks_for_what_it_needs(base, tmp_path, monkeypatch):
+def test_eight_bit_adam_names_the_extra_that_it_needs(base, tmp_path, monkeypatch):
     for name in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     message = refused(*base, "--use-8bit-adam", "--output-dir", tmp_path / "run")

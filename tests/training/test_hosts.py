@@ -1,4 +1,4 @@
-"""Two hosts: two network namespaces on this machine, with a cable between them and nothing else."""
+"""Runs on two hosts: two network namespaces on this machine, joined by one virtual cable."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def hosts():
-    """Their names and addresses; skips where no namespaces can be made."""
+    """Names and addresses of the two hosts. Skips the test where namespaces can't be made."""
     names = [f"dreambooth-{os.getpid()}-{i}" for i in range(2)]
     addresses = ["10.77.0.1", "10.77.0.2"]
 
@@ -44,11 +44,11 @@ def base(saved, photographs) -> tuple:
 
 
 def start_on_both(hosts, arguments: tuple, folders: list[Path], *torchrun: str) -> list[subprocess.Popen]:
-    """Starts one process on each host, each in a folder of its own."""
+    """Starts one process on each host, each in its own folder."""
     meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0][1]}:29400", "--rdzv-id", "two"]
     started = []
     for (name, address), folder in zip(hosts, folders, strict=True):
-        first = f"is_host={int(address == hosts[0][1])}"  # there is no name server here that would tell
+        first = f"is_host={int(address == hosts[0][1])}"  # torchrun can't tell without a name server
         line = command(arguments, 1, [*torchrun, *meeting, "--local-addr", address, "--rdzv-conf", first])
         line = ["ip", "netns", "exec", name, *line]
         started.append(start(line, folder, GLOO_SOCKET_IFNAME="cable"))
@@ -71,7 +71,7 @@ def test_two_hosts_give_the_result_of_one(hosts, base, tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_worker_killed_on_one_host_comes_back_on_both(victim, hosts, base, tmp_path):
+def test_a_worker_killed_on_one_host_restarts_the_run_on_both(victim, hosts, base, tmp_path):
     base = (*base, "--max-train-steps", 60, "--checkpointing-steps", 3, "--checkpoints-total-limit", 2, "--output-dir")
     folders = [tmp_path / "host0", tmp_path / "host1"]
     started = start_on_both(hosts, (*base, tmp_path / "two"), folders, "--max-restarts", "3")
@@ -84,12 +84,12 @@ def test_a_worker_killed_on_one_host_comes_back_on_both(victim, hosts, base, tmp
     check_same(tmp_path / "two", tmp_path / "one")
 
 
-def test_what_one_host_lacks_is_said_by_both(hosts, base, photographs, tmp_path):
-    """The second host does not have the photographs; the first does not wait for it."""
+def test_both_hosts_report_what_one_of_them_lacks(hosts, base, photographs, tmp_path):
+    """The second host does not have the photographs. The first host does not wait for it."""
     (tmp_path / "host0").mkdir()
     photographs.rename(tmp_path / "host0" / "photographs")
     arguments = (*base, "--instance-data-dir", "photographs", "--output-dir", tmp_path / "two")
     done = on_both(hosts, arguments, [tmp_path / "host0", tmp_path / "host1"])
     assert all(host.status != 0 for host in done)
-    assert all("--instance-data-dir: photographs is not a folder" in host.complaint for host in done)
+    assert all("photographs is not a folder" in host.complaint for host in done)
     assert not (tmp_path / "two").exists()

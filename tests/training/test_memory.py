@@ -1,11 +1,11 @@
-"""Running out of memory, in whatever phase, is answered in one line that says what helps."""
+"""A run that is out of memory ends with one line that names the phase and the flags that help."""
 
 import sys
 
 import pytest
 from runs import ROOT, SMALL, run
 
-# Real memory, really exhausted: so many bytes beyond what the imports take.
+# The process may use 400 MiB more than the imports take.
 LIMITED = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -27,7 +27,7 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_full_memory_is_named_with_what_helps(phase, saved, photographs, tmp_path):
+def test_out_of_memory_is_reported_with_the_phase_and_the_flags_that_help(phase, saved, photographs, tmp_path):
     flags, advice = PHASES[phase]
     flags = ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, *flags)
     flags = (*flags, "--sample-batch-size", 4000, "--output-dir", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""A checkpoint that an older version wrote resumes to what that version went on to compute."""
+"""A checkpoint of an older version resumes to the result that the older version computed."""
 
 import shutil
 from pathlib import Path
@@ -27,11 +27,11 @@ def inputs(folder: Path) -> tuple:
 
 
 def test_its_checkpoint_resumes(old):
-    """Equal bits on the machine that wrote it; elsewhere the order of a sum may differ."""
+    """The bits are equal on the machine that wrote it. On other machines the order of a sum may differ."""
     expected, final = losses(old / "run"), weights(old / "run")
     (old / "run" / "model.safetensors").unlink()
     call(*inputs(old), "--max-train-steps", 4, "--output-dir", old / "run", "--resume-from-checkpoint", "latest")
-    assert losses(old / "run")[:2] == expected[:2]  # carried over, not computed again
+    assert losses(old / "run")[:2] == expected[:2]  # copied, not computed again
     assert losses(old / "run") == pytest.approx(expected, rel=1e-6)
     found = weights(old / "run")
     assert found.keys() == final.keys()
@@ -46,8 +46,8 @@ def test_the_same_run_again_gives_the_same_losses(old, tmp_path):
             assert line[name] == pytest.approx(before[name], rel=1e-6)
 
 
-def test_what_it_saved_is_what_is_saved_today(old, tmp_path):
-    """Names and shapes of every tensor of a checkpoint, and the keys of its state."""
+def test_its_checkpoint_has_the_tensors_and_the_keys_of_todays(old, tmp_path):
+    """Compares the names and shapes of all tensors of a checkpoint, and the keys of its state."""
     call(*inputs(old), "--max-train-steps", 2, "--output-dir", tmp_path / "new")
     before, now = (folder / "checkpoints" / "checkpoint-000002" for folder in (old / "run", tmp_path / "new"))
     for name in ("model.safetensors", "training.safetensors"):

@@ -1,4 +1,4 @@
-"""What an update is made of: weights of the loss, learning rates, and the views of a picture."""
+"""The parts of an update: loss weights, learning rates, random crops and flips."""
 
 import math
 from functools import partial
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, call, losses, metrics, weights
+from runs import SMALL, call, check_same, losses, metrics, weights
 
-from ldm import InputError, StableDiffusion, rng
+from ldm import StableDiffusion, rng
 from ldm.dreambooth import FullTuning, min_snr_weight
-from ldm.images import load_picture
+from ldm.images import load_picture, read_picture
 from ldm.runtime import World
 from ldm.training import Batches, CropDraws, Rows, Settings, encode
 
@@ -24,13 +24,13 @@ def base(saved, photographs) -> tuple:
 
 
 def moved(before: dict, after: dict, prefix: str) -> float:
-    """How far the weight of a network that changed most did."""
+    """The largest change of a weight in the network with this prefix."""
     return max((after[key] - before[key]).abs().max().item() for key in after if key.startswith(prefix))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_min_snr_weights_are_the_papers(prediction):
-    """Hang et al. 2023: min(SNR, gamma) times the error of x_0, which is SNR^-1 times eps's, (SNR + 1)^-1 times v's."""
+    """Hang et al. 2023: min(SNR, gamma) times the error of x_0: SNR^-1 times that of eps, (SNR + 1)^-1 that of v."""
     snr = np.array([0.004, 0.5, 5.0, 1000.0])
     expected = np.minimum(snr, 5.0) / (snr if prediction == "eps" else snr + 1.0)
     found = min_snr_weight(torch.tensor(snr), 5.0, prediction)
@@ -39,8 +39,8 @@ def test_min_snr_weights_are_the_papers(prediction):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_the_first_losses_by_hand(prediction, base, tmp_path):
-    """DreamBooth's two terms, each row of both kinds weighted by its own step."""
+def test_the_first_losses_equal_those_computed_by_hand(prediction, base, tmp_path):
+    """DreamBooth's two terms, with each row weighted by its own step."""
     folder = tmp_path / "run"
     flags = ("--snr-gamma", "3", "--prior-loss-weight", "0.6", "--prediction-type", prediction, "--train-batch-size", 3)
     call(*base, *flags, "--resolution", 32, "--max-train-steps", 1, "--output-dir", folder)
@@ -80,13 +80,13 @@ COSINE = [1e-4 * (0.5 + 0.5 * math.cos(math.pi * n / 4)) for n in range(4)]
         (("--lr-scheduler", "cosine", "--lr-warmup-steps", 2), [5e-5, 1e-4, *COSINE]),
     ],
 )
-def test_learning_rates_written_out(flags, rates, base, tmp_path):
+def test_learning_rates_follow_the_schedule(flags, rates, base, tmp_path):
     call(*base, *flags, "--max-train-steps", 6, "--output-dir", tmp_path / "run", "--no-with-prior-preservation")
     assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx(rates)
 
 
-def test_the_text_encoder_has_a_learning_rate_and_an_end_of_its_own(base, tmp_path):
-    """AdamW's first update moves a weight by the learning rate, whatever its gradient is, and by its decay."""
+def test_the_text_encoder_has_its_own_learning_rate_and_last_step(base, tmp_path):
+    """AdamW's first update moves a weight by the learning rate, whatever its gradient, plus the weight decay."""
     flags = ("--text-encoder-learning-rate", "1e-3", "--text-encoder-stop-step", 2, "--checkpointing-steps", 1)
     call(*base, *flags, "--output-dir", tmp_path / "run")
     steps = [weights(Path(base[1]).parent)]
@@ -94,12 +94,12 @@ def test_the_text_encoder_has_a_learning_rate_and_an_end_of_its_own(base, tmp_pa
     text = [moved(a, b, TEXT) for a, b in zip(steps, steps[1:], strict=False)]
     unet = [moved(a, b, UNET) for a, b in zip(steps, steps[1:], strict=False)]
     assert 1e-3 < text[0] < 1.1e-3 and 1e-4 < unet[0] < 1.1e-4
-    assert text[1] > 3e-4 and text[2] == 0.0  # no decay either
+    assert text[1] > 3e-4 and text[2] == 0.0  # not even by weight decay
     assert min(unet) > 3e-5
 
 
 def test_a_text_encoder_that_has_stopped_does_not_run(base, tmp_path):
-    """Once for both prompts in a step that trains it, once more after its last step, and not again."""
+    """It runs once for both prompts in each of its two steps, once more after the second, and then never again."""
     calls = []
 
     class Counted(FullTuning):
@@ -115,7 +115,7 @@ def test_a_text_encoder_that_has_stopped_does_not_run(base, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--random-flip", "--random-crop"])
-def test_other_views_of_a_picture_are_taken(flag, base, tmp_path):
+def test_random_flips_and_crops_change_the_losses_a_little(flag, base, tmp_path):
     call(*base, "--max-train-steps", 8, "--output-dir", tmp_path / "plain")
     call(*base, "--max-train-steps", 8, "--output-dir", tmp_path / "views", flag)
     plain, views = losses(tmp_path / "plain"), losses(tmp_path / "views")
@@ -124,20 +124,20 @@ def test_other_views_of_a_picture_are_taken(flag, base, tmp_path):
 
 
 def test_crops_are_a_function_of_seed_and_index(base, saved, photographs, tmp_path):
-    """However the batch is cut, whichever process of the loader decodes them, beside whatever other pictures."""
+    """They do not depend on the split of the batch, the loader's processes or the other pictures of the batch."""
     base = (*base, "--random-crop", "--random-flip", "--max-train-steps", 6)
     call(*base, "--train-batch-size", 4, "--output-dir", tmp_path / "one")
     call(*base, "--train-batch-size", 2, "--gradient-accumulation-steps", 2, "--output-dir", tmp_path / "two")
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-6)
 
     paths, sd = sorted(photographs.iterdir()), StableDiffusion.load(saved["official"])
-    draws = CropDraws(7, "instance", len(paths), (4, 8, 8), 1000, tuple(paths), 32, True)
+    draws = CropDraws(7, "instance", len(paths), (4, 8, 8), 1000, tuple(map(read_picture, paths)), 32, True)
     rows = Rows("", draws, torch.device("cpu"), encode=partial(encode, sd))
     settings = Settings(random_crop=True, train_batch_size=3, seed=7)
     batches = Batches([rows], settings, World(0, 1, torch.device("cpu")))
     for step in (5, 6, 7):
         together = next(iter(batches.take(step)))
-        for i in range(3):  # alone, by hand
+        for i in range(3):  # one row, computed by hand
             generator = rng.generator(7, "instance", "noise", 3 * step + i)
             spread, noise = torch.randn(2, 4, 8, 8, generator=generator)
             t = torch.randint(1000, (), generator=generator)
@@ -148,15 +148,16 @@ def test_crops_are_a_function_of_seed_and_index(base, saved, photographs, tmp_pa
             assert torch.equal(together.noise[i], noise) and together.t[i] == t
 
 
-def test_a_photograph_that_is_damaged_under_way_is_named(base, photographs, tmp_path):
-    """Under --random-crop pictures are decoded in every step, in processes of the loader."""
+@pytest.mark.parametrize("flags", [(), ("--random-crop",)])
+def test_photographs_that_change_during_training_change_nothing(flags, base, photographs, tmp_path):
+    """Photographs are read once. With --random-crop every step decodes them, and the final sheet shows them."""
 
     class Damaging(FullTuning):
         def prepare(self, *inputs):
             super().prepare(*inputs)
-            for path in photographs.iterdir():
-                path.write_bytes(b"no picture any more")
+            for i, path in enumerate(photographs.iterdir()):
+                path.unlink() if i else path.write_bytes(b"no picture any more")
 
-    with pytest.raises(InputError, match=r"\d\.png can't be read as a picture") as error:
-        call(*base, "--random-crop", "--output-dir", tmp_path / "run", tuning=Damaging)
-    assert "\n" not in str(error.value)
+    call(*base, *flags, "--output-dir", tmp_path / "whole")
+    call(*base, *flags, "--output-dir", tmp_path / "run", tuning=Damaging)
+    check_same(tmp_path / "whole", tmp_path / "run")

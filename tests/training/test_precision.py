@@ -1,4 +1,4 @@
-"""Numbers in fewer bits, and numbers that are none: what is skipped, what is refused, and what stays fp32."""
+"""Mixed precision, and numbers that are not finite: what stays fp32, which steps are skipped, when a run stops."""
 
 import math
 from pathlib import Path
@@ -11,6 +11,7 @@ import train
 from ldm import StableDiffusion
 from ldm.dreambooth import FullTuning
 from ldm.errors import RunError
+from ldm.images import read_picture
 from ldm.runtime.processes import World
 from ldm.training import Run, Settings, TrainingState, parse
 
@@ -24,7 +25,7 @@ def base(saved, photographs) -> tuple:
 
 
 def failed(*arguments: object) -> str:
-    """The line with which a run ends that can't go on."""
+    """The message, one line, of the RunError that ends a run with these arguments."""
     with pytest.raises(RunError) as error:
         call(*arguments)
     assert "\n" not in str(error.value)
@@ -38,11 +39,11 @@ def test_half_precision_learns_as_fp32_does(name, base, tmp_path):
     call(*base, "--output-dir", tmp_path / name, "--mixed-precision", name)
     full, half = (torch.tensor(losses(tmp_path / folder)) for folder in ("fp32", name))
     assert half[-10:].mean() < 0.8 * half[:10].mean()
-    assert 1e-6 < ((half[:2] - full[:2]) / full[:2]).abs().max() < 2e-2  # nearly, and not really, the same
+    assert 1e-6 < ((half[:2] - full[:2]) / full[:2]).abs().max() < 2e-2  # close, but not equal
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_what_trains_is_fp32_and_what_does_not_is_saved_as_it_was(name, base, saved, tmp_path):
+def test_trained_weights_are_fp32_and_frozen_weights_are_saved_unchanged(name, base, saved, tmp_path):
     flags = ("--mixed-precision", name, "--no-train-text-encoder", "--output-dir", tmp_path / "run")
     call(*base, *flags)
     before, after = weights(saved["official"].parent), weights(tmp_path / "run")
@@ -53,14 +54,14 @@ def test_what_trains_is_fp32_and_what_does_not_is_saved_as_it_was(name, base, sa
     settings = parse([str(flag) for flag in (*base, *flags, "--output-dir", tmp_path / "new")], train.TINY)
     sd, another = StableDiffusion.load(saved["official"]), Run(settings, ALONE)
     state = TrainingState(FullTuning(sd, settings), settings, another.precision, "")
-    train.prepare(another, state, sorted(Path(base[3]).iterdir()), None)
+    train.prepare(another, state, [read_picture(path) for path in sorted(Path(base[3]).iterdir())], None)
     types = {kind: {p.dtype for p in net.parameters()} for kind, net in sd.networks().items()}
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
     assert list(types.values()) == [{torch.float32}, {half}, {half}]
-    assert isinstance(sd.vae.encoder, torch.nn.Identity)  # and what is not needed any more is not there
+    assert isinstance(sd.vae.encoder, torch.nn.Identity)  # the encoder is freed when it is no longer needed
 
 
-def test_a_base_in_fp16_is_upcast(random_model, base, tmp_path):
+def test_a_base_model_in_fp16_is_upcast(random_model, base, tmp_path):
     random_model().save(tmp_path / "fp16.safetensors", dtype=torch.float16)
     upcast = StableDiffusion.load(tmp_path / "fp16.safetensors")
     upcast.save(tmp_path / "fp32.safetensors")
@@ -71,12 +72,12 @@ def test_a_base_in_fp16_is_upcast(random_model, base, tmp_path):
     assert losses(tmp_path / "fp16") == losses(tmp_path / "fp32")
     key = UNET + "middle_block.0.in_layers.2.weight"
     assert half[key].dtype == torch.float32 and torch.equal(half[key], full[key])
-    assert not torch.equal(half[key], half[key].half().float())  # such small steps would be lost in fp16
+    assert not torch.equal(half[key], half[key].half().float())  # fp16 would round such small updates away
 
 
 @pytest.fixture
 def steep(random_model, tmp_path) -> Path:
-    """A base model whose gradients are too large for fp16 at the scale that losses begin with."""
+    """A base model whose gradients overflow fp16 at the initial loss scale."""
     sd = random_model()
     with torch.no_grad():
         sd.unet.out[2].weight.mul_(30.0)
@@ -84,7 +85,7 @@ def steep(random_model, tmp_path) -> Path:
     return tmp_path / "steep.safetensors"
 
 
-def test_an_overflow_is_skipped_and_moves_neither_step_nor_schedule(steep, base, tmp_path):
+def test_an_overflow_is_skipped_and_advances_neither_step_nor_schedule(steep, base, tmp_path):
     flags = ("--model", steep, "--mixed-precision", "fp16", "--lr-scheduler", "linear", "--max-train-steps", 6)
     call(*base, *flags, "--output-dir", tmp_path / "run", "--checkpointing-steps", 2)
     lines = metrics(tmp_path / "run")
@@ -95,10 +96,10 @@ def test_an_overflow_is_skipped_and_moves_neither_step_nor_schedule(steep, base,
     done = [line for line in lines if not line.get("skipped")]
     assert [line["step"] for line in done] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in done] == pytest.approx([1e-4 * (1 - n / 6) for n in range(6)])
-    for line, following in zip(lines, lines[1:], strict=False):  # what was skipped is tried again, with other rows
+    for line, following in zip(lines, lines[1:], strict=False):  # a skipped step is tried again, with other rows
         assert following["step"] == line["step"] + (not line.get("skipped")) and following["loss"] != line["loss"]
 
-    parts = tmp_path / "parts"  # and the scale and the rows that were skipped are part of the state
+    parts = tmp_path / "parts"  # the scale and the skipped rows are part of the state
     call(
         *base, *flags, "--output-dir", parts, "--resume-from-checkpoint", tmp_path / "run/checkpoints/checkpoint-000002"
     )
@@ -108,7 +109,7 @@ def test_an_overflow_is_skipped_and_moves_neither_step_nor_schedule(steep, base,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_model_that_fp16_cannot_hold_is_told_before_training(random_model, base, tmp_path):
+def test_a_model_beyond_the_range_of_fp16_is_refused_before_training(random_model, base, tmp_path):
     sd = random_model()
     with torch.no_grad():
         sd.unet.out[2].weight.mul_(1e9)
@@ -121,7 +122,7 @@ def test_a_model_that_fp16_cannot_hold_is_told_before_training(random_model, bas
     call(*base, *flags, "--mixed-precision", "bf16", "--output-dir", tmp_path / "bf16")
 
 
-def test_a_diverged_run_stops_before_it_saves_anything_of_it(base, tmp_path):
+def test_a_run_that_diverges_stops_and_does_not_save_that_step(base, tmp_path):
     flags = ("--learning-rate", "1e30", "--checkpointing-steps", 1, "--output-dir", tmp_path / "run")
     message = failed(*base, *flags)
     assert "at step 2, and nothing was saved of it; lower --learning-rate" in message
@@ -130,8 +131,8 @@ def test_a_diverged_run_stops_before_it_saves_anything_of_it(base, tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_weights_that_are_no_numbers_are_not_saved(every, base, tmp_path):
-    """The last step's loss is finite, and what its update makes of the weights is not."""
+def test_weights_that_are_not_finite_are_not_saved(every, base, tmp_path):
+    """The last step's loss is finite, but its update makes weights that are not."""
     flags = ("--learning-rate", "1e39", "--max-train-steps", 1, "--checkpointing-steps", every)
     message = failed(*base, *flags, "--output-dir", tmp_path / "run")
     assert "is not finite after step 1, and was not saved" in message
@@ -139,8 +140,8 @@ def test_weights_that_are_no_numbers_are_not_saved(every, base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_both_processes(random_model, base, tmp_path):
-    """The latents are too large for fp16: one line says so, and nothing is saved of it."""
+def test_a_loss_that_is_not_finite_stops_both_processes(random_model, base, tmp_path):
+    """The latents overflow fp16. The run ends with one line that says so, and does not save the step."""
     sd = random_model()
     with torch.no_grad():
         sd.vae.quant_conv.weight.mul_(1e6)
@@ -153,8 +154,8 @@ def test_a_loss_that_is_no_number_stops_both_processes(random_model, base, tmp_p
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_in_one_process_stops_both(random_model, base, tmp_path):
-    """A model that overflows at late steps t alone: at some update it does so in one process and not in the other."""
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(random_model, base, tmp_path):
+    """The model overflows only at late timesteps t, so that at some update it overflows in one process only."""
     sd, late = random_model(), 900
     width = sd.config.unet.channels[0]
     slowest = late * 10000 ** (1 / (width // 2) - 1)  # angle of the embedding's last sine, which rises with t
@@ -176,7 +177,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(random_model, base, 
     assert all(tensor.isfinite().all() for tensor in last.values())
 
 
-def test_activations_computed_twice_give_the_same_gradients(random_model):
+def test_gradient_checkpointing_gives_the_same_gradients(random_model):
     sd = random_model()
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t, grads = torch.tensor([10, 700]), []
@@ -189,7 +190,7 @@ def test_activations_computed_twice_give_the_same_gradients(random_model):
     assert max((a - b).abs().max() for a, b in zip(*grads, strict=True)) <= 1e-6 * scale
 
 
-def test_flags_that_change_how_but_not_what(base, tmp_path):
+def test_deterministic_tf32_and_gradient_checkpointing_give_the_same_losses(base, tmp_path):
     call(*base, "--output-dir", tmp_path / "plain")
     how = ("--deterministic", "--allow-tf32", "--gradient-checkpointing")
     try:

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on is the run that never was, to the last bit; and only that run goes on."""
+"""A resumed run equals the run that never stopped, bit for bit. A checkpoint of another run is refused."""
 
 import json
 import shutil
@@ -45,22 +45,22 @@ def made(base, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def once(made, tmp_path) -> Path:
-    """A run of four steps with a checkpoint after each, to go on from."""
+    """A copy of a run of four steps with a checkpoint after each step."""
     return shutil.copytree(made, tmp_path / "once")
 
 
 @pytest.mark.parametrize(
     ("stop", "flags"),
     [
-        (2, ()),  # in mid-epoch: three photographs, four class pictures, one of each a step
-        (3, ("--num-class-images", 3)),  # exactly at an epoch's end
+        (2, ()),  # within an epoch: three photographs, four class pictures, one of each a step
+        (3, ("--num-class-images", 3)),  # exactly at the end of an epoch
         (3, ("--train-batch-size", 2, "--gradient-accumulation-steps", 2, *ALL)),
-        (3, ("--text-encoder-stop-step", 2, "--text-encoder-learning-rate", "1e-3")),  # across that step
+        (3, ("--text-encoder-stop-step", 2, "--text-encoder-learning-rate", "1e-3")),  # after that step
         (3, ("--mixed-precision", "fp16", "--no-train-text-encoder")),
         (3, ("--mixed-precision", "bf16", "--random-crop", "--random-flip")),
     ],
 )
-def test_a_run_that_goes_on_is_the_run_that_never_stopped(stop, flags, base, tmp_path):
+def test_a_resumed_run_equals_the_run_that_never_stopped(stop, flags, base, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     call(*base, *flags, "--max-train-steps", 5, "--output-dir", whole)
     call(*base, *flags, "--max-train-steps", stop, "--output-dir", parts, "--checkpointing-steps", 1)
@@ -71,7 +71,7 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(stop, flags, base, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [ALL, ("--mixed-precision", "fp16", *ALL)], ids=["fp32", "fp16"])
-def test_stopped_at_every_one_of_twelve_steps(flags, base, tmp_path):
+def test_a_run_stopped_at_each_of_twelve_steps_equals_the_run_that_never_stopped(flags, base, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(command([*base, *flags, "--max-train-steps", 12, "--output-dir", whole]), tmp_path)
     for step in range(1, 13):
@@ -83,7 +83,7 @@ def test_stopped_at_every_one_of_twelve_steps(flags, base, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "fp16"])
-def test_two_processes_with_accumulation(precision, base, tmp_path):
+def test_two_processes_with_accumulation_resume_to_the_same_bits(precision, base, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     base = (*base, "--mixed-precision", precision, "--gradient-accumulation-steps", 3, "--checkpointing-steps", 2)
     run(command([*base, "--output-dir", whole], 2), tmp_path)
@@ -92,7 +92,7 @@ def test_two_processes_with_accumulation(precision, base, tmp_path):
     run(command([*base, "--output-dir", parts, *LATEST], 2), tmp_path)
     check_same(whole, parts)
 
-    # Another number of processes with the same global batch is the same run, but for the last bits.
+    # Another number of processes with the same global batch gives the same run, except for the last bits.
     flags = ("--train-batch-size", 2, "--output-dir", tmp_path / "alone", *LATEST)
     run(command([*base, *flags]), tmp_path)
     assert losses(tmp_path / "alone") == pytest.approx(losses(whole), rel=1e-6 if precision == "no" else 1e-2)
@@ -100,7 +100,7 @@ def test_two_processes_with_accumulation(precision, base, tmp_path):
     assert "global_batch was 6 and is 12" in message
 
 
-def test_moments_in_eight_bits_go_on_too(base, tmp_path):
+def test_a_run_with_eight_bit_adam_resumes_to_the_same_bits(base, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs the bitsandbytes extra")
     base = (*base, "--use-8bit-adam", "--learning-rate", "1e-3")
     call(*base, "--output-dir", tmp_path / "whole")
@@ -111,8 +111,8 @@ def test_moments_in_eight_bits_go_on_too(base, tmp_path):
     assert torch.uint8 in {tensor.dtype for tensor in training.values()}
 
 
-def test_sd2_goes_on_with_its_text_encoder(random_model, base, tmp_path):
-    """Its official file names and stacks the text encoder's tensors in another way than the program does."""
+def test_a_run_of_sd2_resumes_with_its_text_encoder(random_model, base, tmp_path):
+    """The official file names and stacks the text encoder's tensors differently from the program."""
     sd = random_model()
     sd.config = replace(sd.config, text=replace(sd.config.text, activation="gelu", pad_id=0))
     sd.text_encoder = TextEncoder(sd.config.text)
@@ -124,10 +124,10 @@ def test_sd2_goes_on_with_its_text_encoder(random_model, base, tmp_path):
     check_same(tmp_path / "whole", tmp_path / "parts")
 
 
-# Which checkpoint is taken
+# Which checkpoint a run resumes from
 
 
-def test_every_checkpoint_makes_pictures(once, tmp_path):
+def test_sample_py_makes_pictures_with_every_checkpoint(once, tmp_path):
     assert checkpoints(once) == [1, 2, 3, 4]
     made = []
     for step in checkpoints(once):
@@ -160,7 +160,7 @@ def flip(path: Path) -> None:
         ("SHA256SUMS", Path.unlink),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(name, damage, once, base, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(name, damage, once, base, tmp_path, capsys):
     whole = losses(once)
     newest = once / "checkpoints" / "checkpoint-000004"
     damage(newest / name)
@@ -176,18 +176,18 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(name, dam
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint")
-def test_a_damaged_checkpoint_ahead_does_not_count_among_those_to_keep(once, base):
+def test_a_damaged_later_checkpoint_does_not_count_towards_the_limit(once, base):
     truncate(once / "checkpoints" / "checkpoint-000004" / "model.safetensors")
     limit = ("--checkpointing-steps", 2, "--checkpoints-total-limit", 1, "--max-train-steps", 3)
     (once / "checkpoints" / "checkpoint-000003").rename(once / "checkpoints" / "mine")
     call(*base, "--output-dir", once, *LATEST, *limit)
-    assert checkpoints(once) == [1, 2, 4]  # nothing was saved between 2 and 3, so nothing was deleted
+    assert checkpoints(once) == [3, 4]  # the one to keep is that of the last step, not the damaged one ahead of it
     call(*base, "--output-dir", once, *LATEST, *limit, "--max-train-steps", 4)
     assert checkpoints(once) == [4] and len(losses(once)) == 4
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint")
-def test_when_all_are_damaged_nothing_is_taken(once, base):
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(once, base):
     before = (once / "metrics.jsonl").read_bytes()
     for path in (once / "checkpoints").iterdir():
         truncate(path / "model.safetensors")
@@ -195,20 +195,20 @@ def test_when_all_are_damaged_nothing_is_taken(once, base):
     assert (once / "metrics.jsonl").read_bytes() == before
 
 
-def test_an_older_one_may_be_named_here_and_in_a_new_folder(once, base, tmp_path, monkeypatch):
+def test_an_older_checkpoint_resumes_in_its_own_folder_and_in_a_new_one(once, base, tmp_path, monkeypatch):
     whole, older = losses(once), once / "checkpoints" / "checkpoint-000002"
     call(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", older)
     assert losses(tmp_path / "new") == whole
-    monkeypatch.chdir(tmp_path)  # its own folder is gone on with if none is named
+    monkeypatch.chdir(tmp_path)  # without --output-dir the run resumes in the checkpoint's own folder
     call(*base, "--resume-from-checkpoint", older, "--checkpointing-steps", 4, "--max-train-steps", 3)
     assert losses(once) == whole[:3] and checkpoints(once) == [1, 2, 3, 4] and not (tmp_path / "runs").exists()
     call(*base, "--output-dir", once, *LATEST)
-    assert losses(once) == whole  # 4 is ahead of 3, and brings its metrics along
+    assert losses(once) == whole  # 4 is the latest checkpoint and has its own metrics
     message = refused(*base, "--output-dir", once, *LATEST, "--max-train-steps", 3)
     assert "checkpoint-000004 is beyond --max-train-steps 3" in message
 
 
-def test_runs_without_a_folder_are_numbered_and_the_last_goes_on(base, tmp_path, monkeypatch):
+def test_runs_without_output_dir_are_numbered_and_latest_resumes_the_last(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = ("--max-train-steps", 1, "--no-with-prior-preservation", "--checkpointing-steps", 1)
     for _ in range(3):
@@ -220,12 +220,13 @@ def test_runs_without_a_folder_are_numbered_and_the_last_goes_on(base, tmp_path,
     assert [len(losses(tmp_path / "runs" / name)) for name in ("dreambooth-3", "dreambooth-4")] == [1, 2]
 
 
-def test_latest_begins_where_there_is_nothing_yet(base, tmp_path, capsys):
-    """So that a job may be queued again and again with one command line. A finished model is not begun anew."""
+def test_latest_starts_from_the_base_model_where_there_is_no_checkpoint(base, tmp_path, capsys):
+    """A job can then be started and restarted with one command line. A finished model is not trained again."""
     folder = tmp_path / "new"
     call(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 1)
     assert f"no checkpoint in {folder / 'checkpoints'} yet: starting from the base model" in capsys.readouterr().out
-    assert len(losses(folder)) == 1 and checkpoints(folder) == []
+    assert len(losses(folder)) == 1 and checkpoints(folder) == [1]
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-000001")
     assert "holds a finished run's model" in refused(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 2)
     (folder / "model.safetensors").unlink()
     (folder / "metrics.jsonl").open("a").write('{"step": 2, "lo')  # a config.json, half a line, and no checkpoint
@@ -233,7 +234,7 @@ def test_latest_begins_where_there_is_nothing_yet(base, tmp_path, capsys):
     assert len(losses(folder)) == 2
 
 
-def test_a_checkpoint_goes_by_its_name_alone_a_link_or_from_a_file(once, base, tmp_path, monkeypatch):
+def test_a_checkpoint_is_given_by_its_name_by_a_link_or_in_a_config_file(once, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole, name = losses(once), "checkpoint-000002"
     (tmp_path / "link").symlink_to(once / "checkpoints" / name)
@@ -248,7 +249,7 @@ def test_a_checkpoint_goes_by_its_name_alone_a_link_or_from_a_file(once, base, t
 
 
 @pytest.mark.parametrize("path", ["nowhere", "/", "/x"])
-def test_a_checkpoint_that_is_not_there_leaves_nothing(path, base, tmp_path):
+def test_a_missing_checkpoint_is_refused_and_leaves_no_folder(path, base, tmp_path):
     message = refused(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", path)
     assert message.startswith("--resume-from-checkpoint") and not (tmp_path / "new").exists()
 
@@ -260,7 +261,7 @@ def test_a_refused_checkpoint_leaves_no_new_folder(once, base, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# Which run it is
+# What makes it another run
 
 
 DIFFERENCES = [
@@ -276,7 +277,7 @@ DIFFERENCES = [
 ]
 
 
-def test_another_run_is_refused_with_the_differences(once, base, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused_with_the_differences(once, base, tmp_path):
     last = once / "checkpoints" / "checkpoint-000004"
     for flags, difference in DIFFERENCES:
         message = refused(*base, "--output-dir", once, *LATEST, *flags)
@@ -291,10 +292,10 @@ def test_another_model_or_other_photographs_are_another_run(once, base, random_m
     message = refused(*base, "--output-dir", once, *LATEST, "--model", tmp_path / "other.safetensors")
     assert "base was" in message or "generated with model" in message
     shutil.copytree(base[3], tmp_path / "moved")
-    call(*base, "--output-dir", once, *LATEST, "--instance-data-dir", tmp_path / "moved")  # where they lie is free
+    call(*base, "--output-dir", once, *LATEST, "--instance-data-dir", tmp_path / "moved")  # the folder may move
     (tmp_path / "moved" / "1.png").unlink()
     message = refused(*base, "--output-dir", once, *LATEST, "--instance-data-dir", tmp_path / "moved")
-    assert "pictures was" in message
+    assert message.endswith("belongs to another run: photograph 1.png is missing")
 
 
 def test_the_length_of_a_schedule_is_part_of_the_run(base, tmp_path):

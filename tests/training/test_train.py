@@ -1,4 +1,4 @@
-"""train.py, from the command line to the tuned model, on a small random one."""
+"""train.py from the command line to the tuned model, on a small random model."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ SHORT = "--resolution 32 --num-class-images 3 --sample-steps 2 --num-validation-
 
 @pytest.fixture
 def run(saved, photographs, tmp_path):
-    """run(flags) trains the small model with these beside the usual flags, in this process; gives the run's folder."""
+    """run(flags) trains the small model in this process, with these and the usual flags. Returns the run's folder."""
 
     def main(flags: str = "", name: str = "run") -> Path:
         given = ["--model", saved["official"], "--instance-data-dir", photographs, "--output-dir", tmp_path / name]
@@ -36,13 +36,13 @@ def run(saved, photographs, tmp_path):
 
 
 def changed(a: dict, b: dict) -> set[str]:
-    """Which of the three networks differ."""
+    """The prefixes of the networks that differ."""
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     return {prefix for prefix in (UNET, VAE, TEXT) if any(name.startswith(prefix) for name in different)}
 
 
-def test_a_command_line_of_the_diffusers_script_gives_a_whole_run(saved, photographs, root, tmp_path):
+def test_a_command_line_of_the_diffusers_script_works(saved, photographs, root, tmp_path):
     command = f"""{sys.executable} {root}/train.py --pretrained_model_name_or_path={saved["diffusers"]}
         --instance_data_dir={photographs} --output_dir=out --with_prior_preservation --prior_loss_weight=0.5
         --resolution=32 --train_batch_size=2 --learning_rate=1e-3 --max_train_steps=3 --num_class_images=3
@@ -52,7 +52,7 @@ def test_a_command_line_of_the_diffusers_script_gives_a_whole_run(saved, photogr
     assert done.returncode == 0, done.stderr
     assert "out/model.safetensors" in done.stdout and "out/sheets/before_after.png" in done.stdout
     assert "training: 100%" in done.stderr and "Traceback" not in done.stderr and "Warning" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photographs"]
     out = tmp_path / "out"
 
     config = json.loads((out / "config.json").read_text())
@@ -79,7 +79,7 @@ def test_the_same_command_gives_the_same_bits_in_either_layout(run):
     a, b = StableDiffusion.load(official / "model.safetensors"), StableDiffusion.load(folder / "model")
     assert changed(a.state(), b.state()) == set() and a.source_fingerprint() == b.source_fingerprint()
     sampling = {"sampler": "ddim", "steps": 2, "guidance_scale": 7.5, "resolution": 32}
-    assert a.source.sampling() == b.source.sampling() == sampling  # what sample.py takes as defaults
+    assert a.source.sampling() == b.source.sampling() == sampling  # the defaults of sample.py
     c = StableDiffusion.load(run("--seed 1", "c") / "model.safetensors")
     assert changed(a.state(), c.state()) == {UNET, TEXT}
 
@@ -101,7 +101,7 @@ def test_class_pictures_are_shared_between_runs(run, tmp_path):
     assert a["prior_loss"] == b["prior_loss"] and b["loss"] == pytest.approx(a["loss"] + a["prior_loss"], rel=1e-5)
 
 
-def test_settings_come_from_a_file_beside_its_paths_and_flags_go_over_them(saved, photographs, tmp_path, monkeypatch):
+def test_a_settings_file_has_relative_paths_and_flags_override_it(saved, photographs, tmp_path, monkeypatch):
     place = tmp_path / "dog"
     place.mkdir()
     (place / "model").symlink_to(saved["diffusers"])
@@ -119,7 +119,7 @@ def test_settings_come_from_a_file_beside_its_paths_and_flags_go_over_them(saved
     StableDiffusion.load(place / "run" / "model")
 
 
-def test_without_a_model_the_embedded_ones_settings_apply_and_else_those_for_sd(root, tmp_path):
+def test_without_a_model_train_toml_applies_and_with_one_the_defaults_for_sd(root, tmp_path):
     tiny = parse([], train.TINY)
     assert Path(tiny.model) == root / "weights" / "tiny" / "base"
     assert Path(tiny.instance_data_dir).is_dir() and tiny.resolution == 64
@@ -156,7 +156,7 @@ def test_training_lowers_both_losses(run, saved, photographs):
 
 
 def test_steps_equal_those_written_out_with_diffusers_and_transformers(run, saved, photographs):
-    """What diffusers' train_dreambooth.py does with --train_text_encoder --with_prior_preservation."""
+    """The steps of diffusers' train_dreambooth.py with --train_text_encoder --with_prior_preservation."""
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     transformers = pytest.importorskip("transformers", reason="needs the parity extra")
     out = run("--max-train-steps 4 --learning-rate 1e-3 --train-batch-size 2 --prior-loss-weight 0.7")

@@ -1,4 +1,4 @@
-"""One object owns what trains: another way of fine-tuning is one class, and nothing else of the program changes."""
+"""One object owns what trains: another way of fine-tuning is one subclass of Trainable, and no other code changes."""
 
 import inspect
 
@@ -12,7 +12,7 @@ from ldm.dreambooth import FullTuning, Trainable
 
 
 class KeysAndValues(Trainable):
-    """Trains the cross-attention's keys and values alone (Custom Diffusion, Kumari et al. 2023, section 3.1)."""
+    """Trains only the keys and values of the cross-attention (Custom Diffusion, Kumari et al. 2023, section 3.1)."""
 
     def __init__(self, sd, settings):
         names = [name for name in sd.parameters() if "attn2.to_k." in name or "attn2.to_v." in name]
@@ -24,12 +24,12 @@ def base(saved, photographs) -> tuple:
     return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, "--learning-rate", "1e-2")
 
 
-def test_the_second_way_is_short():
+def test_another_way_of_fine_tuning_takes_less_than_forty_lines():
     assert len(inspect.getsource(KeysAndValues).splitlines()) < 40
 
 
 @pytest.mark.parametrize("flags", [(), ("--use-ema", "--mixed-precision", "bf16", "--gradient-accumulation-steps", 2)])
-def test_keys_and_values_alone_train_stop_resume_and_are_written(flags, base, saved, tmp_path):
+def test_a_run_of_keys_and_values_alone_resumes_to_the_same_bits_and_writes_only_them(flags, base, saved, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     base = (*base, *flags)
     call(*base, "--max-train-steps", 6, "--output-dir", whole, tuning=KeysAndValues)
@@ -46,10 +46,10 @@ def test_keys_and_values_alone_train_stop_resume_and_are_written(flags, base, sa
     assert {name.partition("model.")[2] for name in moments if "exp_avg" in name} == {
         n.partition("model.")[2] for n in a
     }
-    assert not (whole / "model.safetensors").exists()  # nothing but what the run is for
+    assert not (whole / "model.safetensors").exists()  # only the trained parameters are written
 
 
-def test_nothing_else_changes(base, saved):
+def test_only_keys_and_values_get_a_gradient(base, saved):
     """The gradient of the prediction reaches the keys and values, and no other parameter."""
     sd = StableDiffusion.load(saved["official"])
     settings = type("Settings", (), {"gradient_checkpointing": False})
@@ -58,7 +58,7 @@ def test_nothing_else_changes(base, saved):
     assert {name for name, p in sd.parameters().items() if p.grad is not None} == trainable.trained.keys()
 
 
-def test_a_run_goes_on_as_it_began(base, tmp_path):
+def test_a_run_is_refused_with_another_trainable(base, tmp_path):
     flags = (*base, "--output-dir", tmp_path / "run", "--checkpointing-steps", 1)
     call(*flags, "--max-train-steps", 1, tuning=KeysAndValues)
     with pytest.raises(InputError, match="tuning was 'KeysAndValues' and is 'FullTuning'"):

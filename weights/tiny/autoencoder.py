@@ -1,9 +1,10 @@
 """Trains the autoencoder: 64 x 64 x 3 pictures <-> 16 x 16 x 4 latents.
 
-The real one (LDM, section 3.1; kl-f8) was trained on 256 x 256 crops of OpenImages with L1 + LPIPS, a little KL (1e-6),
-and from step 50,001 a patch discriminator, then frozen for good. Ours sees drawings of flat colour, for which L1, L2
-and the L1 of the picture's gradients (edges) are enough, and has a stronger KL: smooth latents are easier to learn.
-First on 32 x 32 crops, which are four times as many for the same work, then on whole pictures.
+The official autoencoder (LDM, section 3.1; kl-f8) was trained on 256 x 256 crops of OpenImages with L1 + LPIPS, a small
+KL term (weight 1e-6) and, from step 50,001, a patch discriminator. After that it stayed frozen. Ours is trained on
+drawings in flat colours, for which L1, L2 and the L1 of the picture's gradients (edges) are enough. Its KL weight is
+larger, because smooth latents are easier to learn. The first half of the training uses 32 x 32 crops, four times as
+many for the same work; the second half uses whole pictures.
 
     python weights/tiny/autoencoder.py [--resume]
 """
@@ -25,9 +26,9 @@ from ldm.runtime import cli
 from ldm.vae import Autoencoder
 
 CONFIG = VAEConfig(channels=(32, 64, 64), blocks=1, latent_channels=4, norm_groups=8, scale_factor=1.0)
-KL_WEIGHT = 2e-3  # per number of the latent, against a mean over pixels
+KL_WEIGHT = 2e-3  # of the KL per latent number; the reconstruction loss is a mean over pixels
 PEAK_RATE = 8e-4
-KEPT_BACK = 500  # pictures at the end that it is not trained on
+KEPT_BACK = 500  # the last pictures are held out of training
 
 
 def reconstruction_loss(made, true):
@@ -37,7 +38,7 @@ def reconstruction_loss(made, true):
 
 
 def batch(images, wide, rng, crop):
-    """Random pictures, some of them from the wider world, half of those with the colour channels swapped.
+    """Random pictures: some come from the wider world, and half of those have their colour channels swapped.
 
     Returns (16, 3, 64, 64), or (32, 3, 32, 32) crops, in [-1, 1].
     """
@@ -54,7 +55,7 @@ def batch(images, wide, rng, crop):
 
 @torch.no_grad()
 def psnr(model, images):
-    """Peak signal to noise in dB, on 100 of the pictures kept back."""
+    """Peak signal-to-noise ratio in dB on 100 held-out pictures."""
     x = to_tensor(images[-KEPT_BACK:][:100])
     error = (model.decode(model.encode(x).mode()).clamp(-1, 1) - x).square().mean((1, 2, 3)) / 4
     return float((-10 * error.log10()).mean())
@@ -62,7 +63,7 @@ def psnr(model, images):
 
 def main():
     parser = flags("Train the autoencoder.", minutes=18)
-    parser.add_argument("--resume", action="store_true", help="go on after an interruption")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted training")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -100,7 +101,7 @@ def main():
         if done:
             break
 
-    # scale_factor = 1 / standard deviation of the latents, so that the UNet works on numbers of about unit size
+    # scale_factor = 1 / standard deviation of the latents, so that the UNet sees latents of about unit variance
     with torch.no_grad():
         std = model.encode(to_tensor(images[:512])).sample().std()
     config = replace(CONFIG, scale_factor=round(float(1 / std), 5))

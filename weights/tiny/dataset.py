@@ -1,8 +1,9 @@
-"""Draws the training pictures once and keeps them on disk: 48,000 of the world, and 8,000 of a wider one.
+"""Draws the training pictures once and keeps them on disk: 48,000 of the captioned world and 8,000 of a wider world.
 
-The wider world has what the captioned one has not: hats, leaves, and stripes of any colour. The autoencoder and the
-judge see it too, as the real autoencoder (OpenImages) and CLIP saw far more than any one data set: they must be able
-to show, and tell apart, things that the UNet has not met. The UNet sees only the captioned world.
+The wider world adds hats, leaves and stripes of any colour. The autoencoder and the judge are trained on both worlds,
+because the autoencoder must reproduce, and the judge must tell apart, things that the UNet has never seen. In the same
+way the official autoencoder (OpenImages) and CLIP saw far more than any one data set. The UNet is trained on the
+captioned world only.
 
     python weights/tiny/dataset.py
 """
@@ -20,7 +21,7 @@ from ldm.runtime import cli
 
 
 def draw_one(job):
-    """(whether of the wider world, its seed) -> (Picture, (64, 64, 3) uint8)"""
+    """job: (wide, seed), where wide is True for the wider world. Returns (Picture, (64, 64, 3) uint8)."""
     wide, seed = job
     rng = random.Random(f"{'wide' if wide else 'world'} {seed}")
     picture = world.sample(rng, **(widen(rng) if wide else {}))
@@ -37,7 +38,7 @@ def widen(rng):
 
 
 def write(folder, count, wide):
-    """folder/{images.npy, pictures.json}: (count, 64, 64, 3) uint8 and what each Picture is."""
+    """Writes folder/images.npy, (count, 64, 64, 3) uint8, and folder/pictures.json, the Picture of each image."""
     folder.mkdir(parents=True, exist_ok=True)
     with Pool() as pool:
         drawn = pool.map(draw_one, [(wide, i) for i in range(count)], chunksize=200)
@@ -46,7 +47,7 @@ def write(folder, count, wide):
 
 
 def read(folder):
-    """(images, memory-mapped; Pictures). Raises InputError if there are none yet."""
+    """Returns (memory-mapped images, Pictures). Raises InputError if dataset.py has not written them yet."""
     rows = json.loads(need(folder / "pictures.json", "dataset.py").read_text())
     return np.load(folder / "images.npy", mmap_mode="r"), [world.Picture(**row) for row in rows]
 

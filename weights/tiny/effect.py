@@ -1,18 +1,19 @@
-"""Measures what DreamBooth does, and what prior preservation is for (DreamBooth, sections 4.2 and 4.3).
+"""Measures the effect of DreamBooth and of prior preservation (DreamBooth, sections 4.2 and 4.3).
 
-Tunes the embedded model twice on the same four pictures for as many steps, with and without prior preservation, and
-compares both with the base model:
+Tunes the embedded model twice on the same four pictures for the same number of steps, with and without prior
+preservation, and compares both with the base model:
 
-    fidelity    features of "a photo of sks monster", cosine to the mean of 48 drawings of the subject that training
-                has not seen; 100 % is what other drawings of the subject reach
-    new scenes  "a photo of sks monster at night", and two more scenes that the four pictures do not show:
-                is it the scene, and is it still the subject?
-    diversity   "a photo of a monster": mean cosine distance between the features of 64 pictures; 100 % is the base
-    drift       the same 64 pictures: their fidelity to the subject, which should stay the base's
+    fidelity    pictures of "a photo of sks monster": cosine of their features to the mean of 48 drawings of the
+                subject that training has not seen; other drawings of the subject reach 100 %
+    new scenes  pictures of "a photo of sks monster at night", and of two more scenes that the four pictures do not
+                show: the share that shows the scene, and the fidelity to the subject
+    diversity   pictures of "a photo of a monster": mean cosine distance between the features of 64 pictures; the base
+                model has 100 %
+    drift       the fidelity of the same 64 pictures to the subject; it should stay at the base model's value
 
     python weights/tiny/effect.py      # about ten minutes on two cores
 
-What an earlier call has tuned in the same --work-dir is taken only if it is the very same run; train.py sees to that.
+A run that an earlier call left in the same --work-dir is resumed. train.py refuses it if its settings differ.
 """
 
 import json
@@ -37,21 +38,24 @@ NEW_SCENES = [scene for scene in world.SCENES if scene not in {where for where, 
 
 
 def drawings(name, count, seed):
-    """(count, 64, 64, 3) uint8: the subject anywhere, in any size, in any scene."""
+    """Draws the subject at random places, in random sizes and scenes: (count, 64, 64, 3) uint8."""
     rng = random.Random(f"{name} {seed}")
     return np.stack([world.draw(world.subject(name, rng), rng) for _ in range(count)])
 
 
 def tune(output, flags):
-    """Runs train.py, or has it go on where it stopped. Returns the tuned model; ends the program if train.py fails."""
+    """Runs train.py, which resumes where it stopped. Returns the tuned model; ends the program if train.py fails."""
     resume = ["--output-dir", output, "--resume-from-checkpoint", "latest"]
     if status := subprocess.run([sys.executable, ROOT / "train.py", *resume, *flags]).returncode:
-        raise SystemExit(status)  # train.py has said why
+        raise SystemExit(status)  # train.py has printed the reason
     return StableDiffusion.load(output / "model.safetensors")
 
 
 def measure(sd, settings, eye, subject, real):
-    """({measure: number}, subject pictures, pictures in new scenes, class pictures). subject: (64,) mean feature."""
+    """Returns ({measure: number}, pictures of the subject, of the subject in new scenes, of the class).
+
+    subject: (64,) mean feature of the subject's drawings; real: the cosine that other drawings of the subject reach.
+    """
     sampling = dict(steps=settings["sample_steps"], guidance=settings["guidance_scale"])
 
     def fidelity(images):
@@ -75,7 +79,7 @@ def measure(sd, settings, eye, subject, real):
 
 
 def table(results):
-    """Markdown. results: {model: numbers}"""
+    """The results, {model: numbers}, as a Markdown table."""
     base = results["base"]["diversity"]
     lines = [
         "| model | fidelity | scene right | fidelity in new scenes | class diversity | class drift |",
@@ -89,10 +93,12 @@ def table(results):
 
 def main():
     parser = cli.Parser(description="Measure the effect of DreamBooth on the embedded model.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/effect"), help="for the two runs and the sheet")
-    parser.add_argument("--subject", default="baron", choices=world.SUBJECTS, help="one of world.py's")
-    parser.add_argument("--model", type=Path, default=HERE / "base", help="the base model")
-    parser.add_argument("train_flags", nargs="*", help="after --: more flags for train.py")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("runs/effect"), help="folder of the two runs and the sheet"
+    )
+    parser.add_argument("--subject", default="baron", choices=world.SUBJECTS, help="subject of world.py to learn")
+    parser.add_argument("--model", type=Path, default=HERE / "base", help="base model to tune")
+    parser.add_argument("train_flags", nargs="*", help="more flags for train.py, after --")
     args = parser.parse_args()
 
     eye = judge.load()

@@ -1,9 +1,9 @@
-"""A small classifier of the drawn world, which scores generated pictures without any outside network.
+"""Trains the judge, a small classifier of the drawn world that scores generated pictures without an outside network.
 
 It plays the part that CLIP and DINO play in the DreamBooth paper (section 4): its answers say whether a picture
-shows what the prompt asked for, and its features say how alike two things are. It learns from drawings alone, never
+shows what the prompt asks for, and its features say how alike two things are. It learns from drawings only, never
 from generated pictures. Heads: kind, colour, pattern, scene; for monsters also shape, eyes, crown, mouth and the
-second colour. Blur and noise in training make it forgiving of the autoencoder.
+second colour. Training adds blur and noise, so that the autoencoder's errors do not change the answers.
 
     python weights/tiny/judge.py
 """
@@ -40,7 +40,7 @@ BATCH, PEAK_RATE = 96, 2e-3
 
 
 class Judge(nn.Module):
-    """(B, 3, 64, 64) in [-1, 1] -> features of the thing, (B, 64), and logits for each head."""
+    """(B, 3, 64, 64) in [-1, 1] -> features of the thing (B, 64), and {head: logits (B, classes)}."""
 
     def __init__(self):
         super().__init__()
@@ -65,25 +65,28 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def features(self, images):
-        """(B, 64, 64, 3) uint8 -> (B, 64) of unit length, centred on the mean of drawn monsters: who, not where."""
+        """(B, 64, 64, 3) uint8 -> (B, 64) of unit length: describes the thing, not the scene.
+
+        The mean of drawn monsters is subtracted first.
+        """
         return F.normalize(self(to_tensor(images))[0] - self.centre, dim=1)
 
     @torch.no_grad()
     def answers(self, images):
-        """(B, 64, 64, 3) uint8 -> for each picture a dict such as {"kind": "cat", "colour": "red", ...}."""
+        """(B, 64, 64, 3) uint8 -> one dict for each picture, such as {"kind": "cat", "colour": "red", ...}."""
         best = {name: logits.argmax(1).tolist() for name, logits in self(to_tensor(images))[1].items()}
         return [{name: HEADS[name][best[name][i]] for name in HEADS} for i in range(len(images))]
 
 
 def load(folder=Path(__file__).parent):
-    """The judge that lies in a folder; the shipped one, if none is named. Raises InputError if there is none."""
+    """Loads the judge of a folder, by default the shipped one. Raises InputError if the folder has none."""
     judge = Judge()
     judge.load_state_dict(load_file(need(folder / FILE, "judge.py")))
     return judge.eval()
 
 
 def blur(x):
-    """What the autoencoder and the sampler do to a picture, roughly: blur, noise, another contrast."""
+    """Imitates the errors of the autoencoder and the sampler: blur, noise and a change of contrast."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, soft, torch.rand(len(x), 1, 1, 1) * 1.2)
     x = x * (1 + 0.12 * (torch.rand(len(x), 1, 1, 1) - 0.5)) + 0.08 * (torch.rand(len(x), 3, 1, 1) - 0.5)
@@ -91,7 +94,7 @@ def blur(x):
 
 
 def labels(pictures):
-    """(N, heads) class numbers; -1 where a head does not apply (a ball has no eyes, a plain thing no second colour)."""
+    """Class numbers (N, heads); -1 where a head does not apply: a ball has no eyes, a plain thing no second colour."""
     rows = []
     for p in pictures:
         row = {name: choices.index(getattr(p, name)) for name, choices in HEADS.items()}
@@ -105,7 +108,7 @@ def labels(pictures):
 
 @torch.no_grad()
 def accuracy(judge, images, pictures):
-    """{head: share right}, and leaves the judge in training."""
+    """Returns {head: share of right answers}. Leaves the judge in training mode."""
     judge.eval()
     logits, truth = judge(to_tensor(images))[1], labels(pictures)
     judge.train()

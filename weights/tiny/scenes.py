@@ -1,11 +1,11 @@
-"""The seven scenes: sky and ground, and two or three things that make each unmistakable."""
+"""The seven scenes: a sky, a ground, and two or three details that identify each scene."""
 
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-CANVAS = 256  # pictures are drawn four times as wide as they will be
+CANVAS = 256  # pictures are drawn at four times their final size
 WHITE = (252, 252, 252)
 
 # sky from top to horizon and ground from horizon to bottom, each (upper colour, lower colour)
@@ -33,7 +33,7 @@ def dots(pen, rng, n, low, high, radius, colour):
 
 
 def scene(name, rng):
-    """The empty scene: sky and ground, and two or three things that make it unmistakable."""
+    """Draws the scene of this name without a thing in it, as a PIL image."""
     horizon = int(CANVAS * rng.uniform(0.56, 0.66))
     sky, ground = SKIES[name]
     canvas = gradient(*sky, CANVAS)

@@ -1,8 +1,8 @@
-"""Scores a base model: does a picture show the kind, colour, pattern and scene that its prompt names?
+"""Scores a base model: the share of its pictures that show the kind, colour, pattern and scene of their prompt.
 
 python weights/tiny/score.py                                # 216 pictures with the shipped model and settings
-python weights/tiny/score.py --guidance-scale 3 --steps 50  # others
-python weights/tiny/score.py --sheet runs/sheet.jpg         # and 64 of them to look at
+python weights/tiny/score.py --guidance-scale 3 --steps 50  # with other settings
+python weights/tiny/score.py --sheet runs/sheet.jpg         # also writes 64 of the pictures as a sheet
 """
 
 import random
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def questions(count, seed=0):
-    """count dicts of kind, colour, pattern, scene: every value as often as every other, in random company."""
+    """`count` dicts of kind, colour, pattern and scene. All values are equally frequent; combinations are random."""
     rng = random.Random(seed)
     columns = {}
     for name, values in (
@@ -36,7 +36,7 @@ def questions(count, seed=0):
 
 
 def prompt(question):
-    """ "a photo of a red striped cat in the snow"; plain things are not called plain, as people don't."""
+    """The prompt, such as "a photo of a red striped cat in the snow". It does not mention the pattern "plain"."""
     pattern = "" if question["pattern"] == "plain" else question["pattern"] + " "
     return f"a photo of a {question['colour']} {pattern}{question['kind']} {question['scene']}"
 
@@ -50,7 +50,7 @@ def pictures(sd, prompts, seeds, steps, guidance, batch=36):
 
 
 def score(sd, eye, count, steps, guidance, seed=0):
-    """({"kind": share that the judge `eye` finds right, ...}, the pictures, the prompts)"""
+    """Returns ({"kind": share that the judge `eye` finds right, ...}, pictures, prompts)."""
     asked = questions(count, seed)
     prompts = [prompt(question) for question in asked]
     images = pictures(sd, prompts, [seed * count + i for i in range(count)], steps, guidance)
@@ -60,31 +60,33 @@ def score(sd, eye, count, steps, guidance, seed=0):
 
 
 def settings():
-    """train.toml, which has the sampling steps and guidance scale that the shipped model is used with."""
+    """Reads train.toml, which sets the sampling steps and the guidance scale of the shipped model."""
     return tomllib.loads((HERE / "train.toml").read_text(encoding="utf-8"))
 
 
 def main():
     shipped = settings()
     parser = cli.Parser(description="Score a base model with the judge.")
-    parser.add_argument("--model", type=Path, default=HERE / "base", help="a model that knows the drawn world")
-    parser.add_argument("--count", type=cli.positive, default=216, help="pictures to score")
+    parser.add_argument("--model", type=Path, default=HERE / "base", help="base model to score")
+    parser.add_argument("--count", type=cli.positive, default=216, help="number of pictures")
     parser.add_argument("--steps", type=cli.positive, default=shipped["sample_steps"], help="sampling steps")
-    parser.add_argument("--guidance-scale", type=float, default=shipped["guidance_scale"], help="1 is off")
-    parser.add_argument("--seed", type=int, default=1, help="of the prompts and of the pictures")
+    parser.add_argument("--guidance-scale", type=float, default=shipped["guidance_scale"], help="1 turns guidance off")
+    parser.add_argument("--seed", type=int, default=1, help="random seed of the prompts and the pictures")
     parser.add_argument("--sheet", type=Path, help="write 64 of the pictures to this file")
     args = parser.parse_args()
 
     sd, eye = StableDiffusion.load(args.model), judge.load()
     right, images, prompts = score(sd, eye, args.count, args.steps, args.guidance_scale, args.seed)
-    print(f"{args.count} pictures, {args.steps} steps, guidance {args.guidance_scale:g}: share that shows the prompt's")
+    print(
+        f"{args.steps} steps, guidance {args.guidance_scale:g}; share of {args.count} pictures that match the prompt:"
+    )
     print("  ".join(f"{name} {share:.1%}" for name, share in right.items()))
 
     rng = random.Random("fresh")
     drawn = [world.sample(rng) for _ in range(1000)]
     given = eye.answers(np.stack([world.draw(picture, rng) for picture in drawn]))
     itself = {name: np.mean([g[name] == getattr(p, name) for g, p in zip(given, drawn, strict=True)]) for name in right}
-    print("the judge itself, on 1000 drawings:")
+    print("the judge's own accuracy on 1000 drawings:")
     print("  ".join(f"{name} {share:.1%}" for name, share in itself.items()))
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Polygons: arrays of points (n, 2), x to the right and y down."""
+"""Polygons as arrays of points (n, 2). x points right, y points down."""
 
 import numpy as np
 
@@ -26,14 +26,14 @@ def arc(x, y, rx, ry, start, stop, n=14):
 
 
 def band(points, width):
-    """A line of some width as a polygon."""
+    """The polygon that covers a line of this width."""
     step = np.gradient(points, axis=0)
     normal = np.stack([-step[:, 1], step[:, 0]], 1) / np.linalg.norm(step, axis=1, keepdims=True) * width / 2
     return np.concatenate([points + normal, (points - normal)[::-1]])
 
 
 def grow(points, by):
-    """Move every edge of a polygon outwards, for the outline."""
+    """Moves every edge of a polygon outwards by `by`. Outlines are drawn with the result."""
     edge = np.roll(points, -1, 0) - points
     normal = np.stack([edge[:, 1], -edge[:, 0]], 1) / (np.linalg.norm(edge, axis=1, keepdims=True) + 1e-9)
     if (points[:, 0] * np.roll(points[:, 1], -1) - np.roll(points[:, 0], -1) * points[:, 1]).sum() < 0:

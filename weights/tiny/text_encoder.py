@@ -1,8 +1,9 @@
-"""Trains the text encoder as CLIP was: captions and pictures of a batch must find each other.
+"""Trains the text encoder with CLIP's loss: each caption must match its picture among all pictures of the batch.
 
-The real one (Radford et al. 2021) learned from 400 million pairs of the web, with a large image tower; Stable Diffusion
-keeps its text half, frozen. Ours has 2 layers instead of 12, a byte-pair vocabulary learned from our own captions, and
-an image tower of five convolutions, thrown away at the end. As CLIP's, the text's vector is the one at end-of-text.
+CLIP (Radford et al. 2021) was trained on 400 million pairs from the web, with a large image tower. Stable Diffusion
+uses its text encoder and keeps it frozen. Ours has 2 layers instead of 12 and a byte-pair vocabulary learned from our
+own captions. Its image tower has four convolutions and is discarded after training. As in CLIP, the vector at the
+end-of-text token represents the whole text.
 
     python weights/tiny/text_encoder.py
 """
@@ -31,9 +32,9 @@ BATCH, PEAK_RATE = 256, 1.5e-3
 
 
 def learn_merges(words):
-    """Byte-pair encoding (Sennrich et al. 2016): merge the commonest neighbours until every word is one token.
+    """Byte-pair encoding (Sennrich et al. 2016): merges the most frequent neighbours until every word is one token.
 
-    words: Counter of words. Returns merges in the order learned. Words that end in "</w>" are complete.
+    words: Counter of words. Returns the merges in the order in which they are learned. "</w>" marks the end of a word.
     """
     pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     merges = []
@@ -55,16 +56,19 @@ def learn_merges(words):
 
 
 def learn_tokenizer(captions):
-    """CLIP's 512 byte tokens, then our merges, then the two specials: any text can be spelled, our words are tokens."""
+    """A tokenizer of CLIP's 512 byte tokens, our merges and the two special tokens, in this order.
+
+    It encodes any text. Each word of the captions is one token.
+    """
     counts = Counter(word for caption in captions for word in caption.split())
-    merges = learn_merges(Counter({word: n for word, n in counts.items() if n > 100}))  # not the meaningless words
+    merges = learn_merges(Counter({word: n for word, n in counts.items() if n > 100}))  # leaves out the invented words
     clip = Tokenizer.clip().vocab
     tokens = [*sorted(clip, key=clip.get)[:512], *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
     return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, CONTEXT_LENGTH, pad_id=len(tokens) - 1)
 
 
 class ImageTower(nn.Module):
-    """(B, 3, 64, 64) -> (B, VECTOR). Only there to teach the text encoder."""
+    """(B, 3, 64, 64) -> (B, VECTOR). Used only while the text encoder trains."""
 
     def __init__(self):
         super().__init__()
@@ -80,16 +84,16 @@ class ImageTower(nn.Module):
 
 
 class Clip(nn.Module):
-    """Both halves, and what compares them."""
+    """The text encoder and the image tower, with the projection and the temperature that compare them."""
 
     def __init__(self, config):
         super().__init__()
         self.text, self.image = TextEncoder(config), ImageTower()
         self.text_projection = nn.Linear(config.width, VECTOR, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), as CLIP starts
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), CLIP's initial value
 
     def forward(self, ids, images, end):
-        """ids (B, L), images (B, 3, 64, 64), end (B,) places of end-of-text -> similarities (B texts, B images)."""
+        """ids (B, L), images (B, 3, 64, 64), end (B,) index of end-of-text -> similarities (B texts, B images)."""
         text = self.text(ids)[torch.arange(len(ids)), end]
         text, image = F.normalize(self.text_projection(text), dim=1), F.normalize(self.image(images), dim=1)
         return self.logit_scale.exp().clamp(max=100) * text @ image.T
@@ -120,7 +124,7 @@ def main():
         set_rate(optimizer, budget.learning_rate(PEAK_RATE))
         rows = sorted(rng.sample(range(len(images)), BATCH))
         ids = tokenizer([world.caption(pictures[row], rng) for row in rows])
-        end = (ids == tokenizer.eos_id).int().argmax(1)  # the first: padding is end-of-text too
+        end = (ids == tokenizer.eos_id).int().argmax(1)  # the first one: padding is end-of-text too
         x = to_tensor(images[rows]).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids[:, : int(end.max()) + 1], x, end)
@@ -132,7 +136,7 @@ def main():
         done = budget.fraction == 1
         if step % 100 == 0 or done:
             minutes, found = budget.elapsed / 60, (logits.argmax(1) == truth).float().mean()
-            print(f"{step:5d}  {minutes:.1f} min  loss {loss:.3f}  found among {BATCH}: {found:.2f}", flush=True)
+            print(f"{step:5d}  {minutes:.1f} min  loss {loss:.3f}  matched among {BATCH}: {found:.2f}", flush=True)
         if done:
             break
 

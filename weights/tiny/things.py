@@ -1,7 +1,7 @@
-"""The eight kinds of thing, drawn in a square from -1 to 1.
+"""The eight kinds of thing, as polygons in a square from -1 to 1.
 
-Each function takes a world.Picture and gives (behind, body, front): parts behind the body, the body's polygons, which
-carry the pattern, and details on top. A part is (points, colour); "main" is the thing's own colour.
+Each function takes a world.Picture and returns (behind, body, front): parts behind the body, the body's polygons, which
+show the pattern, and details in front of the body. A part is (points, colour); "main" is the thing's own colour.
 """
 
 import numpy as np
@@ -74,7 +74,7 @@ def cat(p):
 
 
 def monster(p):
-    """Body by shape, then arms and legs, crown, eyes and mouth: many monsters, all of them monsters."""
+    """A monster: a body of one of four shapes with arms, legs, crown, eyes and mouth."""
     top, width, eye_y = {
         "round": (-0.62, 0.5, -0.1),
         "tall": (-0.72, 0.36, -0.26),
@@ -94,7 +94,7 @@ def monster(p):
 
 
 def crown(name, top, width):
-    """What grows on a monster's head, behind it."""
+    """The part of a monster's crown that is behind its head: horns, antennae or a tuft."""
     if name == "horns":
         inner, outer = width - 0.26, width + 0.24
         return [
@@ -111,7 +111,7 @@ def crown(name, top, width):
 
 
 def crown_front(name, top):
-    """What a monster wears, in front of its head."""
+    """The part of a monster's crown that is in front of its head: a hat or a leaf."""
     if name == "hat":
         brim, tower = box(-0.6, top - 0.02, 0.6, top + 0.14, 0.06), box(-0.36, top - 0.4, 0.36, top + 0.06, 0.05)
         return [(brim, INK), (tower, INK), (box(-0.36, top - 0.16, 0.36, top, 0.01), (222, 38, 44))]
@@ -122,7 +122,7 @@ def crown_front(name, top):
 
 
 def face(p, y):
-    """A monster's eyes, with their centre at height y, and its mouth."""
+    """A monster's eyes, centred at height y, and its mouth."""
     marks = []
     radius, places = {1: (0.34, [0]), 2: (0.25, [-0.3, 0.3]), 3: (0.2, [-0.4, 0, 0.4])}[p.eyes]
     if p.eyes == 3 and p.shape != "wide":
@@ -146,5 +146,5 @@ def face(p, y):
 
 
 THINGS = dict(ball=ball, star=star, heart=heart, cup=cup, car=car, fish=fish, cat=cat, monster=monster)
-# the lowest point of each, which stands on the ground
+# the lowest point of each thing; it touches the ground
 FLOOR = {"ball": 0.99, "star": 1.0, "heart": 1.0, "cup": 0.96, "car": 1.0, "fish": 0.78, "cat": 0.98, "monster": 1.0}

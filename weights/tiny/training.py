@@ -1,4 +1,4 @@
-"""What the training scripts share: flags, a budget of minutes, the learning rate over it, checkpoints."""
+"""Code that the training scripts share: flags, a time budget with its learning rate, checkpoints."""
 
 import argparse
 import math
@@ -14,32 +14,35 @@ from ldm.runtime.cli import Parser
 
 
 def flags(description, minutes=None):
-    """A parser with the flags that the scripts share. minutes: for those that train, what the shipped weights took."""
+    """A parser with the flags that the scripts share. minutes: default of --minutes; None leaves the flag out."""
     parser = Parser(description=description)
-    about = "folder of the drawings and of all that is trained on them"
+    about = "folder of the drawings and of everything trained on them"
     parser.add_argument("--work-dir", type=Path, default=Path("runs/tiny"), help=about)
     if minutes is not None:
-        parser.add_argument("--minutes", type=duration, default=minutes, help="how long to train")
+        parser.add_argument("--minutes", type=duration, default=minutes, help="training time in minutes")
     return parser
 
 
 def duration(text):
-    """An argparse type: minutes, more than none."""
+    """An argparse type: minutes, more than 0."""
     minutes = float(text)
     if not minutes > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
     return minutes
 
 
 def need(path, script):
-    """The path of what an earlier script has made. Raises InputError if it is not there."""
+    """Returns the path of an earlier script's output. Raises InputError if it does not exist."""
     if not path.exists():
         raise InputError(f"{path} is missing; first run weights/tiny/{script} with the same --work-dir")
     return path
 
 
 class Budget:
-    """Minutes to train for. Machines differ; a schedule over time ends well on each. spent: seconds before a resume."""
+    """A training time in minutes. The learning rate is a function of time, so that it decays fully on any machine.
+
+    spent: seconds of training before a resume.
+    """
 
     def __init__(self, minutes, spent=0.0):
         self.seconds, self.spent, self.started = minutes * 60, spent, time.time()
@@ -53,7 +56,7 @@ class Budget:
         return min(1.0, self.elapsed / self.seconds)
 
     def learning_rate(self, peak, warmup=0.02):
-        """Linear warm-up, then a half cosine down to 2 % of the peak."""
+        """Linear warm-up, then half a cosine down to 2 % of the peak."""
         fraction = self.fraction
         if fraction < warmup:
             return peak * max(fraction / warmup, 0.01)
@@ -66,7 +69,7 @@ def set_rate(optimizer, rate):
 
 
 def save(path, state):
-    """A checkpoint, written whole or not at all."""
+    """Writes a checkpoint. The file at `path` is replaced only when the new one is complete."""
     with files.replacing(path) as partial:
         torch.save(state, partial)
 

@@ -1,11 +1,11 @@
 """Trains the UNet on latents, with the autoencoder and the text encoder frozen, and writes the whole model.
 
-The real SD1 (LDM, section 3) saw 2 billion captioned pictures of LAION at 256 px, then 512, on 256 A100s for about a
-month: AdamW, batch 2048, learning rate 1e-4 after a warm-up, an average of the weights with decay 0.9999, 10 % of the
-captions emptied so that guidance works. Ours sees 48,000 drawings again and again, each time with another caption and
-other noise. Two things differ beside size: it predicts v, as SD2's 768-v, since colour is decided where noise is
-strongest and there eps says almost nothing about the picture; and beta ends at 0.02, since with SD's 0.012 the last
-step still shows the picture's mean colour, which the sampler, starting from pure noise, then gets wrong.
+The official SD1 (LDM, section 3) was trained on 2 billion captioned pictures of LAION, at 256 px and then at 512, on
+256 A100s for about a month: AdamW, batch 2048, learning rate 1e-4 after a warm-up, an average of the weights with decay
+0.9999, and 10 % of the captions empty, so that guidance works. Ours sees the same 48,000 drawings many times, each time
+with a new caption and new noise. Two things differ besides size. First, it predicts v, like SD2's 768-v: colour is
+decided at the noisiest steps, and there eps says almost nothing about the picture. Second, beta ends at 0.02: with SD's
+0.012 the last step still shows the picture's mean colour, and a sampler that starts from pure noise gets it wrong.
 
     python weights/tiny/unet.py [--resume]
 """
@@ -42,9 +42,9 @@ SAVE_EVERY, LOOK_EVERY = 2 * 60, 15 * 60  # seconds
 
 
 def assemble(folder):
-    """The model with its trained autoencoder, text encoder and tokenizer; the UNet is new.
+    """Returns the model with a new UNet and the trained autoencoder, text encoder and tokenizer.
 
-    Raises InputError if one is missing.
+    Raises InputError if one of them is missing.
     """
     vae = json.loads(need(folder / "autoencoder.json", "autoencoder.py").read_text())
     vae = VAEConfig(**vae | {"channels": tuple(vae["channels"])})
@@ -60,7 +60,7 @@ def assemble(folder):
 
 @torch.no_grad()
 def encode_all(sd, images):
-    """Mean and standard deviation of every picture's latents, scaled: (N, 8, 16, 16) float16."""
+    """Mean and standard deviation of every picture's scaled latents: (N, 8, 16, 16) float16."""
     moments = []
     for i in tqdm(range(0, len(images), 100), desc="encoding"):
         with torch.autocast("cpu", torch.bfloat16):
@@ -72,14 +72,14 @@ def encode_all(sd, images):
 
 @torch.no_grad()
 def training_batch(sd, moments, pictures, step):
-    """Noisy latents, steps, contexts and targets: a function of the step number alone."""
+    """Returns noisy latents, steps, contexts and targets. They depend on the step number only."""
     rng, generator = random.Random(f"unet {step}"), torch.Generator().manual_seed(step)
     rows = rng.sample(range(len(pictures)), BATCH)
     mean, std = moments[rows].float().chunk(2, dim=1)
     x0 = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
-    # Logit-normal: most steps where shapes are decided, as in SD3 (Esser et al. 2024, section 3.1); SD1 drew uniformly.
-    # One from each 1/48th of the distribution, which has less variance than independent draws.
+    # Logit-normal, as in SD3 (Esser et al. 2024, section 3.1): most steps lie where shapes are decided. SD1 drew steps
+    # uniformly. One step comes from each 1/48th of the distribution: less variance than independent draws.
     u = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
     t = (torch.sigmoid(1.2 * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)) - 0.6) * SCHEDULE.timesteps).long()
     captions = ["" if rng.random() < EMPTY else world.caption(pictures[row], rng) for row in rows]
@@ -88,7 +88,7 @@ def training_batch(sd, moments, pictures, step):
 
 @torch.no_grad()
 def look(sd, eye, folder, step):
-    """Scores 64 pictures of the model and keeps them as a sheet, and the model as a diffusers folder in float16."""
+    """Scores 64 pictures of the model, saves them as a sheet, and saves the model as a diffusers folder in float16."""
     shipped = score.settings()
     right, images, _ = score.score(sd, eye, 64, shipped["sample_steps"], shipped["guidance_scale"])
     print(f"{step:6d}  {right}", flush=True)
@@ -98,7 +98,7 @@ def look(sd, eye, folder, step):
 
 def main():
     parser = flags("Train the UNet and write the model.", minutes=70)
-    parser.add_argument("--resume", action="store_true", help="go on after an interruption")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted training")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def main():
     if args.resume:
         state = torch.load(need(checkpoint, "unet.py without --resume"))
         if state["base"] != base:
-            raise InputError(f"{checkpoint} is of another autoencoder or text encoder; begin anew, without --resume")
+            raise InputError(f"{checkpoint} is for another autoencoder or text encoder; start again without --resume")
         sd.unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         ema.averages, ema.updates = state["averages"], state["step"]
@@ -124,7 +124,7 @@ def main():
     for step in itertools.count(first):
         set_rate(optimizer, budget.learning_rate(PEAK_RATE))
         x, t, context, target = training_batch(sd, moments, pictures, step)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # quicker than flash on a CPU
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # faster on CPUs than flash attention
             prediction = sd.unet(x.contiguous(memory_format=torch.channels_last), t, context)
         loss = F.mse_loss(prediction.float(), target)
         optimizer.zero_grad()

@@ -1,16 +1,16 @@
-"""The little world: captioned 64 x 64 pictures that a program draws, in place of LAION's five billion.
+"""The drawn world: captioned 64 x 64 pictures that a program draws, in place of LAION's five billion.
 
-A picture shows one thing in one scene. It is described by a `Picture`, drawn by `draw`, put into words by `caption`:
+A picture shows one thing in one scene. A `Picture` describes it, `draw` draws it, and `caption` puts it into words:
 
     rng = random.Random(0)
     picture = sample(rng, kind="cat")      # Picture(kind="cat", colour="red", pattern="striped", scene="at night", ...)
     image = draw(picture, rng)             # (64, 64, 3) uint8
     words = caption(picture, rng)          # "a photo of a red striped cat at night"
 
-Captions leave things out at random, as people do, so that "a photo of a monster" means every monster there is.
-Everything is drawn as polygons on a canvas four times as wide, then averaged down.
+Captions leave attributes out at random, as people do, so that "a photo of a monster" means any monster. Everything is
+drawn as polygons on a canvas four times as wide, which is then averaged down.
 
-    python weights/tiny/world.py sheet.png     # 64 pictures to look at
+    python weights/tiny/world.py sheet.png     # draws a sheet of 64 pictures
 """
 
 import random
@@ -38,19 +38,19 @@ COLOURS = {
 }
 PATTERNS = ("plain", "striped", "spotted")  # the second colour is white, and covers less than half
 SCENES = ("on the grass", "on the beach", "at night", "in the snow", "in the desert", "under water", "in a room")
-SIZES = {"small": (0.235, 0.26), "": (0.28, 0.32), "big": (0.345, 0.38)}  # half the thing's height, in frames
+SIZES = {"small": (0.235, 0.26), "": (0.28, 0.32), "big": (0.345, 0.38)}  # half the thing's height / picture's height
 
-# What no caption mentions: a monster's build varies freely.
+# A monster's build, which varies freely. No caption mentions it.
 SHAPES = ("round", "tall", "wide", "bell")
 EYES = (1, 2, 3)
 CROWNS = ("horns", "antennae", "tuft", "bald")
 MOUTHS = ("smile", "open", "teeth")
 
-# Seen in no pretraining picture: these crowns, and any second colour but white.
+# These crowns, and any second colour except white, are in no picture that the UNet is trained on.
 RARE_CROWNS = ("hat", "leaf")
 RARE_SECONDS = {"yellow": (255, 216, 40), "orange": (248, 130, 24), "green": (70, 190, 80), "black": (44, 40, 56)}
 
-# Two monsters for DreamBooth. Settings are chosen on "pip"; "baron" is shipped and reported.
+# Two monsters for DreamBooth. The settings were chosen on "pip"; the shipped photographs and results are of "baron".
 SUBJECTS = {
     "baron": dict(colour="blue", second="yellow", pattern="striped", shape="round", eyes=1, crown="hat", mouth="teeth"),
     "pip": dict(colour="pink", second="green", pattern="striped", shape="tall", eyes=2, crown="leaf", mouth="smile"),
@@ -64,9 +64,9 @@ class Picture:
     pattern: str
     scene: str
     size: str
-    scale: float  # half the height of the thing, in frames
-    x: float  # centre, in frames
-    bottom: float  # where it stands, in frames
+    scale: float  # half the height of the thing; this and the next two are fractions of the picture's size
+    x: float  # the thing's centre, from the left
+    bottom: float  # where the thing touches the ground, from the top
     flip: bool
     shape: str
     eyes: int
@@ -76,11 +76,11 @@ class Picture:
 
 
 def sample(rng, **fixed):
-    """A random Picture; `fixed` attributes are taken as given."""
+    """A random Picture with the attributes in `fixed`."""
     size = fixed.get("size", rng.choice(tuple(SIZES)))
     scale = rng.uniform(*SIZES[size])
     picture = Picture(
-        kind=rng.choice((*KINDS, "monster")),  # monsters twice as often: they vary most
+        kind=rng.choice((*KINDS, "monster")),  # monsters are twice as frequent, because they vary most
         colour=rng.choice(tuple(COLOURS)),
         pattern=rng.choice(PATTERNS),
         scene=rng.choice(SCENES),
@@ -100,12 +100,12 @@ def sample(rng, **fixed):
 
 
 def subject(name, rng, **fixed):
-    """A random Picture of one of SUBJECTS."""
+    """A random Picture of the subject of this name, with the attributes in `fixed`."""
     return sample(rng, kind="monster", **SUBJECTS[name], **fixed)
 
 
 def caption(picture, rng):
-    """Words for a picture: it leaves out attributes at random, and now and then slips in a word that means nothing."""
+    """A caption of a picture. Leaves attributes out at random, and sometimes adds an invented word."""
     words = []
     if picture.size and rng.random() < 0.5:
         words.append(picture.size)
@@ -115,7 +115,7 @@ def caption(picture, rng):
         words.append(picture.pattern)
     words.append(picture.kind)
     article = "a "
-    if rng.random() < 0.06:  # so that an unknown word, like DreamBooth's "sks", is nothing new
+    if rng.random() < 0.06:  # so that the model has met unknown words like DreamBooth's "sks"
         words.insert(len(words) - 1, "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 4))))
         article = rng.choice(("a ", ""))
     text = rng.choice(("a photo of ",) * 8 + ("a picture of ", "")) + article + " ".join(words)
@@ -123,7 +123,7 @@ def caption(picture, rng):
 
 
 def texture(picture, centre, s, main, second):
-    """The body's surface as a picture of its own: the main colour with stripes or spots."""
+    """A canvas filled with the main colour and the stripes or spots. draw pastes it through the body's mask."""
     sheet = Image.new("RGB", (CANVAS, CANVAS), main)
     pen = ImageDraw.Draw(sheet)
     (cx, cy), upright = centre, picture.kind in ("fish", "car")
@@ -142,7 +142,7 @@ def texture(picture, centre, s, main, second):
 
 
 def draw(picture, rng):
-    """A Picture -> (64, 64, 3) uint8. rng places clouds and stars and jitters colours."""
+    """Draws a Picture as (64, 64, 3) uint8. rng places clouds and stars and varies the colours a little."""
     canvas = scene(picture.scene, rng)
     s = picture.scale * CANVAS
     cx, cy = picture.x * CANVAS, picture.bottom * CANVAS - FLOOR[picture.kind] * s
@@ -176,7 +176,7 @@ def draw(picture, rng):
     for points in body:
         ImageDraw.Draw(mask).polygon([tuple(xy) for xy in points.tolist()], fill=255)
     canvas.paste(texture(picture, (cx, cy), s, colours["main"], colours["second"]), (0, 0), mask)
-    dx, dy = int(-0.09 * s), int(-0.13 * s)  # light from the upper left: the lower right rim is darker
+    dx, dy = int(-0.09 * s), int(-0.13 * s)  # the light comes from the upper left: the lower right rim is darker
     shade(canvas, ImageChops.subtract(mask, ImageChops.offset(mask, dx, dy)), 48)
     for points, colour in front:
         paint(pen, place(points), colour)
@@ -199,7 +199,7 @@ def jitter(colour, rng, by=6):
 
 
 def sheet(images, columns=8, scale=2, gap=2):
-    """Pictures (64, 64, 3) side by side as one PIL image."""
+    """Arranges pictures (64, 64, 3) in rows on one PIL image."""
     tile = SIZE * scale + gap
     out = Image.new("RGB", (columns * tile + gap, -(-len(images) // columns) * tile + gap), (30, 30, 30))
     for i, image in enumerate(images):
@@ -217,7 +217,7 @@ VIEWS = (
 
 
 def write_subject(name, folder):
-    """Four photographs of a subject, in another scene, size and place each. Returns their paths."""
+    """Writes four photographs of a subject, each in another scene, size and place. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i}.png" for i in range(len(VIEWS))]
     for path, (where, size, x) in zip(paths, VIEWS, strict=True):
@@ -227,8 +227,8 @@ def write_subject(name, folder):
 
 
 def main():
-    parser = cli.Parser(description="Draw 64 pictures of the little world.")
-    parser.add_argument("sheet", type=Path, help="the file to write")
+    parser = cli.Parser(description="Draw 64 pictures of the drawn world.")
+    parser.add_argument("sheet", type=Path, help="picture file to write")
     args = parser.parse_args()
     rng = random.Random(0)
     sheet([draw(sample(rng), rng) for _ in range(64)]).save(args.sheet)

@@ -1,0 +1,301 @@
+"""Nothing is lost: whatever happens to the terminal, the inputs, the disk and the neighbours of a run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import (
+    LATEST,
+    PROCESS,
+    SMALL,
+    check_same,
+    checkpoints,
+    command,
+    finish,
+    leftovers,
+    losses,
+    metrics,
+    photograph,
+    refused,
+    run,
+    start,
+    until,
+)
+
+from ldm.training.claim import DEFAULT
+
+STEPS = ("--max-train-steps", 30, "--checkpointing-steps", 100)
+
+
+@pytest.fixture(scope="module")
+def base(saved, tmp_path_factory) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photograph(tmp_path_factory.mktemp("a") / "b"), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory) -> Path:
+    """A run that nothing happens to; not to be written to."""
+    folder = tmp_path_factory.mktemp("run")
+    run(command([*base, *STEPS, "--output-dir", folder / "whole"]), folder)
+    return folder / "whole"
+
+
+def shell(line: str, folder: Path, status: int | None = 0) -> str:
+    """Runs a line of bash, which may use $TRAIN, to its end. Returns what it printed."""
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=os.environ | PROCESS, capture_output=True, text=True)
+    assert status is None or done.returncode == status, done.stderr
+    return done.stdout + done.stderr
+
+
+def quoted(words: list) -> str:
+    return " ".join(f"'{word}'" for word in map(str, words))
+
+
+# The last step
+
+
+def test_the_last_step_is_saved_before_anything_else_and_the_run_can_be_finished(base, whole, tmp_path):
+    """As after a kill between the last step and the model: only the checkpoint is there."""
+    assert checkpoints(whole) == [30]
+    folder = shutil.copytree(whole, tmp_path / "killed")
+    (folder / "model.safetensors").unlink()
+    for name in ("after", "before_after"):
+        (folder / "sheets" / f"{name}.png").unlink()
+    run(command([*base, *STEPS, "--output-dir", folder, *LATEST]), tmp_path)
+    check_same(whole, folder)
+    assert leftovers(folder) == []
+
+
+# Who watches
+
+
+WATCHERS = {
+    "head": "{line} 2>&1 | head -1",
+    "a closed stdout and stderr": "{line} >&- 2>&-",
+    "a closed stderr": "{line} 2>&-",
+    "a full disk under the log": "{line} >/dev/full 2>&1",
+    "ascii": "PYTHONIOENCODING=ascii {line}",
+}
+
+
+@pytest.mark.parametrize(
+    "watcher", [pytest.param(name, marks=[] if name == "head" else pytest.mark.slow) for name in WATCHERS]
+)
+def test_a_run_does_not_depend_on_who_watches(watcher, base, whole, tmp_path):
+    line = command([*base, *STEPS, "--output-dir", tmp_path / "run"])
+    shell(WATCHERS[watcher].format(line=quoted(line)), tmp_path, status=None)
+    check_same(whole, tmp_path / "run")
+    assert leftovers(tmp_path / "run") == []
+    notes = [note for line in metrics(tmp_path / "run") for note in line.get("not_shown", ())]
+    assert bool(notes) == (watcher != "ascii")
+
+
+@pytest.mark.slow
+def test_nobody_watches_two_processes(base, tmp_path):
+    line = command([*base, *STEPS, "--output-dir", tmp_path / "run"], 2)
+    shell(f"{quoted(line)} >/dev/full 2>&1", tmp_path, status=None)
+    assert len(losses(tmp_path / "run")) == 30 and (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_closed_terminal_stops_the_run_with_its_step_saved(base, whole, tmp_path):
+    folder = tmp_path / "run"
+    process = start(command([*base, *STEPS, "--output-dir", folder]), tmp_path)
+    until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes(), process)
+    process.send_signal(signal.SIGHUP)
+    done = finish(process, tmp_path)
+    assert done.status == 0 and "stopped after step" in done.out
+    step = checkpoints(folder)[-1]
+    assert step < 30
+    run(command([*base, *STEPS, "--output-dir", folder, *LATEST]), tmp_path)
+    check_same(whole, folder)
+
+
+@pytest.mark.slow
+def test_nohup_keeps_a_run_going(base, whole, tmp_path):
+    folder = tmp_path / "run"
+    process = start(["nohup", *command([*base, *STEPS, "--output-dir", folder])], tmp_path)
+    until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes(), process)
+    process.send_signal(signal.SIGHUP)
+    assert finish(process, tmp_path).status == 0
+    check_same(whole, folder)
+
+
+@pytest.mark.slow
+def test_a_tracker_that_fails_is_given_up(base, whole, tmp_path):
+    """Its folder is gone and can't be made again."""
+    pytest.importorskip("tensorboard", reason="needs the tracking extra")
+    folder = tmp_path / "run"
+    process = start(command([*base, *STEPS, "--report-to", "tensorboard", "--output-dir", folder]), tmp_path)
+    until(lambda: (folder / "tensorboard").exists(), process)
+    shutil.rmtree(folder / "tensorboard")
+    (folder / "tensorboard").write_text("no folder")
+    assert finish(process, tmp_path).status == 0
+    check_same(whole, folder)
+
+
+# Inputs that change
+
+
+@pytest.mark.slow
+def test_a_base_model_that_is_cut_short_under_way_is_not_missed(base, saved, whole, tmp_path):
+    """On a CPU its file could be mapped into memory; reading what is cut off would end the process without a word."""
+    model, folder = shutil.copy(saved["official"], tmp_path / "base.safetensors"), tmp_path / "run"
+    process = start(command([*base, "--model", model, *STEPS, "--output-dir", folder]), tmp_path)
+    until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes(), process)
+    os.truncate(model, 100)
+    assert finish(process, tmp_path).status == 0
+    check_same(whole, folder)
+
+
+def test_class_pictures_that_changed_between_stop_and_resume_are_named(base, tmp_path):
+    folder = tmp_path / "run"
+    run(command([*base, "--max-train-steps", 2, "--output-dir", folder]), tmp_path)
+    picture = folder / "class" / "class-00002.png"
+    content = picture.read_bytes()
+    shutil.copy(folder / "class" / "class-00001.png", picture)
+    message = refused(*base, "--max-train-steps", 4, "--output-dir", folder, *LATEST)
+    assert message.endswith("belongs to another run: class picture class-00002.png has changed")
+    picture.unlink()  # it is made again, to the same bits
+    run(command([*base, "--max-train-steps", 4, "--output-dir", folder, *LATEST]), tmp_path)
+    assert picture.read_bytes() == content and len(losses(folder)) == 4
+
+
+def test_an_autoencoder_that_makes_nan_is_told_so(random_model, base, tmp_path):
+    sd = random_model()
+    for layer in (sd.vae.encoder.conv_out, sd.vae.quant_conv):
+        layer.weight.data.mul_(1e30)
+    sd.save(tmp_path / "wide.safetensors")
+    flags = ("--model", tmp_path / "wide.safetensors", "--no-with-prior-preservation", "--output-dir", tmp_path / "run")
+    assert "the model's autoencoder makes NaN or infinity of" in refused(*base, *flags)
+
+
+# Two runs at once
+
+
+def test_two_runs_without_a_folder_take_two(base, tmp_path):
+    flags = [*base, "--no-with-prior-preservation", "--max-train-steps", 2]
+    lines = [command(flags) for _ in range(3)]
+    environment = os.environ | PROCESS
+    processes = [subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) for line in lines]
+    assert [process.wait(100) for process in processes] == [0, 0, 0]
+    made = sorted(path.name for path in (tmp_path / DEFAULT.parent).iterdir())
+    assert made == ["dreambooth", "dreambooth-2", "dreambooth-3"]
+    for name in made:
+        assert len(losses(tmp_path / DEFAULT.parent / name)) == 2
+
+
+def test_a_run_that_is_refused_gives_its_number_back(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    refused(*base, "--model", "nowhere.safetensors")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_two_runs_fill_one_class_folder(base, tmp_path):
+    """Every picture is whole, and the same that one run alone makes."""
+    flags = [*base, "--num-class-images", 24, "--sample-steps", 4, "--max-train-steps", 2]
+    run(command([*flags, "--class-data-dir", tmp_path / "alone", "--output-dir", tmp_path / "0"]), tmp_path)
+    lines = [command([*flags, "--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / n]) for n in "12"]
+    processes = [start(line, tmp_path / f"log{i}") for i, line in enumerate(lines)]
+    for i, process in enumerate(processes):
+        done = finish(process, tmp_path / f"log{i}")
+        assert done.status == 0, done.err
+    alone, shared = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("alone", "class"))
+    assert shared == alone
+    assert losses(tmp_path / "1") == losses(tmp_path / "2") == losses(tmp_path / "0")
+
+
+@pytest.mark.slow
+def test_a_class_folder_that_another_run_fills_otherwise_is_refused(base, tmp_path):
+    flags = [*base, "--class-data-dir", tmp_path / "class", "--max-train-steps", 1]
+    run(command([*flags, "--output-dir", tmp_path / "1"]), tmp_path)
+    manifest = json.loads((tmp_path / "class" / "manifest.json").read_text())
+    assert "was generated with seed 0" in refused(*flags, "--seed", 1, "--output-dir", tmp_path / "2")
+    assert json.loads((tmp_path / "class" / "manifest.json").read_text()) == manifest
+
+
+# Signals
+
+
+PHASES = {
+    "the import": lambda folder: True,
+    "the sheet": lambda folder: "sheet before" in (folder / "err.txt").read_text(),
+    "class pictures": lambda folder: "class pictures" in (folder / "err.txt").read_text(),
+    "training": lambda folder: "training:" in (folder / "err.txt").read_text(),
+    "the last sheet": lambda folder: "sheet after" in (folder / "err.txt").read_text(),
+}
+LONG = {
+    "the import": (),
+    "the sheet": ("--sample-steps", 400, "--num-validation-images", 40),
+    "class pictures": ("--sample-steps", 400, "--num-class-images", 40),
+    "training": (),
+    "the last sheet": ("--sample-steps", 200, "--num-validation-images", 8, "--max-train-steps", 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_ends_every_phase_within_two_seconds(phase, name, base, tmp_path):
+    """Cleanly: no traceback, nothing half-written. Five of them are one."""
+    flags = [*base, "--max-train-steps", 10**6, *LONG[phase], "--output-dir", tmp_path / "run"]
+    process = start(command(flags), tmp_path)
+    if phase == "the import":
+        time.sleep(0.7)
+    until(lambda: PHASES[phase](tmp_path), process)
+    began = time.monotonic()
+    for _ in range(5 if name != "SIGINT" else 1):
+        process.send_signal(getattr(signal, name))
+    done = finish(process, tmp_path)
+    assert time.monotonic() - began < 2.0
+    assert "Traceback" not in done.err
+    if phase != "the import":
+        assert done.status == 0 and "stopped" in done.out, done.err
+        assert leftovers(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGHUP"))])
+def test_a_signal_ends_sample_py_with_every_picture_whole(name, saved, tmp_path):
+    flags = ["--model", saved["official"], "--prompt", "a dog", "--num-images", 1000, "--batch-size", 2, "--steps", 4]
+    process = start(command([*flags, "--output-dir", tmp_path / "out"], script="sample.py"), tmp_path)
+    until(lambda: (tmp_path / "out").is_dir() and len(list((tmp_path / "out").glob("*.png"))) > 4, process)
+    began = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    done = finish(process, tmp_path)
+    assert time.monotonic() - began < 2.0 and done.status == 130 and "Traceback" not in done.err
+    assert "stopped; the pictures that were complete are in" in done.out
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert not [name for name in names if name.startswith(".")]
+    assert all((tmp_path / "out" / name).stat().st_size > 100 for name in names)
+
+
+# Where it is started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK is not set: start with torchrun, or unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two', and should be a number"),
+    ],
+)
+def test_half_of_torchruns_environment_is_told(environment, words, base, tmp_path):
+    done = run(command([*base, "--output-dir", tmp_path / "run"]), tmp_path, status=2, **environment)
+    assert words in done.complaint and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_link_to_train_py_trains(base, root, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "train").symlink_to(root / "train.py")
+    line = [sys.executable, str(tmp_path / "bin" / "train"), "--num-class-images", "0"]
+    done = run(line, tmp_path, status=2)
+    assert "--num-class-images" in done.err and "Traceback" not in done.err  # it found its own settings by then
