@@ -147,7 +147,7 @@ def prepare(
     """Encodes pictures and prompts once where possible, and stores what does not train in the compute type."""
     settings, sd = run.settings, state.trainable.sd
     kinds = [("instance", settings.instance_prompt, photographs)]
-    with run.together():
+    with run.world.agreed():
         if class_pictures is not None:
             kinds.append(("class", settings.class_prompt, class_pictures.read(run)))
         rows = [training.make_rows(run, sd, *kind) for kind in kinds]

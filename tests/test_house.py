@@ -17,7 +17,7 @@ FLOORS = """errors rng config tokenizer clip vae unet schedule samplers guidance
 runtime formats model dreambooth training __main__""".split()
 
 WINGS = {
-    "runtime": "streams cli files memory threads signals processes",
+    "runtime": "streams cli files memory threads signals progress processes",
     "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
     "training": "precision ema optimizer tracking settings options state checkpoint continuity claim log saver run "
     "latents batches class_pictures validation",

@@ -6,6 +6,7 @@ streams     printing to people who may have left
 memory      running out of memory, answered in one line
 threads     all cores, and the same bits
 signals     stopping well when asked
+progress    a progress bar over work that a signal ends
 processes   several processes as one world
 """
 
@@ -13,6 +14,7 @@ from ldm.runtime import cli, processes
 from ldm.runtime.files import check_writable, locked, replacing, written
 from ldm.runtime.memory import out_of_memory_named
 from ldm.runtime.processes import World
+from ldm.runtime.progress import progress_bar
 from ldm.runtime.signals import Stop, Stopped
 from ldm.runtime.streams import dropped as dropped_output
 from ldm.runtime.threads import at_once, side_by_side
@@ -28,6 +30,7 @@ __all__ = [
     "locked",
     "out_of_memory_named",
     "processes",
+    "progress_bar",
     "replacing",
     "side_by_side",
     "written",

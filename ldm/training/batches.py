@@ -19,7 +19,7 @@ from ldm.dreambooth import Batch
 from ldm.errors import InputError
 from ldm.images import Picture, load_picture
 from ldm.model import StableDiffusion
-from ldm.runtime import World
+from ldm.runtime import World, progress_bar
 from ldm.training.latents import Encode, Latents, encode, encode_pictures
 from ldm.training.run import Run
 from ldm.training.settings import Settings
@@ -112,8 +112,9 @@ def make_rows(run: Run, sd: StableDiffusion, kind: str, prompt: str, pictures: S
     if settings.random_crop:
         draws = CropDraws(*common, tuple(pictures), settings.resolution, settings.random_flip)
         return Rows(prompt, draws, device, encode=partial(encode, sd))
-    description = f"encoding {kind} pictures" if run.world.main else None
-    latents = encode_pictures(sd, pictures, settings.resolution, settings.random_flip, description)
+    title = f"encoding {kind} pictures"
+    with progress_bar(run.stop, title, len(pictures), "picture", show=run.world.main) as progress:
+        latents = encode_pictures(sd, pictures, settings.resolution, settings.random_flip, progress)
     return Rows(prompt, LatentDraws(*common, views=latents.mean.shape[1]), device, latents)
 
 

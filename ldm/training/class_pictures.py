@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import at_once, check_writable, locked, side_by_side, written
+from ldm.runtime import at_once, check_writable, locked, progress_bar, side_by_side, written
 from ldm.training import continuity
 from ldm.training.run import Run
 
@@ -109,16 +107,11 @@ class ClassPictures:
         rounds = [batches[i : i + share * world.size] for i in range(0, len(batches), share * world.size)]
         evaluations = samplers.find(self.recipe["sampler"]).evaluations(self.recipe["steps"])
         total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
-        with tqdm(total=total, desc="class pictures", unit="step", disable=not world.main) as bar:
-
-            def progress() -> None:
-                bar.update()
-                run.stop.check()
-
+        with progress_bar(run.stop, "class pictures", total, show=world.main) as progress:
             for round in rounds:
                 mine = round[world.rank :: world.size]
                 with (
-                    run.together(),
+                    world.agreed(),
                     written(self.folder),
                     run.enough_memory("sampling", "while it made class pictures"),
                 ):

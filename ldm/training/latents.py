@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.errors import InputError
 from ldm.images import Picture, load_picture
@@ -40,11 +39,11 @@ def _encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_pictures(
-    sd: StableDiffusion, pictures: Sequence[Picture], resolution: int, flip: bool, description: str | None
+    sd: StableDiffusion, pictures: Sequence[Picture], resolution: int, flip: bool, progress: Callable[[], object]
 ) -> Latents:
     """The latents of pictures, each encoded once, and once more mirrored if `flip`.
 
-    description: of the progress bar; None for no bar. Raises InputError for a picture that can't be read, and for an
+    progress: called after each picture, in any thread. Raises InputError for a picture that can't be read, and for an
     autoencoder that makes NaN or infinity of one.
     """
 
@@ -56,9 +55,8 @@ def encode_pictures(
             raise InputError(
                 f"the model's autoencoder makes NaN or infinity of {picture.path}; its weights are damaged"
             )
-        bar.update()
+        progress()
         return mean, std  # (views, 4, h, w) each
 
-    with tqdm(total=len(pictures), desc=description, unit="picture", disable=description is None) as bar:
-        parts = side_by_side(work, pictures, sd.device)
+    parts = side_by_side(work, pictures, sd.device)
     return Latents(*(torch.stack(part) for part in zip(*parts, strict=True)))

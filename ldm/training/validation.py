@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from ldm import images, samplers
 from ldm.model import StableDiffusion
-from ldm.runtime import replacing, written
+from ldm.runtime import progress_bar, replacing, written
 from ldm.training.run import Run
 
 
@@ -52,7 +51,7 @@ def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
     batches = [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]
     total = len(batches) * samplers.find(settings.sampler).evaluations(settings.sample_steps)
     pictures = []
-    with tqdm(total=total, desc=f"sheet {when}", unit="step") as bar:
+    with progress_bar(run.stop, f"sheet {when}", total) as progress:
         for batch in batches:
             pictures += sd.generate(
                 [prompt for prompt, _ in batch],
@@ -62,7 +61,7 @@ def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
                 seeds=[seed for _, seed in batch],
                 height=settings.resolution,
                 width=settings.resolution,
-                progress=bar.update,
+                progress=progress,
             )
     n = len(seeds)
     return [(f"{prompt} ({when})", pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]

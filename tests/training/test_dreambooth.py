@@ -118,7 +118,7 @@ def test_random_numbers_are_the_same_on_every_machine_and_in_every_version():
 
 def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs):
     sd, paths = random_model(), sorted(photographs.iterdir())
-    made = encode_pictures(sd, [read_picture(path) for path in paths], 32, flip=False, description=None)
+    made = encode_pictures(sd, [read_picture(path) for path in paths], 32, flip=False, progress=lambda: None)
     assert made.mean.shape == made.std.shape == (3, 1, 4, 8, 8) and not made.mean.requires_grad
     with torch.no_grad():
         posterior = sd.vae.encode(load_picture(paths[1], 32)[None])
