@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import math
 import re
-import tomllib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +27,21 @@ from tqdm import tqdm
 from ldm import images, samplers
 from ldm.errors import InputError, RunError
 from ldm.model import StableDiffusion
-from ldm.runtime import Stop, Stopped, World, check_writable, cli, out_of_memory_named, processes, replacing, written
+from ldm.runtime import (
+    Stop,
+    Stopped,
+    World,
+    check_path,
+    check_writable,
+    cli,
+    list_folder,
+    out_of_memory_named,
+    processes,
+    read_text,
+    read_toml,
+    replacing,
+    written,
+)
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 
@@ -106,7 +119,7 @@ def fill_in(args: Namespace, sd: StableDiffusion) -> list[str]:
     """
     values = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "resolution": sd.config.resolution}
     if args.model is None:  # the embedded model is best at other values
-        tiny = tomllib.loads((TINY / "train.toml").read_text(encoding="utf-8"))
+        tiny = read_toml(TINY / "train.toml")
         values |= {"steps": tiny["sample_steps"], "guidance_scale": tiny["guidance_scale"]}
     run, from_run = sd.source.sampling(), []
     words = {"sampler": "{}", "steps": "{} steps", "guidance_scale": "guidance {}", "resolution": "{} px"}
@@ -188,7 +201,7 @@ def write_grid(prompts: list[str], jobs: list[Job], fingerprint: str) -> None:
     """One sheet: a row for each prompt, a column for each seed."""
     n = len(jobs) // len(prompts)
     pictures = [
-        Image.open(job.path).convert("RGB") for job in jobs
+        images.open_picture(job.path).convert("RGB") for job in jobs
     ]  # converted at once, so that one file is open at a time
     rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
     folder = jobs[0].path.parent
@@ -248,6 +261,7 @@ def check_flags(args: Namespace) -> None:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
+    check_path(args.output_dir, "--output-dir")
     check_writable(Path(args.output_dir), "--output-dir")
 
 
@@ -256,9 +270,9 @@ def read_prompts(args: Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts-file {args.prompts_file} can't be read: {error}") from None
+            lines = read_text(args.prompts_file).split("\n")
+        except InputError as error:
+            raise InputError(f"--prompts-file {error}") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError('nothing to show: give --prompt "a photo of a cat", or --prompts-file')
@@ -267,7 +281,7 @@ def read_prompts(args: Namespace) -> list[str]:
 
 def first_free_index(folder: Path, prefix: str = "") -> int:
     """One more than the highest number that follows the prefix in the name of a picture in the folder."""
-    found = (re.match(rf"{prefix}(\d+)\b", path.name) for path in folder.glob("*.png"))
+    found = (re.match(rf"{prefix}(\d{{1,9}})\b.*\.png$", path.name) for path in list_folder(folder))
     return max((int(match[1]) for match in found if match), default=-1) + 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm import formats
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import check_writable, cli, written
+from ldm.runtime import check_writable, cli, read_text, written
 
 OFFICIAL_SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
 
@@ -92,8 +92,8 @@ def verify(args: Namespace) -> None:
     path = Path(args.path)
     if not os.path.isfile(path):
         raise InputError(f"{path} is no file; verify takes the official single files")
+    lines = read_text(OFFICIAL_SUMS).splitlines()
     try:
-        lines = OFFICIAL_SUMS.read_text(encoding="utf-8").splitlines()
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -4,11 +4,15 @@ Sources of the presets: CompVis/stable-diffusion configs/stable-diffusion/v1-inf
 Stability-AI/stablediffusion configs/stable-diffusion/v2-inference{,-v}.yaml.
 """
 
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-MAX_LAYERS, MAX_LEVELS, MAX_SIZE = 64, 16, 2**20  # more than any Stable Diffusion has
+# More than any Stable Diffusion has.
+MAX_LAYERS, MAX_LEVELS, MAX_SIZE = 64, 16, 2**20
+MAX_CONTEXT = 1024  # tokens; attention to the text needs memory for their square
+MAX_SCALE = 1e4  # of latents, and its inverse the least
 
 
 class Checked:
@@ -18,17 +22,26 @@ class Checked:
         for f in fields(self):
             value = getattr(self, f.name)
             if not _fits(value, f.type) or (f.name in ("blocks", "layers") and value > MAX_LAYERS):
-                raise ValueError(f"{type(self).__name__}.{f.name} can't be {value!r}")
+                raise self.impossible(f.name)
+
+    def impossible(self, name: str) -> ValueError:
+        """The error for a field that has no possible value."""
+        return ValueError(f"{type(self).__name__}.{name} can't be {getattr(self, name)!r}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value has the declared type. Whole numbers are 0 to MAX_SIZE, tuples have 1 to MAX_LEVELS items."""
+    """Whether a value has the declared type.
+
+    Whole numbers are 0 to MAX_SIZE, others finite; tuples have 1 to MAX_LEVELS items.
+    """
     if get_origin(kind) is tuple:
         short = isinstance(value, tuple) and 0 < len(value) <= MAX_LEVELS
         return short and all(_fits(item, get_args(kind)[0]) for item in value)
     if isinstance(kind, UnionType):
         return any(_fits(value, one) for one in get_args(kind))
-    return type(value) in ((int, float) if kind is float else (kind,)) and (kind is not int or 0 <= value <= MAX_SIZE)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # False for NaN
+    return type(value) is kind and (kind is not int or 0 <= value <= MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,11 @@ class VAEConfig(Checked):
     norm_groups: int = 32
     scale_factor: float = 0.18215  # 1 / standard deviation of the latents, measured once by CompVis
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 / MAX_SCALE <= self.scale_factor <= MAX_SCALE:
+            raise self.impossible("scale_factor")
+
     @property
     def factor(self) -> int:
         """Pixels along one side of one latent position: 8 in SD."""
@@ -84,6 +102,11 @@ class TextConfig(Checked):
     heads: int = 12
     activation: str = "quick_gelu"  # in OpenAI's CLIP; OpenCLIP uses the exact "gelu"
     pad_id: int = 49407  # SD1 pads with end-of-text, SD2 with 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.context_length > MAX_CONTEXT:
+            raise self.impossible("context_length")
 
     @property
     def openclip(self) -> bool:

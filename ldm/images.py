@@ -1,6 +1,7 @@
 """Photographs -> square tensors in [-1, 1]; tensors -> pictures; pictures -> contact sheets."""
 
 import io
+import os
 import warnings
 from collections.abc import Container
 from pathlib import Path
@@ -11,9 +12,24 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from ldm.errors import InputError, RunError
+from ldm.errors import InputError, RunError, one_line
+from ldm.runtime import check_file, list_folder
 
 Row = tuple[str, list[Image.Image]]
+
+
+# The formats that Pillow decodes itself, if it was built with them. Of the others, EPS starts Ghostscript, and MPEG,
+# HDF5, GRIB and WMF need a program or a plugin.
+FORMATS = """AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP""".split()
+
+MAX_PIXELS = 1 << 27  # of a picture to read, and of a sheet to write: 134 million, 400 MB as RGB
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
+MAX_BYTES = 1 << 28  # of a picture's file
+BAND = 256  # rows converted at once
+
+MIN_CELL = 128  # pixels along a cell of a contact sheet
+MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
+MAX_LABEL = 200  # letters
 
 
 class Picture(NamedTuple):
@@ -25,14 +41,13 @@ class Picture(NamedTuple):
 
 def read_picture(path: Path) -> Picture:
     """Raises InputError, which names the file, if it can't be read."""
+    check_file(path)
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is too large for a picture: it should have at most {MAX_BYTES} bytes")
         return Picture(path, path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}); repair it or take it away") from None
-
-
-MIN_CELL = 128  # pixels along a cell of a contact sheet
-MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
@@ -40,7 +55,7 @@ def find_pictures(folder: str | Path) -> list[Path]:
 
     Raises InputError if there is no such folder, or no picture in it.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder; give the folder of the photographs")
     if pictures := list_pictures(folder):
         return pictures
@@ -52,16 +67,16 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
 
     ours: names of files to skip without a warning.
     """
-    formats = Image.registered_extensions()  # loads Pillow's plugins; some, such as PDF's, can only write
-    known = {extension for extension, format in formats.items() if format in Image.OPEN}
+    formats = Image.registered_extensions()  # loads Pillow's plugins
+    known = {extension for extension, format in formats.items() if format in FORMATS and format in Image.OPEN}
     pictures = []
-    for path in sorted(Path(folder).iterdir()):
+    for path in list_folder(folder):
         if path.name in ours:
             continue
-        if path.is_file() and path.suffix.lower() in known and not path.name.startswith("."):
+        if os.path.isfile(path) and path.suffix.lower() in known and not path.name.startswith("."):
             pictures.append(path)
         else:
-            warnings.warn(f"skipped {path}: not a picture file that can be read", stacklevel=2)
+            warnings.warn(one_line(f"skipped {path}: not a picture file that can be read"), stacklevel=2)
     return pictures
 
 
@@ -86,15 +101,29 @@ def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float
     centre: where it is cut, from (0, 0), left and top, to (1, 1). Raises InputError, which names the file, if it can't
     be read.
     """
-    file = path
+    file: Path | io.BytesIO = path
     if isinstance(path, Picture):
         path, file = path.path, io.BytesIO(path.content)
+    else:
+        check_file(path)
     try:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image)
-            return ImageOps.fit(to_rgb(upright), (width, height), Image.Resampling.LANCZOS, centering=centre)
+        with open_picture(file) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
     except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture whose pixels are not read yet. Raises ValueError if there are too many, and whatever Pillow raises.
+
+    A small file can hold very many pixels. Pillow knows their number from the file's first bytes.
+    """
+    image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -104,6 +133,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers; save it with 8 or 16 bits")
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):  # in bands, so that a large picture is not in memory four times
+        band = image.crop((0, top, image.width, min(top + BAND, image.height)))
+        rgb.paste(_band_to_rgb(band), (0, top))
+    return rgb
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257.0).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -136,7 +173,7 @@ def grid(rows: list[Row]) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     for r, (text, pictures) in enumerate(rows):
         top = r * (height + label + MARGIN)
-        draw.text((MARGIN + 2, top + MARGIN), text, fill=INK, font=font)
+        draw.text((MARGIN + 2, top + MARGIN), one_line(text, MAX_LABEL), fill=INK, font=font)
         for c, picture in enumerate(pictures):
             cell = picture.resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(cell, (MARGIN + c * (width + MARGIN), top + label))

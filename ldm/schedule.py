@@ -26,8 +26,8 @@ class Schedule:
     2**-24 instead, as in diffusers' Euler and DPM-Solver++. In float32, x0 = (x - sqrt(1 - abar) eps) / sqrt(abar)
     loses about 2**-24 / sqrt(abar) to rounding, and the floor shifts it by sqrt(abar): both are 2**-12 here.
 
-    Raises InputError for an unknown spacing, and for zero terminal SNR with a model that predicts eps or with leading
-    steps.
+    Raises InputError for betas that make NaN, for an unknown spacing, and for zero terminal SNR with a model that
+    predicts eps or with leading steps.
     """
 
     def __init__(self, config: ScheduleConfig):
@@ -48,6 +48,11 @@ class Schedule:
                 raise InputError("zero terminal SNR needs trailing steps: leading steps never begin at the last one")
             self.betas = _zero_terminal_snr(self.betas)
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0).clamp(min=FLOOR)
+        if self.alphas_cumprod[0] > 1.0 - FLOOR or not (self.alphas_cumprod.diff() < 0.0).all():
+            raise InputError(
+                f"{config.timesteps} betas from {config.beta_start} to {config.beta_end} make NaN: alphas_cumprod, the "
+                f"share of the picture in x_t, has to fall at every step, from at most 1 - 2**-24 to at least 2**-24"
+            )
         self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @property

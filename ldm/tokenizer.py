@@ -7,6 +7,7 @@ end, the 48,894 merges of vocab/clip_merges.txt.gz, start-of-text and end-of-tex
 
 import gzip
 import json
+import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,9 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from ldm.errors import InputError
+from ldm.config import MAX_CONTEXT
+from ldm.errors import InputError, one_line
+from ldm.runtime import parse_json, read_json, read_text
 
 Vocab = dict[str, int]  # token -> id
 Merges = list[tuple[str, str]]  # first learned first
@@ -27,7 +30,10 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Contractions, runs of letters, single digits, runs of anything else (openai/CLIP, clip/simple_tokenizer.py).
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # that a damaged tokenizer can raise
+MAX_PROMPT = 10_000  # letters; a model reads about 300
+MAX_TOKENS = 1 << 20
+
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # that a damaged tokenizer can raise
 
 
 class Tokenizer:
@@ -39,6 +45,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocab: Vocab, merges: Merges, context_length: int, pad_id: int):
+        _check_types(vocab, context_length)
         if not {BOS, EOS} <= vocab.keys() or pad_id not in vocab.values():
             raise InputError(
                 f"the tokenizer's vocabulary lacks {BOS}, {EOS} or id {pad_id} to pad with: not CLIP's kind"
@@ -68,8 +75,10 @@ class Tokenizer:
             raise TypeError("a tokenizer takes a list of prompts, not one string")
         rows, room = [], self.context_length - 2
         for prompt in prompts:
+            check_prompt(prompt)
             if dropped := self.dropped(prompt):
-                warnings.warn(f"prompt too long for {self.context_length} tokens, dropped: {dropped}", stacklevel=2)
+                said = f"prompt too long for {self.context_length} tokens, dropped: {dropped}"
+                warnings.warn(one_line(said), stacklevel=2)
             ids = self._encode(prompt).ids[:room]
             rows.append([self.bos_id, *ids, self.eos_id] + [self.pad_id] * (room - len(ids)))
         return torch.tensor(rows, dtype=torch.long).view(-1, self.context_length)
@@ -95,16 +104,16 @@ class Tokenizer:
         """
         folder = Path(folder)
         try:
-            if (folder / "vocab.json").exists():
-                vocab = _read_json(folder / "vocab.json")
-                merges = _parse_merges((folder / "merges.txt").read_text(encoding="utf-8"))
+            if os.path.lexists(folder / "vocab.json"):
+                vocab = read_json(folder / "vocab.json")
+                merges = _parse_merges(read_text(folder / "merges.txt"))
             else:
-                model = _read_json(folder / "tokenizer.json")["model"]
+                model = read_json(folder / "tokenizer.json")["model"]
                 vocab, merges = model["vocab"], [_pair(merge) for merge in model["merges"]]
             pad, length = _padding_and_length(folder)
             return cls(vocab, merges, context_length or length, vocab[pad] if pad_id is None else pad_id)
         except DAMAGED as error:
-            raise InputError(f"{folder}: no readable tokenizer (vocab.json, merges.txt): {error!r}") from error
+            raise InputError(f"{folder}: no readable tokenizer (vocab.json, merges.txt): {error}") from error
 
     def save(self, folder: str | Path) -> None:
         """Writes a tokenizer/ folder for transformers 4 and 5; CLIP's vocab.json and merges.txt as in the releases."""
@@ -133,12 +142,32 @@ class Tokenizer:
     def from_metadata(cls, text: str) -> "Tokenizer":
         """The inverse of `to_metadata`. Raises InputError if the text is damaged."""
         try:
-            tree = json.loads(text)
+            tree = parse_json(text, "it")
             known = tree["vocab"] == "clip"
             vocab, merges = clip_vocabulary() if known else (tree["vocab"], [_pair(merge) for merge in tree["merges"]])
             return cls(vocab, merges, tree["context_length"], tree["pad_id"])
         except DAMAGED as error:
-            raise InputError(f"the tokenizer in the file's metadata is damaged: {error!r}") from error
+            raise InputError(f"the tokenizer in the file's metadata is damaged: {error}") from error
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises InputError for a prompt that is too long to be tokenized in a moment, or that is no Unicode text."""
+    if len(prompt) > MAX_PROMPT:
+        raise InputError(f"a prompt has {len(prompt)} letters, and should have at most {MAX_PROMPT}: {prompt}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"a prompt is no text that can be written as UTF-8: {prompt}") from None
+
+
+def _check_types(vocab: Vocab, context_length: int) -> None:
+    """Raises InputError for what a damaged file can hold in place of a vocabulary and a length."""
+    if not isinstance(vocab, dict) or not all(type(id) is int and 0 <= id < MAX_TOKENS for id in vocab.values()):
+        raise InputError(f"the tokenizer's vocabulary does not give each token a number below {MAX_TOKENS}")
+    if len(set(vocab.values())) < len(vocab):
+        raise InputError("the tokenizer's vocabulary gives two tokens the same number")
+    if type(context_length) is not int or not 3 <= context_length <= MAX_CONTEXT:
+        raise InputError(f"the tokenizer's length {context_length!r} is not from 3 to {MAX_CONTEXT} tokens")
 
 
 @cache
@@ -166,17 +195,13 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 def _padding_and_length(folder: Path) -> tuple[str, int]:
     """Padding token and context length of a tokenizer/ folder, with transformers' precedence."""
     config, special = (
-        _read_json(folder / name) if (folder / name).exists() else {}
+        read_json(folder / name) if os.path.lexists(folder / name) else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json")
     )
     if "added_tokens_decoder" not in config:  # older folders: the map overrides, as for SD2's "!"
         config |= special
     pad, length = config.get("pad_token", EOS), config.get("model_max_length", 77)
     return pad["content"] if isinstance(pad, dict) else pad, length if length < 10**6 else 77  # 1e30 means "not set"
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, tree: Any) -> None:

@@ -19,6 +19,7 @@ Tensors are views of the mapped file: reading makes no copy, and writing to a te
 
 import math
 import mmap
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,10 @@ def read_pickle(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            raise InputError("is a folder, not a checkpoint" if path.is_dir() else "no such file")
+        if os.path.isdir(path):
+            raise InputError("is a folder, not a checkpoint")
+        if not os.path.isfile(path):
+            raise InputError("is a pipe, socket or device" if os.path.exists(path) else "no such file")
         with open(path, "rb") as file:
             head = file.read(512)
             if not head.startswith(b"PK\x03\x04"):

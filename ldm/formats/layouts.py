@@ -10,6 +10,7 @@ from ldm.formats.folder_config import DIFFUSERS_PREDICTIONS
 from ldm.formats.single import read_single, write_single
 from ldm.formats.source import PREDICTIONS, Source, predicting
 from ldm.formats.tensors import PICKLE_SUFFIXES
+from ldm.runtime import check_file
 
 WRITERS = {"official": write_single, "diffusers": write_folder}
 LAYOUTS = tuple(WRITERS)
@@ -30,8 +31,9 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
     if prediction not in (None, *PREDICTIONS):
         raise InputError(f"prediction {prediction!r} is neither eps nor v")
     _check_readable(path)
-    if path.is_dir() and not (path / "model_index.json").exists() and (path / CHECKPOINT_MODEL).exists():
+    if path.is_dir() and not os.path.exists(path / "model_index.json") and os.path.exists(path / CHECKPOINT_MODEL):
         path = path / CHECKPOINT_MODEL
+        check_file(path)
     if path.is_dir():
         if ema:
             raise InputError(f"{path} is a diffusers folder, which has no EMA weights; load it without ema")
@@ -56,7 +58,9 @@ def _check_readable(path: Path) -> None:
                 "program, so fetch the model first (weights/README.md says what and where) and give its path"
             )
         raise InputError(f"{path}: no such model; give a .safetensors or .ckpt file, or a diffusers folder")
-    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+    if not path.is_dir():
+        check_file(path)
+    elif not os.access(path, os.R_OK | os.X_OK):
         raise InputError(f"{path} is not for this user to read; chmod gives the permission")
 
 

@@ -11,7 +11,7 @@ from ldm.formats.checks import abbreviate
 from ldm.formats.folder_config import DIFFUSERS_PREDICTIONS
 from ldm.formats.source import CONFIG_KEY, PRESETS, TOKENIZER_KEY, Source, own_metadata, predicting
 from ldm.formats.tensors import Tensors, open_tensors, save_tensors
-from ldm.runtime import replacing
+from ldm.runtime import parse_json, replacing
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 
@@ -59,10 +59,10 @@ def _identify(
     """Configuration, tokenizer, and what told the prediction: from our own metadata, or the text encoder's names."""
     if CONFIG_KEY in metadata:
         try:
-            config = ModelConfig.from_dict(json.loads(metadata[CONFIG_KEY]))
+            config = ModelConfig.from_dict(parse_json(metadata[CONFIG_KEY], CONFIG_KEY))
             return config, Tokenizer.from_metadata(metadata[TOKENIZER_KEY]), "the file's metadata"
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: its metadata is damaged: {error!r}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: its metadata is damaged: {error}") from None
     stated = MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type"))
     if names.TEXT_PREFIX + "text_model.embeddings.token_embedding.weight" in tensors:
         config, reason = predicting(PRESETS["sd1"], stated or "eps"), "SD 1.x always does"

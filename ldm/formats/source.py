@@ -6,16 +6,17 @@ official files of SD2 have, are translated where files are read and written.
 """
 
 import hashlib
-import json
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.config import SD1, SD2, SD2_V, ModelConfig
+from ldm.errors import InputError, one_line
 from ldm.formats import names
 from ldm.formats.archive import show
 from ldm.formats.tensors import Tensors, raw_bytes
+from ldm.runtime import parse_json
 from ldm.samplers import SAMPLERS
 from ldm.tokenizer import Tokenizer
 
@@ -91,11 +92,12 @@ class Source:
         if (text := self.metadata.get(SAMPLING_KEY)) is None:
             return {}
         try:
-            tree = json.loads(text)
-        except (ValueError, RecursionError):
+            tree = parse_json(text, SAMPLING_KEY)
+        except InputError:
             tree = None
         if not isinstance(tree, dict):
-            warnings.warn(f"{self.path}: its metadata {SAMPLING_KEY} is damaged, and is ignored", stacklevel=2)
+            said = f"{self.path}: its metadata {SAMPLING_KEY} is damaged, and is ignored"
+            warnings.warn(one_line(said), stacklevel=2)
             return {}
         found = {}
         for name, is_usable in self._sampling_checks().items():
@@ -103,7 +105,7 @@ class Source:
                 found[name] = tree[name]
             elif name in tree:
                 said = f"{self.path}: its metadata {SAMPLING_KEY} says {name} {show(tree[name])}, which is ignored"
-                warnings.warn(said, stacklevel=2)
+                warnings.warn(one_line(said), stacklevel=2)
         return found
 
     def _sampling_checks(self) -> dict[str, Any]:

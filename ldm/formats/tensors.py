@@ -4,24 +4,27 @@ Tensors are memory-mapped where the file allows it: nothing is copied until some
 """
 
 import json
+import os
 import re
 import struct
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.formats import ckpt
+from ldm.runtime import check_file, list_folder, read_json
 
 Tensors = dict[str, Tensor]
 
 MAX_TENSOR_NAME = 1000  # letters
+MAX_TENSORS = 1 << 14  # a full training checkpoint has 2,000
+MAX_HEADER = 16 << 20  # bytes of a .safetensors header
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 
 # The format's words for types, in the order in which the safetensors library writes them: larger elements come first,
@@ -53,6 +56,7 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
     Of a pickled training checkpoint only the `state_dict` is used.
     """
+    check_file(path)
     if path.suffix in PICKLE_SUFFIXES:
         tree = ckpt.read_pickle(path)
         if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
@@ -62,15 +66,28 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         _check_names(path, tree)
         return {name: tensor for name, tensor in tree.items() if isinstance(tensor, Tensor)}, {}
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as file:
             _check_names(path, file.keys())
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the library, and torch on an absurd shape, raise no narrower class
         raise InputError(f"{path} is not a whole .safetensors file: {error}") from None
 
 
-def _check_names(path: Path, keys: Iterable[Any]) -> None:
-    """Raises InputError unless all names are text of one line: they are printed."""
+def _check_header(path: Path) -> None:
+    """Raises InputError if the header of a .safetensors file is too large: the library reads it whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER < length < path.stat().st_size:
+        raise InputError(f"{path} has a header of {length} bytes, and should have at most {MAX_HEADER}")
+
+
+def _check_names(path: Path, keys: Collection[Any]) -> None:
+    """Raises InputError unless there are not too many names, and all are text of one line: they are printed."""
+    if len(keys) > MAX_TENSORS:
+        raise InputError(f"{path} holds {len(keys)} tensors, and should hold at most {MAX_TENSORS}")
     if not all(isinstance(key, str) and key.isprintable() and len(key) <= MAX_TENSOR_NAME for key in keys):
         raise InputError(f"{path} holds something under a name that is no text, or too long; no model has that")
 
@@ -83,13 +100,14 @@ def open_part(folder: Path, stem: str, variant: str | None = None) -> tuple[Tens
     """
     stems = [stem, "pytorch_model"] if stem == "model" else [stem]  # transformers' older name
     dot = f".{variant}" if variant else ""
+    found = list_folder(folder) if os.path.exists(folder) else []
     for name in stems:
         for kind in ("safetensors", "bin"):
-            if (whole := folder / f"{name}{dot}.{kind}").exists():
+            if (whole := folder / f"{name}{dot}.{kind}") in found:
                 return open_tensors(whole)
-            if (index := folder / f"{name}.{kind}.index{dot}.json").exists():
+            if (index := folder / f"{name}.{kind}.index{dot}.json") in found:
                 return _open_shards(index)
-    matches = (re.match(r"[a-z_]+\.(\w+)[.-].*(safetensors|bin)$", path.name) for path in folder.glob("*"))
+    matches = (re.match(r"[a-z_]+\.(\w+)[.-].*(safetensors|bin)$", path.name) for path in found)
     variants = sorted({match[1] for match in matches if match})
     if variant is None and variants:
         raise InputError(f"{folder} has its weights as variant {variants[0]} only; give variant {variants[0]}")
@@ -97,12 +115,12 @@ def open_part(folder: Path, stem: str, variant: str | None = None) -> tuple[Tens
 
 
 def _open_shards(index: Path) -> tuple[Tensors, dict[str, str]]:
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
-        names = sorted(set(shards.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is damaged: {error!r}") from None
-    beside = {path.name for path in index.parent.iterdir()}
+    tree = read_json(index)
+    shards = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InputError(f"{index} is damaged: its weight_map does not name a file for each tensor")
+    names = sorted(set(shards.values()))
+    beside = {path.name for path in list_folder(index.parent)}
     if strange := [name for name in names if name not in beside]:
         raise InputError(f"{index} names a shard {strange[0]!r} that is not beside it")
     tensors, metadata = {}, {}
@@ -113,14 +131,6 @@ def _open_shards(index: Path) -> tuple[Tensors, dict[str, str]]:
         tensors |= found
         metadata |= said
     return tensors, metadata
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError if it has a name twice."""
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]} is in it twice")
-    return tree
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import at_once, check_writable, locked, progress_bar, side_by_side, written
+from ldm.runtime import at_once, check_writable, locked, progress_bar, read_json, side_by_side, written
 from ldm.training import continuity
 from ldm.training.run import Run
 
@@ -62,14 +62,18 @@ class ClassPictures:
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self.folder / MANIFEST
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            found = {name: manifest[name] for name in (*self.recipe, "seed", "pictures")}
-            found["pictures"] = dict(found["pictures"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error!r}); give another --class-data-dir") from None
+            manifest = read_json(path)
+        except InputError as error:
+            raise InputError(f"{error}; give another --class-data-dir") from None
+        names = (*self.recipe, "seed", "pictures")
+        found = {name: manifest[name] for name in names if name in manifest} if isinstance(manifest, dict) else {}
+        if missing := [name for name in names if name not in found]:
+            raise InputError(f"{path} is damaged: it does not say {missing[0]}; give another --class-data-dir")
+        if not isinstance(found["pictures"], dict):
+            raise InputError(f"{path} is damaged: its pictures are no JSON object; give another --class-data-dir")
         for name, value in {**self.recipe, "seed": self.seed}.items():
             if found[name] != value:
                 raise InputError(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ldm.errors import InputError
 from ldm.images import Picture
+from ldm.runtime import read_json
 from ldm.training.checkpoint import load_state
 from ldm.training.settings import Settings
 
@@ -20,10 +22,15 @@ PICTURES = {"photographs": "photograph", "class_pictures": "class picture"}  # c
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The config.json of a run's folder; None if there is none. Raises InputError if it is damaged."""
     path = folder / CONFIG
+    if not os.path.lexists(path):
+        return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); give another --output-dir") from None
+        tree = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; give another --output-dir") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} is damaged: it does not hold a JSON object; give another --output-dir")
+    return tree
 
 
 class Identity:

@@ -1,14 +1,14 @@
 """From the command line and TOML files to `Settings`."""
 
 import argparse
-import tomllib
+import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
-from ldm.runtime import cli
+from ldm.runtime import check_path, cli, read_toml
 from ldm.training.settings import Settings
 
 
@@ -26,6 +26,9 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
         settings = replace(settings, **_read_toml(tiny))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = replace(settings, **{**from_file, **given})
+    for f in fields(Settings):
+        if f.metadata["path"] and (path := getattr(settings, f.name)) is not None:
+            check_path(path, _flag(f.name))
     if problem := settings.problems():
         raise InputError(problem)
     return settings
@@ -39,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE.toml", help="settings by their names below; flags override them")
     for f in fields(Settings):
-        meta, flag = f.metadata, "--" + f.name.replace("_", "-")
+        meta, flag = f.metadata, _flag(f.name)
         options = dict(meta["options"])
         if isinstance(f.default, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -55,11 +58,9 @@ TYPES = {cli.positive: int, float: float}  # of a setting without a default, by 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path} can't be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not TOML: {error}") from None
+        tree = read_toml(path)
+    except InputError as error:
+        raise InputError(f"--config {error}") from None
     known = {f.name: f for f in fields(Settings)}
     known |= {_key(flag): f for f in fields(Settings) for flag in f.metadata["flags"]}
     settings: dict[str, Any] = {}
@@ -68,6 +69,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
             raise InputError(f"--config {path}: there is no setting {key!r}; train.py --help lists them")
         settings[f.name] = _checked(f"--config {path}: {key}", f, value, path.parent)
     return settings
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _key(name: str) -> str:
@@ -81,7 +86,7 @@ def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise InputError(f"{where} is not a list of strings")
         return tuple(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= cli.MAX_COUNT:
         value = float(value)
     if type(value) is not kind:
         raise InputError(f"{where} is {value!r}, and should be a {kind.__name__}")
@@ -91,6 +96,6 @@ def _checked(where: str, f: Any, value: Any, folder: Path) -> Any:
     if "choices" in options and value not in options["choices"]:
         raise InputError(f"{where} is {value!r}; there are {', '.join(options['choices'])}")
     may_be_a_name = f.name in ("model", "resume_from_checkpoint")  # "latest", or a name on a hub
-    if f.metadata["path"] and (not may_be_a_name or (folder / value).exists()):
+    if f.metadata["path"] and (not may_be_a_name or os.path.exists(folder / value)):
         return str(folder / value)
     return value

@@ -31,7 +31,7 @@ def make_comparison(run: Run, photographs: Sequence[images.Picture]) -> Path:
     """Makes the sheet that shows the photographs, and the sheets "before" and "after" side by side below them."""
     squares = [images.square(picture, run.settings.resolution) for picture in photographs]
     top = images.grid([("photographs of the subject", squares[: 2 * run.settings.num_validation_images])])
-    left, right = (Image.open(sheet_path(run, name)) for name in ("before", "after"))
+    left, right = (images.open_picture(sheet_path(run, name)) for name in ("before", "after"))
     return _save(run, "before_after", images.beside(top, left, right))
 
 

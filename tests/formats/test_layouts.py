@@ -283,7 +283,7 @@ def test_a_damaged_or_false_index_is_refused(sharded, there):
         text[: len(text) // 2]: "is damaged",
         "[]": "is damaged",
         '{"weight_map": []}': "is damaged",
-        '{"weight_map": {"a": 1}}': "a shard 1 that is not beside it",
+        '{"weight_map": {"a": 1}}': "is damaged: its weight_map does not name a file for each tensor",
         '{"weight_map": {"a": ["b"]}}': "is damaged",
         "[" * 100_000: "is damaged",
         twice: f"is damaged: .*{name}.* twice",

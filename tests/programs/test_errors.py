@@ -1,6 +1,7 @@
 """Wrong input ends a program with one line that says what to do, status 2, and no file written."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -62,6 +63,11 @@ MODELS = {
     "foreign.safetensors": "does not look like Stable Diffusion",
     "fewer.safetensors": "missing tensor model.diffusion_model.out.2.bias",
     "partial": "unet.* is missing; a diffusers folder has it",
+    "pipe.safetensors": r"pipe\.safetensors can't be read: it is a pipe, socket or device, and should be a file",
+    "pipe.ckpt": r"pipe\.ckpt can't be read: it is a pipe",
+    "/dev/zero": "/dev/zero can't be read: it is a pipe, socket or device",
+    "list": r"list/model_index\.json does not hold a JSON object",
+    "x" * 300: "(no such model; give a|can't be the name of a file)",
 }
 
 
@@ -78,6 +84,10 @@ def test_a_wrong_model_is_refused(program, model, refused, tmp_path, saved):
     )
     shutil.copytree(tmp_path / "diffusers", tmp_path / "partial")
     shutil.rmtree(tmp_path / "partial" / "unet")
+    for name in ("pipe.safetensors", "pipe.ckpt"):
+        os.mkfifo(tmp_path / name)
+    shutil.copytree(tmp_path / "diffusers", tmp_path / "list")
+    (tmp_path / "list" / "model_index.json").write_text("[]")
     refused(program, f"--model {model}", MODELS[model])
 
 
@@ -90,7 +100,10 @@ def with_metadata(change, saved, path) -> None:
         save_file(tensors, path, file.metadata())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "null", "", "\xff"])
+DEEP, LARGE = '{"a": ' * 100_000, "[" + "1, " * 3_000_000 + "1]"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "null", "", "\xff", DEEP, LARGE], ids=lambda text: text[:8])
 @pytest.mark.parametrize("name", [*SETTINGS, "tokenizer/vocab.json", "tokenizer/tokenizer_config.json"])
 def test_damaged_json_in_a_folder_is_refused(name, text, refused, tmp_path):
     (tmp_path / "diffusers" / name).write_bytes(text.encode("latin1"))
@@ -98,6 +111,13 @@ def test_damaged_json_in_a_folder_is_refused(name, text, refused, tmp_path):
         return  # an empty object is allowed
     folder, file = name.split("/")
     refused(sample, "--model diffusers", rf"diffusers/{folder}\b.*")
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "model_index.json", "tokenizer/vocab.json", "tokenizer/merges.txt"])
+def test_a_pipe_in_a_folder_is_not_opened(name, refused, tmp_path):
+    (tmp_path / "diffusers" / name).unlink()
+    os.mkfifo(tmp_path / "diffusers" / name)
+    refused(sample, "--model diffusers", rf"diffusers/{name} can't be read: it is a pipe, socket or device")
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -155,6 +175,18 @@ TRAIN = {
     "--config empty": "--config empty can't be read",
     "--config notes.txt": r"--config notes\.txt is not TOML",
     "--config unknown.toml": r"unknown\.toml: there is no setting 'lr'; train\.py --help lists them",
+    "--config pipe.toml": r"--config pipe\.toml can't be read: it is a pipe, socket or device",
+    "--config /dev/zero": "--config /dev/zero can't be read: it is a pipe, socket or device",
+    "--config latin.toml": r"--config latin\.toml can't be read: it is not UTF-8 text \(byte 1\)",
+    "--config deep.toml": r"--config deep\.toml is (not TOML|damaged): it is nested",
+    "--config dots.toml": r"--config dots\.toml is damaged: it is nested over 32 deep",
+    "--config large.toml": r"--config large\.toml is too large: it should have at most \d+ bytes",
+    "--config digits.toml": r"--config digits\.toml is not TOML: ",
+    "--config rate.toml": r"--config rate\.toml: learning_rate is 1000+ \.\.\. 0+, and should be a float",
+    "--config nul.toml": r"--class-data-dir a\\x00b can't be the name of a file or folder; a name has at most",
+    f"--output-dir {'x' * 300}": "--output-dir x+ can't be the name of a file or folder",
+    f"--resume-from-checkpoint {'x' * 300}": "--resume-from-checkpoint x+ can't be the name of a file or folder",
+    f"--instance-data-dir {'x/' * 3000}": "--instance-data-dir .* can't be the name of a file or folder",
     "--config kind.toml": r"kind\.toml: resolution is '512', and should be a int",
 }
 
@@ -171,6 +203,14 @@ def test_train_py_refuses_wrong_flags(flags, refused, tmp_path):
     (tmp_path / "cats" / "manifest.json").write_text(json.dumps(made))
     (tmp_path / "unknown.toml").write_text("lr = 1e-6")
     (tmp_path / "kind.toml").write_text('resolution = "512"')
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "latin.toml").write_bytes(b"#\xe9")
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
+    (tmp_path / "dots.toml").write_text(".".join("a" * 1000) + " = 1")
+    (tmp_path / "large.toml").write_text("#" * 10_000_000)
+    (tmp_path / "digits.toml").write_text("seed = " + "9" * 5000)
+    (tmp_path / "rate.toml").write_text("learning_rate = 1" + "0" * 999)
+    (tmp_path / "nul.toml").write_text(r'class_data_dir = "a\u0000b"')
     refused(train, flags, TRAIN[flags])
 
 
@@ -203,6 +243,12 @@ SAMPLE = {
     "--prompts-file nowhere.txt": r"--prompts-file nowhere\.txt can't be read",
     "--prompts-file photographs": "--prompts-file photographs can't be read",
     "--prompts-file photographs/0.png": r"--prompts-file photographs/0\.png can't be read",
+    "--prompts-file pipe": "--prompts-file pipe can't be read: it is a pipe, socket or device",
+    "--prompts-file /dev/zero": "--prompts-file /dev/zero can't be read: it is a pipe, socket or device",
+    "--prompts-file large.txt": r"--prompts-file large\.txt is too large: it should have at most \d+ bytes",
+    "--init-image pipe": "pipe can't be read: it is a pipe, socket or device",
+    "--init-image /dev/zero": "/dev/zero can't be read: it is a pipe, socket or device",
+    f"--output-dir {'x' * 300}": "--output-dir x+ can't be the name of a file or folder",
     "--output-dir official.safetensors": r"--output-dir official\.safetensors is a file; give a folder",
     "--output-dir official.safetensors/out": "--output-dir .* can't be written",
     "--device cuda:99": "--device cuda:99: there is no such device here; try --device cpu",
@@ -210,7 +256,9 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize("flags", SAMPLE)
-def test_sample_py_refuses_wrong_flags(flags, refused):
+def test_sample_py_refuses_wrong_flags(flags, refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.txt").write_text("a cat\n" * 2_000_000)
     refused(sample, flags, SAMPLE[flags])
 
 

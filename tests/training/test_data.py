@@ -1,14 +1,16 @@
 """Loading photographs: files of any common kind become upright, square RGB pictures in [-1, 1]."""
 
 import io
+import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, features
 
-from ldm import InputError
+from ldm import InputError, images
 from ldm.images import find_pictures, load_picture, square
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -191,3 +193,71 @@ def test_damaged_bytes_raise_nothing_but_an_input_error(tmp_path):
                 load_picture(tmp_path / "a.img", 16)
             except InputError:
                 pass
+
+
+# Pictures that are traps
+
+
+def test_pillow_is_asked_for_formats_that_it_decodes_itself_whatever_the_name_says(tmp_path, monkeypatch):
+    """EPS would start Ghostscript. Nothing may be started, whether or not Ghostscript is there."""
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: started.append(args))
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: started.append(args))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n%%EndProlog\nshowpage\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(eps)
+    (tmp_path / "b.jpg").write_bytes(b"\x00\x00\x01\xb3\x04\x00\x40" + bytes(64))  # MPEG
+    for name in ("a.png", "b.jpg"):
+        with pytest.raises(InputError, match=rf"{name} can't be read as a picture \(cannot identify image file"):
+            load_picture(tmp_path / name, 32)
+    assert not started
+
+
+def test_videos_and_postscript_are_no_pictures(tmp_path):
+    for ending in ("eps", "ps", "mpg", "mpeg", "h5", "hdf", "grib", "bufr", "wmf", "emf", "pdf", "mp4"):
+        (tmp_path / f"a.{ending}").write_bytes(b"")
+    with pytest.warns(match="skipped"), pytest.raises(InputError, match="holds no picture"):
+        find_pictures(tmp_path)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG file that says it has so many pixels, and holds none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(12_000, 12_000), (100_000, 100_000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1)])
+def test_a_picture_with_more_pixels_than_any_camera_makes_is_refused(size, tmp_path):
+    (tmp_path / "a.png").write_bytes(bomb(*size))
+    with pytest.raises(
+        InputError, match=r"a\.png can't be read as a picture \(.*pixels.*\); repair it or take it away"
+    ):
+        load_picture(tmp_path / "a.png", 32)
+
+
+def test_of_an_animation_the_first_picture_counts(tmp_path):
+    first, second = (Image.new("RGB", (32, 32), color) for color in (RED, GREEN))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    first.save(tmp_path / "a.png", save_all=True, append_images=[second])
+    assert all(close(corners(square(tmp_path / name, 32)), [RED] * 3, by=1) for name in ("a.gif", "a.png"))
+
+
+def test_a_pipe_is_not_opened_as_a_picture(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png can't be read: it is a pipe, socket or device"):
+        load_picture(tmp_path / "a.png", 32)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "P", "CMYK", "1"])
+def test_a_tall_picture_is_converted_in_bands_to_the_same_pixels(mode):
+    values = np.random.default_rng(0).integers(0, 256, (3 * images.BAND + 7, 9, 4), dtype=np.uint8)
+    whole = Image.fromarray(values, "RGBA")
+    if mode == "I;16":
+        picture = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    else:
+        picture = whole if mode == "RGBA" else whole.convert("RGB").convert(mode)
+    assert images.to_rgb(picture).tobytes() == images._band_to_rgb(picture).tobytes()

@@ -231,5 +231,5 @@ def test_class_pictures_made_differently_are_refused_with_the_difference_and_the
 def test_a_damaged_manifest_is_refused(text, tmp_path):
     record = json.dumps({**RECIPE, "seed": 0, "pictures": [1, 2]})
     (tmp_path / "manifest.json").write_text(record if text == "PICTURES" else text)
-    with pytest.raises(InputError, match=r"manifest\.json is damaged .*; give another --class-data-dir"):
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: .*; give another --class-data-dir"):
         ClassPictures(tmp_path, 2, 0, RECIPE)
