@@ -1,4 +1,4 @@
-"""An installed wheel, and not only a checkout, runs train.py and sample.py."""
+"""train.py and sample.py run on an installed wheel, not only in a checkout."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from runs import PROCESS, SMALL, losses
 
 @pytest.mark.slow
 def test_both_programs_run_on_an_installed_wheel(root, saved, photographs, tmp_path):
-    """In a folder that holds nothing but the two programs, so that no `ldm` but the installed one is there."""
+    """The programs run in a folder with nothing else in it, so that Python can import only the installed `ldm`."""
     source, site, home = tmp_path / "source", tmp_path / "site", tmp_path / "home"
     ignored = shutil.ignore_patterns(".git", "*.egg-info", "build", "runs", "tests", "weights", ".venv")
     shutil.copytree(root, source, ignore=ignored)

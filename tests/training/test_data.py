@@ -195,11 +195,11 @@ def test_damaged_bytes_raise_nothing_but_an_input_error(tmp_path):
                 pass
 
 
-# Pictures that are traps
+# Malicious pictures
 
 
-def test_pillow_is_asked_for_formats_that_it_decodes_itself_whatever_the_name_says(tmp_path, monkeypatch):
-    """EPS would start Ghostscript. Nothing may be started, whether or not Ghostscript is there."""
+def test_only_formats_that_pillow_decodes_itself_are_read_whatever_the_file_name(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript for an EPS file. No program may start, whether Ghostscript is installed or not."""
     started = []
     monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: started.append(args))
     monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: started.append(args))
@@ -220,7 +220,7 @@ def test_videos_and_postscript_are_no_pictures(tmp_path):
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG file that says it has so many pixels, and holds none."""
+    """A PNG file whose header states this size and which has no pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -239,7 +239,7 @@ def test_a_picture_with_more_pixels_than_any_camera_makes_is_refused(size, tmp_p
         load_picture(tmp_path / "a.png", 32)
 
 
-def test_of_an_animation_the_first_picture_counts(tmp_path):
+def test_an_animation_gives_its_first_picture(tmp_path):
     first, second = (Image.new("RGB", (32, 32), color) for color in (RED, GREEN))
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     first.save(tmp_path / "a.png", save_all=True, append_images=[second])

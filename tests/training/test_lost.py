@@ -1,4 +1,4 @@
-"""Nothing is lost: whatever happens to the terminal, the inputs, the disk and the neighbours of a run."""
+"""A run loses nothing when its terminal, its inputs or its disk fail, or when other runs work beside it."""
 
 import json
 import os
@@ -40,14 +40,14 @@ def base(saved, tmp_path_factory) -> tuple:
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory) -> Path:
-    """A run that nothing happens to; not to be written to."""
+    """The folder of a run without any fault. Tests must not write to it."""
     folder = tmp_path_factory.mktemp("run")
     run(command([*base, *STEPS, "--output-dir", folder / "whole"]), folder)
     return folder / "whole"
 
 
 def shell(line: str, folder: Path, status: int | None = 0) -> str:
-    """Runs a line of bash, which may use $TRAIN, to its end. Returns what it printed."""
+    """Runs a line of bash to its end. Returns its output."""
     done = subprocess.run(["bash", "-c", line], cwd=folder, env=os.environ | PROCESS, capture_output=True, text=True)
     assert status is None or done.returncode == status, done.stderr
     return done.stdout + done.stderr
@@ -60,8 +60,8 @@ def quoted(words: list) -> str:
 # The last step
 
 
-def test_the_last_step_is_saved_before_anything_else_and_the_run_can_be_finished(base, whole, tmp_path):
-    """As after a kill between the last step and the model: only the checkpoint is there."""
+def test_a_run_killed_after_its_last_step_can_be_finished(base, whole, tmp_path):
+    """A kill between the last step and the final model leaves only the checkpoint."""
     assert checkpoints(whole) == [30]
     folder = shutil.copytree(whole, tmp_path / "killed")
     (folder / "model.safetensors").unlink()
@@ -72,7 +72,7 @@ def test_the_last_step_is_saved_before_anything_else_and_the_run_can_be_finished
     assert leftovers(folder) == []
 
 
-# Who watches
+# Output that nobody reads
 
 
 WATCHERS = {
@@ -87,7 +87,7 @@ WATCHERS = {
 @pytest.mark.parametrize(
     "watcher", [pytest.param(name, marks=[] if name == "head" else pytest.mark.slow) for name in WATCHERS]
 )
-def test_a_run_does_not_depend_on_who_watches(watcher, base, whole, tmp_path):
+def test_a_run_does_not_depend_on_its_output_streams(watcher, base, whole, tmp_path):
     line = command([*base, *STEPS, "--output-dir", tmp_path / "run"])
     shell(WATCHERS[watcher].format(line=quoted(line)), tmp_path, status=None)
     check_same(whole, tmp_path / "run")
@@ -97,7 +97,7 @@ def test_a_run_does_not_depend_on_who_watches(watcher, base, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_nobody_watches_two_processes(base, tmp_path):
+def test_two_processes_do_not_depend_on_their_output_streams(base, tmp_path):
     line = command([*base, *STEPS, "--output-dir", tmp_path / "run"], 2)
     shell(f"{quoted(line)} >/dev/full 2>&1", tmp_path, status=None)
     assert len(losses(tmp_path / "run")) == 30 and (tmp_path / "run" / "model.safetensors").exists()
@@ -117,7 +117,7 @@ def test_a_closed_terminal_stops_the_run_with_its_step_saved(base, whole, tmp_pa
 
 
 @pytest.mark.slow
-def test_nohup_keeps_a_run_going(base, whole, tmp_path):
+def test_a_run_under_nohup_ignores_a_closed_terminal(base, whole, tmp_path):
     folder = tmp_path / "run"
     process = start(["nohup", *command([*base, *STEPS, "--output-dir", folder])], tmp_path)
     until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes(), process)
@@ -127,8 +127,8 @@ def test_nohup_keeps_a_run_going(base, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tracker_that_fails_is_given_up(base, whole, tmp_path):
-    """Its folder is gone and can't be made again."""
+def test_a_run_goes_on_without_a_tracker_that_fails(base, whole, tmp_path):
+    """The tracker's folder disappears and can't be created again."""
     pytest.importorskip("tensorboard", reason="needs the tracking extra")
     folder = tmp_path / "run"
     process = start(command([*base, *STEPS, "--report-to", "tensorboard", "--output-dir", folder]), tmp_path)
@@ -143,8 +143,8 @@ def test_a_tracker_that_fails_is_given_up(base, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_base_model_that_is_cut_short_under_way_is_not_missed(base, saved, whole, tmp_path):
-    """On a CPU its file could be mapped into memory; reading what is cut off would end the process without a word."""
+def test_truncating_the_base_model_during_training_changes_nothing(base, saved, whole, tmp_path):
+    """A file that is mapped into memory would end the process without a message when its missing part is read."""
     model, folder = shutil.copy(saved["official"], tmp_path / "base.safetensors"), tmp_path / "run"
     process = start(command([*base, "--model", model, *STEPS, "--output-dir", folder]), tmp_path)
     until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes(), process)
@@ -153,7 +153,7 @@ def test_a_base_model_that_is_cut_short_under_way_is_not_missed(base, saved, who
     check_same(whole, folder)
 
 
-def test_class_pictures_that_changed_between_stop_and_resume_are_named(base, tmp_path):
+def test_class_pictures_that_change_between_stop_and_resume_are_named(base, tmp_path):
     folder = tmp_path / "run"
     run(command([*base, "--max-train-steps", 2, "--output-dir", folder]), tmp_path)
     picture = folder / "class" / "class-00002.png"
@@ -161,12 +161,12 @@ def test_class_pictures_that_changed_between_stop_and_resume_are_named(base, tmp
     shutil.copy(folder / "class" / "class-00001.png", picture)
     message = refused(*base, "--max-train-steps", 4, "--output-dir", folder, *LATEST)
     assert message.endswith("belongs to another run: class picture class-00002.png has changed")
-    picture.unlink()  # it is made again, to the same bits
+    picture.unlink()  # the picture is made again with the same bits
     run(command([*base, "--max-train-steps", 4, "--output-dir", folder, *LATEST]), tmp_path)
     assert picture.read_bytes() == content and len(losses(folder)) == 4
 
 
-def test_an_autoencoder_that_makes_nan_is_told_so(random_model, base, tmp_path):
+def test_an_autoencoder_that_makes_nan_is_refused(random_model, base, tmp_path):
     sd = random_model()
     for layer in (sd.vae.encoder.conv_out, sd.vae.quant_conv):
         layer.weight.data.mul_(1e30)
@@ -178,7 +178,7 @@ def test_an_autoencoder_that_makes_nan_is_told_so(random_model, base, tmp_path):
 # Two runs at once
 
 
-def test_two_runs_without_a_folder_take_two(base, tmp_path):
+def test_runs_without_output_dir_take_different_folders(base, tmp_path):
     flags = [*base, "--no-with-prior-preservation", "--max-train-steps", 2]
     lines = [command(flags) for _ in range(3)]
     environment = os.environ | PROCESS
@@ -190,7 +190,7 @@ def test_two_runs_without_a_folder_take_two(base, tmp_path):
         assert len(losses(tmp_path / DEFAULT.parent / name)) == 2
 
 
-def test_a_run_that_is_refused_gives_its_number_back(base, tmp_path, monkeypatch):
+def test_a_refused_run_leaves_no_numbered_folder(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     refused(*base, "--model", "nowhere.safetensors")
@@ -198,8 +198,8 @@ def test_a_run_that_is_refused_gives_its_number_back(base, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_two_runs_fill_one_class_folder(base, tmp_path):
-    """Every picture is whole, and the same that one run alone makes."""
+def test_two_runs_can_fill_one_class_folder(base, tmp_path):
+    """Every picture is whole and equals the picture that a single run makes."""
     flags = [*base, "--num-class-images", 24, "--sample-steps", 4, "--max-train-steps", 2]
     run(command([*flags, "--class-data-dir", tmp_path / "alone", "--output-dir", tmp_path / "0"]), tmp_path)
     lines = [command([*flags, "--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / n]) for n in "12"]
@@ -213,7 +213,7 @@ def test_two_runs_fill_one_class_folder(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_class_folder_that_another_run_fills_otherwise_is_refused(base, tmp_path):
+def test_a_class_folder_that_another_run_fills_differently_is_refused(base, tmp_path):
     flags = [*base, "--class-data-dir", tmp_path / "class", "--max-train-steps", 1]
     run(command([*flags, "--output-dir", tmp_path / "1"]), tmp_path)
     manifest = json.loads((tmp_path / "class" / "manifest.json").read_text())
@@ -244,7 +244,7 @@ LONG = {
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_ends_every_phase_within_two_seconds(phase, name, base, tmp_path):
-    """Cleanly: no traceback, nothing half-written. Five of them are one."""
+    """The end is clean: no traceback and no half-written file. Five signals have the effect of one."""
     flags = [*base, "--max-train-steps", 10**6, *LONG[phase], "--output-dir", tmp_path / "run"]
     process = start(command(flags), tmp_path)
     if phase == "the import":
@@ -262,7 +262,7 @@ def test_a_signal_ends_every_phase_within_two_seconds(phase, name, base, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGHUP"))])
-def test_a_signal_ends_sample_py_with_every_picture_whole(name, saved, tmp_path):
+def test_a_signal_ends_sample_py_and_every_picture_is_whole(name, saved, tmp_path):
     flags = ["--model", saved["official"], "--prompt", "a dog", "--num-images", 1000, "--batch-size", 2, "--steps", 4]
     process = start(command([*flags, "--output-dir", tmp_path / "out"], script="sample.py"), tmp_path)
     until(lambda: (tmp_path / "out").is_dir() and len(list((tmp_path / "out").glob("*.png"))) > 4, process)
@@ -276,7 +276,7 @@ def test_a_signal_ends_sample_py_with_every_picture_whole(name, saved, tmp_path)
     assert all((tmp_path / "out" / name).stat().st_size > 100 for name in names)
 
 
-# Where it is started
+# How a program is started
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_a_signal_ends_sample_py_with_every_picture_whole(name, saved, tmp_path)
         ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two', and should be a number"),
     ],
 )
-def test_half_of_torchruns_environment_is_told(environment, words, base, tmp_path):
+def test_an_incomplete_environment_of_torchrun_is_refused(environment, words, base, tmp_path):
     done = run(command([*base, "--output-dir", tmp_path / "run"]), tmp_path, status=2, **environment)
     assert words in done.complaint and not (tmp_path / "run").exists()
 
@@ -298,4 +298,4 @@ def test_a_link_to_train_py_trains(base, root, tmp_path):
     (tmp_path / "bin" / "train").symlink_to(root / "train.py")
     line = [sys.executable, str(tmp_path / "bin" / "train"), "--num-class-images", "0"]
     done = run(line, tmp_path, status=2)
-    assert "--num-class-images" in done.err and "Traceback" not in done.err  # it found its own settings by then
+    assert "--num-class-images" in done.err and "Traceback" not in done.err  # it has found its own settings
