@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from ldm.training import continuity
 from ldm.training.run import Run
 
 MANIFEST = "manifest.json"
+TEMPORARY = re.compile(r"\..+\.(?:png|json)(?:\.(.+)-(\d+))?\.tmp")  # of a file, by the host and process that writes it
 
 # The flag that sets each entry of a recipe.
 FLAGS = {
@@ -165,6 +167,7 @@ def _write(path: Path, content: bytes) -> None:
 def _tidy(folder: Path) -> None:
     """Removes what killed runs have left half-written, on this machine."""
     for path in folder.glob(".*.tmp"):
-        host, _, pid = path.name.removesuffix(".tmp").rpartition(".png.")[2].rpartition(".json.")[2].rpartition("-")
-        if not host or (host == socket.gethostname() and not (Path("/proc") / pid).exists()):
-            path.unlink(missing_ok=True)
+        if name := TEMPORARY.fullmatch(path.name):
+            host, pid = name.groups()
+            if host is None or (host == socket.gethostname() and not (Path("/proc") / pid).exists()):
+                path.unlink(missing_ok=True)
