@@ -17,7 +17,7 @@ def check_writable(folder: Path, flag: str) -> None:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{flag} {folder} is a file; give a folder")
     existing = folder.absolute()
-    while not os.path.exists(existing):  # Path.exists raises where this user may not look
+    while not os.path.exists(existing):  # Path.exists raises if this user may not list a parent
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{flag} {folder} can't be written: {existing} is not a folder that this user may write in")
@@ -27,7 +27,7 @@ def check_writable(folder: Path, flag: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; it replaces `path` when the block ends, and is removed if the block raises.
 
-    An older file or model folder at `path` stays whole until then, also for a process that has it memory-mapped.
+    An older file or model folder at `path` stays until then, also for a process that has it memory-mapped.
     Raises InputError if `path` is a folder that holds anything but a model.
     """
     if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").exists():
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process is inside for this folder."""
+    """Inside, this process alone holds the folder's lock; waits for it first."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Wraps writing: a disk that refuses it raises RunError, which names the path."""
+    """Wraps writing: turns an error of the disk into a RunError, which names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:

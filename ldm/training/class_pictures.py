@@ -1,4 +1,4 @@
-"""The class prior of DreamBooth (Ruiz et al. 2023, section 3.2): pictures that the base model makes of the class."""
+"""The class prior of DreamBooth (Ruiz et al. 2023, section 3.2): pictures of the class by the base model."""
 
 import io
 import json
@@ -33,11 +33,11 @@ FLAGS = {
 
 
 class ClassPictures:
-    """The class prior: pictures of "a dog" that the base model makes before it learns of your dog.
+    """The class prior: pictures of "a dog" that the base model makes before it learns your dog.
 
     Picture i is a function of (seed, i). A folder of generated pictures has a manifest that says how they were made.
-    Missing pictures are generated if the manifest agrees with the recipe; else the folder is refused. Pictures that
-    the manifest does not name are the user's own, and count.
+    Missing pictures are generated if the manifest agrees with the recipe; else InputError is raised. Pictures that the
+    manifest does not name are the user's own, and count.
     """
 
     def __init__(self, folder: str | Path, count: int, seed: int, recipe: dict[str, Any]):
@@ -95,17 +95,17 @@ class ClassPictures:
         return pictures
 
     def generate(self, run: Run, sd: StableDiffusion) -> None:
-        """Makes what is missing, and first the manifest that says how; every process makes its share.
+        """Writes the manifest, then generates missing pictures; each process makes a share.
 
-        Raises Stopped if a signal ends it early; the pictures that are complete by then are kept.
+        Raises Stopped if a signal ends it early; complete pictures are kept.
         """
         world, size = run.world, run.settings.sample_batch_size
         missing = set(world.share(self.missing()))
         if not missing:
             return
         world.on_main(self._write_manifest)
-        # The pictures that a picture is computed beside can change its last bit. So picture i always falls into the
-        # same batch, and a batch is made whole even where only one of its pictures is missing.
+        # The other pictures in a batch can change a picture's last bit. So picture i is always in the same batch, and
+        # the whole batch is made even if only one of its pictures is missing.
         names = list(self.planned)
         batches = [names[i : i + size] for i in range(0, len(names), size)]
         batches = [batch for batch in batches if missing & set(batch)]
@@ -124,7 +124,7 @@ class ClassPictures:
                     side_by_side(lambda batch: self._make(run, sd, batch, missing, progress), mine, world.device)
 
     def _write_manifest(self) -> None:
-        """Writes how the pictures are made, unless another run has begun to fill the folder in another way."""
+        """Writes the recipe. Raises InputError if another run has begun to fill the folder with another recipe."""
         with written(self.folder / MANIFEST):
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder):
@@ -155,7 +155,7 @@ class ClassPictures:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a whole file, or none; another run that shares the folder may write the same one."""
+    """Writes a file whole or not at all; another run that shares the folder may write the same one."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -165,7 +165,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what killed runs have left half-written, on this machine."""
+    """Removes half-written files of killed runs of this machine."""
     for path in folder.glob(".*.tmp"):
         if name := TEMPORARY.fullmatch(path.name):
             host, pid = name.groups()
