@@ -140,7 +140,15 @@ class Trainable(nn.Module):
 
     def load(self, path: Path) -> None:
         """Loads a file that `save` has written, bit for bit."""
-        self.adopt(open_tensors(path)[0])
+        self.adopt(self.read(path))
+
+    def read(self, path: Path) -> Tensors:
+        """The tensors that `save` has written. Raises InputError if the file is damaged."""
+        return open_tensors(path)[0]
+
+    def expected(self) -> Tensors:
+        """Tensors of the names and shapes that `read` should return."""
+        return dict(self.named_parameters_saved())
 
     @torch.no_grad()
     def adopt(self, tensors: Tensors) -> None:
@@ -188,8 +196,11 @@ class FullTuning(Trainable):
         """Writes the whole model as an official single file."""
         return self.sd.save(path, "official", metadata=metadata)
 
-    def load(self, path: Path) -> None:
-        self.adopt(read(path).tensors)
+    def read(self, path: Path) -> Tensors:
+        return read(path).tensors
+
+    def expected(self) -> Tensors:
+        return self.sd.state()
 
     def result_path(self, folder: Path, settings: Any) -> Path:
         return folder / RESULTS[settings.layout]

@@ -114,12 +114,12 @@ def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
     """A picture whose pixels are not read yet. Raises ValueError if there are too many, and whatever Pillow raises.
 
     A small file can hold very many pixels. Pillow knows their number from the file's first bytes.
     """
-    image = Image.open(path, formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")

@@ -8,6 +8,7 @@ class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
 optimizer, ema  AdamW and its learning rate; the average of the weights
 state           everything that changes during training
+content         whether a checkpoint holds such a state
 checkpoint      saves that state to disk, whole or not at all
 continuity      checks that a resumed run has the same settings, model and photographs
 claim           chooses a run's folder and locks it

@@ -22,13 +22,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ldm.errors import InputError, RunError
+from ldm.errors import InputError, RunError, one_line
 from ldm.formats import open_tensors, save_tensors
+from ldm.runtime import check_file, list_folder, read_json, read_text
+from ldm.training.content import check_content
 from ldm.training.state import TrainingState
 
 TRAINING, STATE, METRICS, CHECKSUMS = "training.safetensors", "state.json", "metrics.jsonl", "SHA256SUMS"
 NAME = re.compile(r"checkpoint-(\d{6,})")
 TEMPORARY, REPLACED = ".tmp-", ".old-"
+MAX_CHECKSUMS, MAX_METRICS = 1 << 12, 1 << 30  # bytes: four lines, some millions of steps
 
 
 def save(folder: Path, state: TrainingState, config: dict[str, Any], metrics: str) -> None:
@@ -62,20 +65,22 @@ def save(folder: Path, state: TrainingState, config: dict[str, Any], metrics: st
 
 def all_in(folder: Path) -> list[Path]:
     """The checkpoints of a run by their names, oldest first."""
-    found = {int(m[1]): path for path in folder.glob("checkpoint-*") if (m := NAME.fullmatch(path.name))}
+    paths = list_folder(folder) if os.path.exists(folder) else []
+    found = {int(m[1]): path for path in paths if (m := NAME.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: Path, state: TrainingState) -> Path | None:
     """The newest whole checkpoint; a warning names newer ones that are damaged. None if there is no checkpoint.
 
-    Raises InputError if every checkpoint is damaged.
+    state: of the run that resumes. Raises InputError if every checkpoint is damaged.
     """
     found = all_in(folder)
     for path in reversed(found):
-        if (damage := damaged(path)) is None:
+        if (damage := damaged(path) or misfit(path, state)) is None:
             return path
-        warnings.warn(f"checkpoint {path} is damaged: {damage}; taking the one before it", stacklevel=2)
+        said = f"checkpoint {path} is damaged: {damage}; taking the one before it"
+        warnings.warn(one_line(said), stacklevel=2)
     if found:
         raise InputError(f"no checkpoint in {folder} is whole; begin again in a new --output-dir")
     return None
@@ -84,38 +89,65 @@ def newest(folder: Path) -> Path | None:
 def damaged(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every byte is as it was written."""
     try:
-        lines = (path / CHECKSUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        for name in (TRAINING, STATE, METRICS, *sorted(sums.keys() - {TRAINING, STATE, METRICS})):
-            expected = sums[name]
-            if name not in (TRAINING, STATE, METRICS) and not (path / name).exists():
-                return f"{CHECKSUMS} lists {name[:80]!r}, which is missing"
-            if sha256(path / name) != expected:
+        lines = read_text(path / CHECKSUMS, MAX_CHECKSUMS).splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        if len(sums) != 4 or not {TRAINING, STATE, METRICS} <= sums.keys() or any("/" in name for name in sums):
+            return f"{CHECKSUMS} does not name the four files of a checkpoint"
+        for name, digest in sums.items():
+            if not os.path.lexists(path / name):
+                return f"{name} is missing"
+            check_file(path / name)
+            if sha256(path / name) != digest:
                 return f"{name} is not what was saved"
-        if not {"step", "run"} <= load_state(path).keys():
-            return f"{STATE} does not name its run"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return f"{CHECKSUMS} can't be read: {error!r}"
+        numbers = load_state(path)
+        if type(numbers.get("step")) is not int or not isinstance(numbers.get("run"), dict):
+            return f"{STATE} does not name its step and its run"
+        read_text(path / METRICS, MAX_METRICS)
+    except InputError as error:
+        return str(error).removeprefix(f"{path}/")
+    except OSError as error:
+        return f"{error.filename} can't be read: {error.strerror}"
+    return None
+
+
+def misfit(path: Path, state: TrainingState) -> str | None:
+    """What keeps the state of a whole checkpoint from being restored, in words; None if nothing does."""
+    try:
+        training = open_tensors(path / TRAINING)[0]
+        check_content(state, path / state.trainable.weights_file, training, load_state(path))
+    except InputError as error:
+        return str(error).removeprefix(f"{path}/")
     return None
 
 
 def check_whole(path: Path) -> None:
     """Raises InputError unless the path is a whole checkpoint."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"--resume-from-checkpoint {path} is no checkpoint folder")
-    if (damage := damaged(path)) is not None:
+    _refuse(path, damaged(path))
+
+
+def check_fits(path: Path, state: TrainingState) -> None:
+    """Raises InputError unless the state of a whole checkpoint can be restored."""
+    _refuse(path, misfit(path, state))
+
+
+def _refuse(path: Path, damage: str | None) -> None:
+    if damage is not None:
         raise InputError(f"--resume-from-checkpoint {path} is damaged: {damage}; take an older one, or latest")
 
 
 def restore(path: Path, state: TrainingState) -> None:
-    """Puts the state of a whole checkpoint back, bit for bit."""
+    """Puts the state of a checkpoint back, bit for bit. It is whole, and fits."""
     state.restore(path / state.trainable.weights_file, open_tensors(path / TRAINING)[0], load_state(path))
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    """What state.json says. Raises InputError if it is damaged."""
+    tree = read_json(path / STATE)
+    if not isinstance(tree, dict):
+        raise InputError(f"{path / STATE} is damaged: it does not hold a JSON object")
+    return tree
 
 
 def prune(folder: Path, limit: int | None, step: int) -> None:

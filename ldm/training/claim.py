@@ -12,8 +12,9 @@ from typing import TextIO
 from ldm.errors import InputError
 from ldm.runtime import check_writable, processes, written
 from ldm.training import checkpoint
-from ldm.training.continuity import CONFIG, read_config
+from ldm.training.continuity import CONFIG, Identity, read_config
 from ldm.training.settings import Settings
+from ldm.training.state import TrainingState
 
 DEFAULT = Path("runs", "dreambooth")
 LOCK = "lock"
@@ -35,21 +36,25 @@ class Claim:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def find_checkpoint(self, result: Path) -> Path | None:
-        """The checkpoint to resume from, if any. result: the path of a finished run's result.
+    def find_checkpoint(self, state: TrainingState, identity: Identity) -> Path | None:
+        """The checkpoint to resume from, if any: whole, of this run, and with the content that the state needs.
 
         Raises InputError if every checkpoint is damaged, or if a finished run has none.
         """
         back = was_here(self.folder)
-        if self.named is not None and not back:
-            return self.named
-        found = checkpoint.newest(self.checkpoints) or self.named
-        if found is None and result.exists() and not back:
+        found = checkpoint.newest(self.checkpoints, state) if self.named is None or back else None
+        result = state.trainable.result_path(self.folder, state.settings)
+        if found is None and self.named is None and result.exists() and not back:
             raise InputError(
                 f"--output-dir {self.folder} holds a finished run's model, and no checkpoint to resume from; "
                 "give a new folder"
             )
-        return found
+        if found is not None:
+            identity.check_checkpoint(found)
+        elif self.named is not None:
+            identity.check_checkpoint(self.named)
+            checkpoint.check_fits(self.named, state)
+        return found or self.named
 
     def lock(self) -> TextIO:
         """Makes the folder and locks it until the file is closed. Raises InputError if another run uses it."""

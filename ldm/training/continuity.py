@@ -62,6 +62,7 @@ class Identity:
         for name, value in self.config.items():
             was = before.get(name, defaults.get(name))
             if name in PICTURES:
+                was = was if isinstance(was, dict | None) else {}
                 if was is not None and list(was.values()) != list(value.values()):
                     changes.append(f"{PICTURES[name]} {first_difference(was, value)}")
             elif name == "pictures" and "photographs" in before:

@@ -26,6 +26,22 @@ def adamw(groups: Iterable[dict[str, Any]], eight_bit: bool) -> torch.optim.Opti
     return AdamW8bit(groups, **options)
 
 
+def kept_of(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    """What the optimizer keeps of a parameter that has trained: name -> a meta tensor of its shape and type, or 0.
+
+    The optimizer itself has not begun yet.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        moment = torch.zeros_like(parameter, device="meta")
+        return {"step": torch.zeros((), device="meta"), "exp_avg": moment, "exp_avg_sq": moment}
+    for g, group in enumerate(optimizer.param_groups):
+        for p, member in enumerate(group["params"]):
+            if member is parameter:
+                optimizer.init_state(group, parameter, g, p)  # of bitsandbytes
+    kept = optimizer.state.pop(parameter)
+    return {key: value.to("meta") if isinstance(value, torch.Tensor) else 0 for key, value in kept.items()}
+
+
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 

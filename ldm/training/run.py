@@ -88,10 +88,8 @@ class Run:
             self._lock = self._lock or self.claim.lock()
             self.claim.tidy()
             try:
-                found = self.claim.find_checkpoint(state.trainable.result_path(self.folder, self.settings))
-                if found is not None:
-                    self.identity.check_checkpoint(found)
                 self.identity.check(self.folder, read_config(self.folder))
+                found = self.claim.find_checkpoint(state, self.identity)
                 checkpoint.check_space(self.folder, state.bytes_saved)
             except (InputError, RunError):
                 if new:  # and only this run uses it: it has the lock
