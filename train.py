@@ -36,9 +36,9 @@ def main(
     settings = training.parse(argv, TINY)
     world = processes.start(settings.device)
     training.set_exactness(settings.allow_tf32, settings.deterministic)
-    with Run(settings, world) as run:  # inside, a signal ends the work at hand, and then this block
+    with Run(settings, world) as run:  # inside, a signal ends the current work, then this block
         state, photographs, class_pictures = begin(run, tuning)
-        # The base model before it sees the subject: its pictures of the prompts, and its idea of the class.
+        # Pictures by the base model before training: the sheet and the class pictures.
         training.make_sheet(run, state.trainable.sd, "before")
         if class_pictures is not None:
             class_pictures.generate(run, state.trainable.sd)
@@ -54,15 +54,15 @@ def train(run: Run, state: TrainingState, batches: Batches) -> None:
     accumulation = run.settings.gradient_accumulation_steps
     with run.training(state):
         while state.step < run.settings.max_train_steps and not run.stopped:
-            if state.start_step():  # learning rate, zero_grad; True where other parameters train than before
+            if state.start_step():  # learning rate, zero_grad; True if the set of trained parameters changed
                 model = run.world.wrap(state.trainable)
             losses = []
-            for batch in batches.take(state.draws):  # `accumulation` of them
+            for batch in batches.take(state.draws):  # yields `accumulation` batches
                 with run.world.averaging(model, now=batch.last):
                     losses.append(dreambooth_step(run, state, model, batch))
                     run.precision.backward(losses[-1].total / accumulation)
             metrics = {"step": state.step + 1} | run.reduce(losses, state.clip_gradients())
-            state.update(metrics)  # where fp16 overflowed nothing is updated: the same step again, on new rows
+            state.update(metrics)  # on an fp16 overflow the weights stay; the step runs again on new rows
             run.log(metrics)
             run.save_if_due(state)
     if state.step < run.settings.max_train_steps:
@@ -70,9 +70,9 @@ def train(run: Run, state: TrainingState, batches: Batches) -> None:
 
 
 def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batch: Batch) -> Losses:
-    """Noises the latents of subject and class, predicts, and compares: the two terms of DreamBooth, eq. 2.
+    """Adds noise to the latents of subject and class, predicts it, and returns the two terms of DreamBooth, eq. 2.
 
-    model: `state.trainable`, as the processes share it.
+    model: `state.trainable`, wrapped so that processes average its gradients.
     """
     settings, schedule = run.settings, state.trainable.sd.schedule
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.t)
@@ -88,7 +88,7 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
 def begin(
     run: Run, tuning: Callable[[StableDiffusion, Settings], Trainable]
 ) -> tuple[TrainingState, list[Picture], ClassPictures | None]:
-    """Loads the model and the photographs, and begins the run. What is wrong with the input is found before that."""
+    """Loads the model and the photographs, and begins the run. Raises InputError for wrong input before it begins."""
     settings, world = run.settings, run.world
     with run.together():
         photographs = [images.read_picture(path) for path in images.find_pictures(settings.instance_data_dir)]
@@ -123,7 +123,7 @@ def load(run: Run) -> StableDiffusion:
 
 
 def plan_class_pictures(run: Run, sd: StableDiffusion, base: str) -> ClassPictures | None:
-    """The class pictures to have, as the base model of that fingerprint makes them; None without the prior term."""
+    """The class pictures that the run needs; None without the prior term. base: the base model's fingerprint."""
     settings = run.settings
     if not settings.with_prior_preservation:
         return None
@@ -144,7 +144,7 @@ def plan_class_pictures(run: Run, sd: StableDiffusion, base: str) -> ClassPictur
 def prepare(
     run: Run, state: TrainingState, photographs: list[Picture], class_pictures: ClassPictures | None
 ) -> Batches:
-    """Encodes pictures and prompts once where possible, and stores what does not train in the compute type."""
+    """Encodes pictures and prompts once where possible, and casts frozen networks to the compute type."""
     settings, sd = run.settings, state.trainable.sd
     kinds = [("instance", settings.instance_prompt, photographs)]
     with run.world.agreed():

@@ -32,7 +32,7 @@ def parser() -> cli.Parser:
         p.set_defaults(run=run)
         return p
 
-    inspect_parser = action("inspect", inspect, "describe a model and list what is wrong with it; status 1 if anything")
+    inspect_parser = action("inspect", inspect, "describe a model and list its problems; status 1 if there are any")
     convert_parser = action("convert", convert, "write the same model in another layout or type")
     action("verify", verify, "compare a file's SHA-256 with the official files' in weights/SHA256SUMS")
     cli.add_source_flags(inspect_parser)
@@ -55,7 +55,7 @@ def parser() -> cli.Parser:
 
 
 def inspect(args: Namespace) -> None:
-    """Prints what a model is and what is wrong with it. Exits with status 1 if anything is."""
+    """Describes a model and lists its problems. Exits with status 1 if there are any."""
     source = formats.read(args.path, ema=args.ema, prediction=args.prediction_type, variant=args.variant)
     sd = StableDiffusion.without_weights(source)
     print(sd.summary)

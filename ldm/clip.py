@@ -60,7 +60,7 @@ class Embeddings(nn.Module):
 
 def embedding(rows: int, width: int, std: float) -> nn.Embedding:
     weight = torch.empty(rows, width)
-    if not weight.is_meta:  # drawing there takes a second: torch imports its compiler for it
+    if not weight.is_meta:  # on meta, drawing takes a second: torch imports its compiler
         nn.init.normal_(weight, std=std)
     return nn.Embedding.from_pretrained(weight, freeze=False)
 

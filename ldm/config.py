@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-# More than any Stable Diffusion has.
+# Limits above every Stable Diffusion.
 MAX_LAYERS, MAX_LEVELS, MAX_SIZE = 64, 16, 2**20
-MAX_CONTEXT = 1024  # tokens; attention to the text needs memory for their square
-MAX_SCALE = 1e4  # of latents, and its inverse the least
+MAX_CONTEXT = 1024  # tokens; the memory for attention grows with their square
+MAX_SCALE = 1e4  # largest scale of latents; its inverse is the smallest
 
 
 class Checked:
-    """Checks that fields have their declared types, within bounds: a file can hold anything. Raises ValueError."""
+    """Checks types and bounds of the fields, since a file can hold anything. Raises ValueError."""
 
     def __post_init__(self):
         for f in fields(self):

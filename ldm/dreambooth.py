@@ -1,4 +1,4 @@
-"""What makes fine-tuning DreamBooth (Ruiz et al. 2023): the loss, the batch that it is computed on, and what trains."""
+"""DreamBooth (Ruiz et al. 2023): the loss, the batch that it is computed on, and the parameters that train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
 
 @dataclass
 class Batch:
-    """The rows of one forward pass. No other order of the rows is agreed on: `is_class` says which term each joins."""
+    """The rows of one forward pass. `is_class` says which term a row belongs to; the order of rows has no meaning."""
 
     latents: Tensor  # (B, 4, h, w), clean and scaled
     noise: Tensor  # (B, 4, h, w), standard normal
@@ -65,13 +65,13 @@ class Batch:
 
 
 class Trainable(nn.Module):
-    """One way of fine-tuning: what trains, under which names it is kept, and what a run writes in the end.
+    """One way of fine-tuning: the parameters that train, their saved names, and the result that a run writes.
 
-    A subclass passes the parameters that train to `__init__`, under names that last. That is enough: the methods below
-    train, save and write exactly those. Everything else of the model is frozen.
+    A subclass passes the parameters that train to `__init__`, under names that never change. That is enough: the
+    methods below train, save and write exactly those. All other parameters of the model are frozen.
     """
 
-    weights_file = "trained.safetensors"  # the name of what `save` writes in a checkpoint folder
+    weights_file = "trained.safetensors"  # name of the file that `save` writes in a checkpoint folder
 
     def __init__(self, sd: StableDiffusion, settings: Any, trained: dict[str, nn.Parameter]):
         """settings: those of the run, `ldm.training.Settings`."""
@@ -81,7 +81,7 @@ class Trainable(nn.Module):
             parameter.requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        # Registered networks are those that DistributedDataParallel averages the gradients of.
+        # DistributedDataParallel averages the gradients of registered networks.
         for name in ("unet", "text_encoder"):
             if any(parameter.requires_grad for parameter in getattr(sd, name).parameters()):
                 setattr(self, name, getattr(sd, name))
@@ -126,20 +126,20 @@ class Trainable(nn.Module):
         return [{"name": "trained", "params": params, "lr": settings.learning_rate, "stop": None}]
 
     def named_parameters_saved(self) -> dict[str, nn.Parameter]:
-        """What a checkpoint holds, by name."""
+        """The parameters that a checkpoint holds, by name."""
         return self.trained
 
     def bytes_saved(self) -> int:
-        """The size of what `save` writes, without headers."""
+        """The size of the file that `save` writes, without headers."""
         return sum(parameter.nbytes for parameter in self.named_parameters_saved().values())
 
     def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
-        """Writes what trains. Returns the names of the model's tensors that have no place in such a file."""
+        """Writes the trained parameters. Returns the names of the model's tensors that such a file can't hold."""
         save_tensors(path, {name: p.detach().cpu() for name, p in self.named_parameters_saved().items()}, metadata)
         return []
 
     def load(self, path: Path) -> None:
-        """Puts back what `save` has written, bit for bit."""
+        """Loads a file that `save` has written, bit for bit."""
         self.adopt(self.read(path))
 
     def read(self, path: Path) -> Tensors:
@@ -156,14 +156,14 @@ class Trainable(nn.Module):
         for name, parameter in self.named_parameters_saved().items():
             parameter.copy_(tensors[name])
 
-    # What the run is for
+    # The run's result
 
     def result_path(self, folder: Path, settings: Any) -> Path:
-        """Where `result` writes to in a run's folder."""
+        """The path in a run's folder that `result` writes to."""
         return folder / self.weights_file
 
     def result(self, path: Path, settings: Any, metadata: dict[str, str]) -> list[str]:
-        """Writes what the run is for to `result_path`. Returns the names of tensors that it leaves out."""
+        """Writes the run's result to `path`. Returns the names of tensors that it leaves out."""
         with replacing(path) as temporary:
             return self.save(temporary, metadata)
 

@@ -1,17 +1,17 @@
-"""A user's mistake is answered in one line; everything else is a bug and keeps its traceback."""
+"""Errors that end a program with one line. Any other error is a bug and keeps its traceback."""
 
 MAX_MESSAGE = 500  # letters
 
 
 class InputError(ValueError):
-    """What was given is at fault. The message says what is wrong, where, and what to do, on one line."""
+    """The input is wrong. The message says what is wrong, where, and what to do, on one line."""
 
     def __init__(self, message: object = ""):
         super().__init__(one_line(message))
 
 
 class RunError(RuntimeError):
-    """A run can't go on for a reason that lies outside the program: a full disk, a diverged loss. One line, too."""
+    """A run can't go on, for example because the disk is full or the loss diverged. The message is one line, too."""
 
     def __init__(self, message: object = ""):
         super().__init__(one_line(message))
@@ -20,8 +20,8 @@ class RunError(RuntimeError):
 def one_line(message: object, limit: int = MAX_MESSAGE) -> str:
     """A message as one line of at most `limit` printable letters. A long one keeps its start and its end, the advice.
 
-    Messages quote files and paths, which can hold anything: line ends become spaces, and what a terminal would obey or
-    can't show is escaped.
+    Messages quote files and paths, which can hold anything: line ends become spaces, and characters that are not
+    printable are escaped.
     """
     text = str(message)
     if len(text) > 2 * limit:  # escaping makes it longer, never shorter

@@ -1,4 +1,4 @@
-"""Seeded noise and classifier-free guidance: what turns a UNet into the denoiser that a sampler runs on."""
+"""Classifier-free guidance, which makes a sampler's denoiser of a UNet, and seeded noise."""
 
 from collections.abc import Callable, Sequence
 
@@ -35,7 +35,7 @@ def denoiser(
 ) -> Denoise:
     """Makes denoise(x, t) -> eps, guided, for x (B, C, h, w) and a step t.
 
-    context: (2B, L, D), negative prompts first, then prompts; both halves go through the UNet in one batch. Or
+    context: (2B, L, D), negative prompts, then prompts, for guidance: the UNet runs on both halves in one batch. Or
     (B, L, D), prompts alone: no guidance, at half the cost. progress: called after each evaluation of the UNet.
     """
     dtype = next(unet.parameters()).dtype
@@ -56,7 +56,7 @@ def denoiser(
 class SeededNoise:
     """noise() -> standard normal noise, (B, C, h, w) float32, fresh at each call. Row i depends on seeds[i] alone.
 
-    The numbers are those of `torch.Generator().manual_seed(seed)` on the CPU, whatever the device.
+    `torch.Generator().manual_seed(seed)` draws the numbers on the CPU, for any device.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device):
@@ -68,7 +68,7 @@ class SeededNoise:
 
 
 def pair_up(prompts: str | Sequence[str], seeds: Sequence[int], latents: int) -> tuple[list[str], list[int]]:
-    """As many prompts as seeds: a list of length one is broadcast. latents: how many are given.
+    """Makes the prompts and the seeds equally many: a list of length one is broadcast. latents: their number.
 
     Raises InputError if the three lengths do not agree.
     """

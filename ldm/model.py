@@ -1,4 +1,4 @@
-"""Stable Diffusion: three networks, a tokenizer and a schedule, and what they do together."""
+"""Stable Diffusion: three networks, a tokenizer and a schedule; loads, encodes, generates, decodes and saves."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -52,11 +52,11 @@ class StableDiffusion:
         variant: str | None = None,
         mapped: bool = True,
     ) -> "StableDiffusion":
-        """Loads an official single file or a diffusers folder. Loading is strict: every tensor has to be there.
+        """Loads an official single file or a diffusers folder. Loading is strict: every tensor must be there.
 
-        The networks adopt the file's memory-mapped tensors; only a tensor of another type or device is copied, or all
-        if not `mapped`: the file may change then. dtype: of the networks; as stored if None. ema, prediction, variant:
-        see `formats.read`.
+        The networks adopt the file's memory-mapped tensors; a tensor of another type or device is copied. mapped: if
+        False, all tensors are copied, and the file may change afterwards. dtype: of the networks; as stored if None.
+        ema, prediction, variant: see `formats.read`.
         Raises InputError, which names the tensor, if one is missing, unknown or of another shape. The numbers are read
         from the disk when they are first needed: `check_finite` checks them.
         """
@@ -84,7 +84,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def rehearse(self) -> None:
-        """Runs the three networks once on a small picture, to see that they fit each other and the tokenizer.
+        """Runs the three networks once on a small picture, to check that they fit each other and the tokenizer.
 
         Raises any error that comes up. Official sizes are known to fit. On the meta device only shapes are computed.
         """
@@ -107,13 +107,13 @@ class StableDiffusion:
 
     @property
     def summary(self) -> str:
-        """Where the model is from and what it is: one line."""
+        """One line: the path that the model was loaded from, and its description."""
         return "random weights" if self.source is None else f"{self.source.path}: {self.source.describe()}"
 
     def source_fingerprint(self) -> str:
-        """SHA-256 of the weights as stored where the model was loaded from, which is read again.
+        """SHA-256 of the stored weights, read again from the path that the model was loaded from.
 
-        Later changes of the model do not count. If it was made in code, its present weights are hashed.
+        Later changes of the model do not count. For a model made in code, the present weights are hashed.
         """
         if self.source is None:
             return self._snapshot(None).fingerprint()
@@ -163,10 +163,10 @@ class StableDiffusion:
         A picture depends on its prompt and its seed alone, not on the batch: initial latents, then the sampler's
         noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU.
         height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None. latents:
-        (B, 4, h, w) standard normal noise to start from instead, for B pictures.
+        (B, 4, h, w) standard normal noise to start from instead of the seeds' noise, for B pictures.
         init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: fraction of the
         sampling steps to run: 0 returns the picture, 1 ignores it (SDEdit, Meng et al. 2022). progress: called after
-        each evaluation of the UNet, of which there are `Sampler.evaluations`.
+        each evaluation of the UNet; `Sampler.evaluations` gives their number.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
         Raises InputError for impossible arguments, and RunError if a picture for PIL is NaN or infinity.
         """
@@ -236,7 +236,7 @@ class StableDiffusion:
     def decode_latents(self, z: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1].
 
-        In fp16, autocast's too, SD's autoencoder can overflow to NaN: such latents are decoded again by an fp32 copy.
+        In fp16, also under autocast, SD's autoencoder can overflow to NaN: an fp32 copy decodes such latents again.
         """
         z = z / self.config.vae.scale_factor
         images = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
@@ -257,8 +257,8 @@ class StableDiffusion:
         """Writes the model to `path`: layout "official" is one .safetensors file, "diffusers" a folder.
 
         dtype: of the stored weights; as they are if None. metadata: for the safetensors headers; the source's if None.
-        An older model at `path` stays whole until the new one is. Returns the names of the source's tensors that are
-        not saved: EMA weights, and in a folder what it has no place for. Raises InputError for an unknown layout.
+        An older model at `path` stays until the new one is complete. Returns the names of the source's tensors that
+        are not saved: EMA weights, and tensors that a folder can't hold. Raises InputError for an unknown layout.
         """
         snapshot = self._snapshot(dtype)
         snapshot.metadata = snapshot.metadata if metadata is None else metadata
@@ -271,7 +271,7 @@ class StableDiffusion:
         source = self.source or formats.Source(self.config, self.tokenizer, {})
         return replace(source, config=self.config, tokenizer=self.tokenizer, tensors=tensors, dtypes=())
 
-    # Parameters, and what training does with them
+    # Parameters, for training
 
     def networks(self) -> dict[str, nn.Module]:
         """The three networks by the prefix of their tensors' names in an official file."""
@@ -295,6 +295,6 @@ class StableDiffusion:
         network.requires_grad_(False).to(dtype)
 
     def forget_encoder(self) -> None:
-        """Frees the memory of the autoencoder's encoder, for when all pictures are latents. `save` still writes it."""
+        """Frees the memory of the autoencoder's encoder, once all pictures are encoded. `save` still writes it."""
         self.freeze(self.vae, next(self.vae.parameters()).dtype)
         self.vae.encoder = nn.Identity()

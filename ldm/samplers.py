@@ -1,11 +1,11 @@
-"""From noise to latents. Each sampler is a loop over a denoiser, and nothing else: no network, no device, no files.
+"""From noise to latents. Each sampler is only a loop over a denoiser: no network, no device, no files.
 
     SAMPLERS[name](denoise, x, schedule, steps, *, eta=0.0, noise=None) -> x0 latents
 
 denoise(x, t) returns the noise in x (B, C, h, w) at step t. Steps are whole numbers, fractional in Karras' spacing.
-Everywhere x is the variance-preserving x_t of DDPM: standard normal noise at first, or what `Schedule.add_noise` makes
-of a picture. noise() returns fresh standard normal noise shaped like x; eta is DDIM's. A sampler is a loop and its
-times: the steps t that the loop takes, noisiest first. All arithmetic is in x's type; all coefficients are Python
+x is always the variance-preserving x_t of DDPM: standard normal noise at first, or a picture after
+`Schedule.add_noise`. noise() returns fresh standard normal noise shaped like x; eta is DDIM's. A sampler is a loop and
+its times: the steps t that the loop takes, noisiest first. All arithmetic is in x's type; all coefficients are Python
 floats of the float64 table. In the loops t is a step and s the next one, which is less noisy.
 
 They compute what diffusers computes `from_config` of Stable Diffusion's scheduler_config.json: steps_offset 1,
@@ -19,8 +19,8 @@ timestep_spacing and rescale_betas_zero_snr there; PNDM and Heun lack the second
     euler     EulerDiscreteScheduler
     euler_a   EulerAncestralDiscreteScheduler
 
-There are three differences: plms combines predictions of eps, also where the model predicts v; trailing steps that do
-not divide T lead from each step to the next; with trailing steps the Euler family begins at variance 1, not 1 - abar.
+There are three differences: plms combines predictions of eps, also if the model predicts v; trailing steps that do not
+divide T go to the next step in the list; with trailing steps the Euler family begins at variance 1, not 1 - abar.
 """
 
 import math
@@ -212,7 +212,7 @@ class Sampler:
 
     loop: Callable[..., Tensor]
     times: Callable[[Schedule, int], Times] = Schedule.spaced
-    evaluations: Callable[[int], int] = lambda steps: steps  # calls of the denoiser in so many steps
+    evaluations: Callable[[int], int] = lambda steps: steps  # steps -> calls of the denoiser
     summary: str = ""
 
     def __call__(
@@ -255,7 +255,7 @@ def listing() -> str:
 
 
 def steps_for_strength(steps: int, strength: float) -> int:
-    """How many of `steps`, the last ones, to run on a picture.
+    """The number of steps, the last ones of `steps`, to run on a picture.
 
     strength: fraction of the sampling steps to run: 0 returns the picture, 1 ignores it (SDEdit, Meng et al. 2022).
     Raises InputError unless 0 <= strength <= 1.

@@ -36,7 +36,7 @@ class Schedule:
             raise InputError(f"a schedule of {config.timesteps} timesteps has no steps to sample; 1000 are usual")
         if not 0.0 < config.beta_start <= config.beta_end < 1.0:
             raise InputError(f"betas from {config.beta_start} to {config.beta_end} are not between 0 and 1")
-        # "scaled linear": linear in the square root of beta, as the official code has it
+        # "scaled linear": linear in the square root of beta, as in the official code
         ends = config.beta_start**0.5, config.beta_end**0.5
         self.betas = torch.linspace(*ends, config.timesteps, dtype=torch.float64, device="cpu") ** 2
         if config.spacing not in ("leading", "trailing"):
@@ -106,11 +106,11 @@ class Schedule:
         return abar / (1.0 - abar)
 
     def spaced(self, steps: int, with_end: bool = False) -> list[int]:
-        """The steps t of a sampler, noisiest first; exactly as many, also where the number does not divide T.
+        """The steps t of a sampler, noisiest first; exactly `steps`, also when it does not divide T.
 
-        leading: 1 + i * (T // steps), as the official DDIM; warns where this begins far from pure noise.
+        leading: 1 + i * (T // steps), as in the official DDIM; warns if this begins far from pure noise.
         trailing: from T - 1 on, so that the first step is the noisiest (Lin et al. 2023, table 2).
-        with_end: space one leading step more, and leave out the last, which is where the sampler ends.
+        with_end: space one more leading step, and leave out the last one, where the sampler ends.
         Raises InputError unless 1 <= steps < T.
         """
         self.check_steps(steps)

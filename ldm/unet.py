@@ -92,7 +92,7 @@ class UNet(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row: each also gets the timestep embedding, the context or the target size, if it takes one.
+    """Layers in a row. Each also gets the timestep embedding, the context or the target size if it takes one.
 
     h: (B, C, H, W); emb: (B, 4C); context: (B, L, D); size: (H, W) after an Upsample.
     """
@@ -134,7 +134,7 @@ class ResBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Flattens the picture to a sequence of positions and applies attention to itself and to the text.
+    """Flattens the picture to a sequence of positions, which attend to each other and to the text.
 
     x: (B, C, H, W); context: (B, L, D) -> (B, C, H, W).
     """
@@ -189,7 +189,7 @@ class CrossAttention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V, LDM eq. 3. Queries come from the picture, keys and values from the context."""
 
     def __init__(self, width: int, context_dim: int, heads: int, upcast: bool):
-        """upcast: compute Q K^T in fp32 where it would be fp16, which it can overflow."""
+        """upcast: compute attention in fp32 where Q K^T could overflow fp16."""
         super().__init__()
         self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(width, width, bias=False)
@@ -270,7 +270,7 @@ def norm(width: int, groups: int) -> nn.GroupNorm:
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Zeroes the last layer of a residual branch, so that the branch starts as nothing (ADM)."""
+    """Zeroes the last layer of a residual branch, so that the branch adds nothing at first (ADM)."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

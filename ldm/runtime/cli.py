@@ -21,7 +21,7 @@ MAX_COUNT = 2**31  # the largest number that a counting flag takes
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default where there is one."""
+    """Shows the default of a flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, "", []) else super()._get_help_string(action)
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose what to load, where a model file or folder holds more than one model."""
+    """Adds the flags that choose what to load if a model file or folder holds more than one model."""
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
@@ -63,8 +63,8 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 def reported(program: str) -> Iterator[None]:
     """Prints InputError, RunError and warnings as one line each on standard error; other errors keep their traceback.
 
-    InputError ends the program with status 2, RunError with 1. Of several processes the first of each machine prints.
-    The others wait five seconds, since torchrun ends all processes as soon as one ends, and then print too.
+    InputError ends the program with status 2, RunError with 1. The first process of each machine prints at once.
+    The others wait five seconds and then print too: torchrun ends all processes as soon as one ends.
     """
     streams.protect()
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -89,7 +89,7 @@ def reported(program: str) -> Iterator[None]:
 
 
 def device(name: str | None) -> torch.device:
-    """The device of this name; cuda where there is one, else cpu, if None. Raises InputError if it is not there."""
+    """The device of this name; if None, cuda if this machine has it, else cpu. Raises InputError if it is absent."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -18,7 +18,7 @@ def check_writable(folder: Path, flag: str) -> None:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{flag} {folder} is a file; give a folder")
     existing = folder.absolute()
-    while not os.path.exists(existing):  # Path.exists raises where this user may not look
+    while not os.path.exists(existing):  # Path.exists raises if this user may not list a parent
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{flag} {folder} can't be written: {existing} is not a folder that this user may write in")
@@ -28,7 +28,7 @@ def check_writable(folder: Path, flag: str) -> None:
 def replacing(path: Path, own: Collection[str] = ()) -> Iterator[Path]:
     """Gives a temporary path beside `path`; it replaces `path` when the block ends, and is removed if the block raises.
 
-    An older file or folder at `path` stays whole until then, also for a process that has it memory-mapped.
+    An older file or folder at `path` stays until then, also for a process that has it memory-mapped.
     own: the files in an older folder that may be replaced, by their paths in it. Raises InputError if it holds others.
     """
     if path.is_dir() and (others := [name for name in _files_in(path) if name not in own]):
@@ -61,7 +61,7 @@ def _files_in(folder: Path) -> list[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process is inside for this folder."""
+    """Inside, this process alone holds the folder's lock; waits for it first."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -72,7 +72,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Wraps writing: a disk that refuses it raises RunError, which names the path."""
+    """Wraps writing: turns an error of the disk into a RunError, which names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:

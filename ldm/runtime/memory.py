@@ -1,4 +1,4 @@
-"""Running out of memory, answered in one line that says what helps."""
+"""Reports out of memory in one line that says what helps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import torch
 
 from ldm.errors import RunError
 
-# How torch's allocator on the CPU and oneDNN say it: neither has an exception of its own.
+# Messages of torch's CPU allocator and oneDNN, which have no exception class for it.
 MESSAGES = ("can't allocate memory", "could not create a primitive")
 
 

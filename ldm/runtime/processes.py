@@ -1,7 +1,7 @@
-"""Several processes as one: a few plain words over torch.distributed.
+"""A small interface to torch.distributed.
 
-A single process is a world of size 1, and the program reads the same. torchrun tells each process its rank and the
-size of the world in the environment.
+A single process is a world of size 1 and runs the same code. torchrun gives each process its rank and the size of the
+world in the environment.
 """
 
 import gc
@@ -24,12 +24,12 @@ from ldm.errors import InputError, RunError
 from ldm.runtime import cli
 from ldm.runtime.signals import Stopped
 
-TIMEOUT = timedelta(hours=4)  # the others wait so long while the main process samples a sheet or saves to a slow disk
+TIMEOUT = timedelta(hours=4)  # longest wait while the main process samples a sheet or saves to a slow disk
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all that work on one run.
+    """This process and its place among all processes of one run.
 
     rank: 0 to size - 1; rank 0 is the main process. device: where this process computes.
     """
@@ -68,7 +68,7 @@ class World:
         return total.tolist()
 
     def any(self, condition: bool) -> bool:
-        """Whether the condition holds in any process. Every process has to ask."""
+        """Whether the condition holds in any process. Every process must call it."""
         return bool(self.sum([float(condition)])[0])
 
     def share(self, value: Any) -> Any:
@@ -104,8 +104,8 @@ class World:
     def close(self) -> None:
         """Leaves the group of processes. All but the main process end here, with status 0.
 
-        Once in some hundred times torch's threads abort a process while Python exits, after all work is done, and
-        torchrun takes the whole run for failed. The main process exits normally: it has trackers to close.
+        In about one of several hundred runs torch's threads abort a process while Python exits, after all work is done,
+        and torchrun reports that the run failed. The main process exits normally: it has trackers to close.
         """
         if self.size == 1:
             return
@@ -118,7 +118,7 @@ class World:
 
 
 def start(device: str | None) -> World:
-    """This process's place in the world. device: as in `cli.device`; with CUDA each process takes a GPU of its own."""
+    """Joins the world and returns it. device: as in `cli.device`; with CUDA each process takes its own GPU."""
     size = _number("WORLD_SIZE", 1)
     chosen = cli.device(device)
     if size == 1:

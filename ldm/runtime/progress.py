@@ -1,4 +1,4 @@
-"""A progress bar over work that a signal ends."""
+"""A progress bar for work that a signal ends."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

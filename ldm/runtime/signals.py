@@ -1,4 +1,4 @@
-"""Stopping well when asked: a signal is noted, the work at hand is finished, and the state is saved."""
+"""A signal sets a flag; the program finishes the current step, saves and ends."""
 
 import signal
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """Raised where work has nothing to save and can be left at once, such as loading a model or making a picture."""
+    """Raised by a signal in work that has nothing to save, such as loading a model or making a picture."""
 
 
 class Stop:
-    """Inside, SIGTERM, SIGINT, SIGUSR1 and SIGHUP set `asked`, however often they come.
+    """Inside, SIGTERM, SIGINT, SIGUSR1 and SIGHUP set `asked`.
 
     A second SIGINT ends the process at once. A signal that the process ignores, as SIGHUP under nohup, stays ignored.
     """
@@ -27,7 +27,7 @@ class Stop:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():  # the end of a stopped program is not to be stopped again
+        for number, handler in self._before.items():  # signals must not interrupt the end of a stopped program
             signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
     def check(self) -> None:
@@ -37,7 +37,7 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises Stopped wherever the main thread is. For work that leaves nothing half-written."""
+        """Inside, a signal raises Stopped in the main thread at once. For work that leaves nothing half-written."""
         self.check()
         self._leave = True
         try:

@@ -1,4 +1,4 @@
-"""Printing to people who may have left: a program does not depend on who watches.
+"""Output streams that never raise.
 
 A full disk under a log, a closed terminal, `| head -1` and `2>&-` make print and progress bars raise OSError. Here such
 output is dropped, and the program goes on.
@@ -8,11 +8,11 @@ import os
 import sys
 from typing import TextIO
 
-dropped: list[str] = []  # what could not be shown, and why: "stdout: No space left on device"
+dropped: list[str] = []  # the stream and the reason: "stdout: No space left on device"
 
 
 class Stream:
-    """A text stream that never raises: what it can't encode is escaped, what it can't write is dropped."""
+    """A text stream that never raises: it escapes text that it can't encode, and drops text that it can't write."""
 
     def __init__(self, stream: TextIO, name: str):
         self._stream, self._name = stream, name
@@ -33,11 +33,11 @@ class Stream:
             action()
         except (OSError, ValueError) as error:
             dropped.append(f"{self._name}: {getattr(error, 'strerror', None) or error}")
-            silence(self._stream.fileno())  # also what is still in its buffer
+            silence(self._stream.fileno())  # also for text that is still in its buffer
 
 
 def silence(descriptor: int) -> None:
-    """Makes a file descriptor one of /dev/null."""
+    """Points a file descriptor at /dev/null."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != descriptor:
         os.dup2(null, descriptor)
@@ -45,7 +45,7 @@ def silence(descriptor: int) -> None:
 
 
 def protect() -> None:
-    """Makes stdout and stderr streams that never raise. Closed ones become /dev/null, lest a file take their number."""
+    """Makes stdout and stderr never raise. A closed one becomes /dev/null, so that no file gets its number."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -57,5 +57,5 @@ def protect() -> None:
             dropped.append(f"{name}: it is closed")
             stream = open(descriptor, "w", encoding="utf-8", closefd=False)
         elif stream is not getattr(sys, f"__{name}__"):
-            continue  # somebody else's already
+            continue  # other code has replaced it already
         setattr(sys, name, Stream(stream, name))

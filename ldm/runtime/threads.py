@@ -1,7 +1,7 @@
-"""All cores, and the same bits: independent pieces of work side by side, each computed on one core.
+"""Computes independent pieces of work side by side, each on one core: all cores, same bits for any number of them.
 
-On a CPU the last bit of a sum depends on how many threads share the sum. What one core computes does not depend on
-how many cores there are, how many processes run, or which pieces are computed at the same time.
+On a CPU the last bit of a sum depends on how many threads share the sum. A result of one core does not depend on the
+number of cores or processes, or on the pieces that are computed at the same time.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,16 +19,16 @@ def at_once(device: torch.device) -> int:
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> list[Result]:
-    """[work(item) for item in items]; on a CPU each call has a thread and a core of its own.
+    """[work(item) for item in items]; on a CPU each call has its own thread and core.
 
-    Autocast and `no_grad` belong to a thread: `work` has to enter them itself. If calls raise, the error of the first
+    Autocast and `no_grad` belong to a thread: `work` must enter them itself. If calls raise, the error of the first
     such item is raised when all calls have ended.
     """
     if device.type != "cpu":
         return [work(item) for item in items]
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # new threads begin with this number; the initializer says it for libraries that ask
+        torch.set_num_threads(1)  # new threads begin with this number; the initializer sets it for other libraries
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, items))
     finally:

@@ -1,20 +1,20 @@
-"""What a run is: from settings and photographs to a tuned model, stopped and resumed at any step.
+"""A training run: from settings and photographs to a tuned model. It stops and resumes at any step.
 
 settings        every setting of a run, and whether a run that resumes may change it
-options         from the command line and TOML files to settings
-latents         pictures, encoded once
+options         reads settings from the command line and TOML files
+latents         encodes the pictures once
 batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
 optimizer, ema  AdamW and its learning rate; the average of the weights
-state           what changes while a run trains
+state           everything that changes during training
 content         whether a checkpoint holds such a state
-checkpoint      that state on disk, whole or not there
-continuity      whether a run that resumes is the run that it resumes
-claim           the folder of a run, and that no other run is at work there
-log             metrics.jsonl and the tracker
-saver           when a run saves, and that there is space for it
-run             what the parts of a training program share
+checkpoint      saves that state to disk, whole or not at all
+continuity      checks that a resumed run has the same settings, model and photographs
+claim           chooses a run's folder and locks it
+log             writes metrics.jsonl and sends metrics to the tracker
+saver           writes checkpoints and keeps disk space for them
+run             the objects that the parts of a training program share
 validation      sheets of pictures, before and after
 tracking        TensorBoard and Weights & Biases
 """

@@ -1,8 +1,7 @@
 """Photographs -> the batches of a run. Every row is a function of (seed, kind, index) alone.
 
-A batch that is cut in other ways, spread over other processes, or drawn after a resume has the same rows. What is
-random in a row is drawn on the CPU, by torch's loader; what belongs to a whole batch, moving it to the device and
-making latents of it, is done for all rows at once.
+A run has the same rows with any split into batches and processes, and after a resume. torch's loader draws the random
+part of each row on the CPU. All rows of a batch are moved to the device and turned into latents at once.
 """
 
 import signal
@@ -29,14 +28,14 @@ Columns = dict[str, Tensor]  # of several rows
 
 @dataclass(frozen=True)
 class Draws(Dataset):
-    """What is random in the rows of one kind: draws[index] has the picture's number, t, noise and spread.
+    """The random part of the rows of one kind: draws[index] has the picture's number, t, noise and spread.
 
     noise, spread: (C, h, w) standard normal; the row's latents are mean + std * spread.
     """
 
     seed: int
     kind: str  # "instance" or "class"
-    count: int  # pictures; each is taken once in an epoch, in an order of its own
+    count: int  # pictures; each epoch takes every picture once, newly shuffled
     shape: tuple[int, int, int]  # (C, h, w) of the latents
     timesteps: int
 
@@ -47,17 +46,17 @@ class Draws(Dataset):
         k = rng.pick(self.seed, self.kind, index, self.count)
         try:
             return {"spread": spread, "noise": noise, "t": t, **self.view(k, generator)}
-        except InputError as error:  # a loader's process can't raise it in one line, so it travels as a row
+        except InputError as error:  # a loader's process can't raise it in one line, so it is returned as a row
             return error
 
     def view(self, k: int, generator: torch.Generator) -> Columns:
-        """What tells of picture k, beside its number."""
+        """The columns that say which picture and view the row has, or hold its pixels."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class LatentDraws(Draws):
-    """Draws for pictures whose latents are kept; with two views, the second one mirrored."""
+    """Draws for pictures whose latents are kept. views: 2 if each is also kept mirrored."""
 
     views: int = 1
 
@@ -68,7 +67,7 @@ class LatentDraws(Draws):
 
 @dataclass(frozen=True)
 class CropDraws(Draws):
-    """Draws for pictures that are cut at another place each time, and mirrored half of the time if `flip`."""
+    """Draws for pictures that are cut at a random place each time, and mirrored half of the time if `flip`."""
 
     pictures: Sequence[Picture] = ()
     resolution: int = 0
@@ -82,7 +81,7 @@ class CropDraws(Draws):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one prompt. latents: the pictures' latents if they are kept; else `encode` makes them of each image."""
+    """Rows of one prompt. latents: the pictures' latents if they are kept; else `encode` makes them from each image."""
 
     prompt: str
     draws: Draws
@@ -105,7 +104,7 @@ class Rows:
 
 
 def make_rows(run: Run, sd: StableDiffusion, kind: str, prompt: str, pictures: Sequence[Picture]) -> Rows:
-    """The rows of one kind, "instance" or "class"; encodes the pictures once, unless they are cut anew each time."""
+    """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
     settings, device = run.settings, run.world.device
     shape = sd.latent_shape(settings.resolution, settings.resolution)
     common = (settings.seed, kind, len(pictures), shape, sd.schedule.timesteps)
@@ -124,7 +123,7 @@ class Batches:
     def __init__(self, rows: Sequence[Rows], settings: Settings, world: World):
         self.rows, self.world = rows, world
         self.size, self.parts = settings.train_batch_size, settings.gradient_accumulation_steps
-        # Processes that decode pictures ahead, where that is needed in every step.
+        # Processes that decode pictures ahead; only random crops need them.
         self.workers = max(1, min(4, torch.get_num_threads() // len(rows))) if settings.random_crop else 0
         is_class = [kind.is_class for kind in rows for _ in range(self.size)]
         self.is_class = torch.tensor(is_class, device=world.device)
@@ -132,7 +131,7 @@ class Batches:
         self._next: int | None = None
 
     def take(self, draws: int) -> Iterator[Batch]:
-        """The batches of one step. draws: how often batches have been taken before in this run, resumed or not."""
+        """The batches of one step. draws: how often `take` was called before in this run, also before a resume."""
         if draws != self._next:
             self._columns = zip(*(iter(self._loader(kind.draws, draws)) for kind in self.rows), strict=True)
         self._next = draws + 1
@@ -163,8 +162,7 @@ class Batches:
 class _Indices:
     """The rows of this process, batch by batch, without end.
 
-    Which rows they are depends on how often batches were taken before, not on how many processes share them, or in how
-    many parts.
+    The rows of a step depend on how often batches were taken before, not on the number of processes or parts.
     """
 
     start: int
@@ -181,7 +179,7 @@ class _Indices:
 
 
 def _ignore_signals(worker: int) -> None:
-    """In a loader's process: the main process heeds signals, and ends its loaders itself."""
+    """Runs in a loader's process. The main process handles signals, and ends its loaders itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""Which folder a run works in, which checkpoint it resumes from, and that no other run is at work there."""
+"""Chooses the folder of a run and the checkpoint to resume from, and locks the folder against other runs."""
 
 import fcntl
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ldm.errors import InputError
-from ldm.runtime import check_writable, processes, written
+from ldm.runtime import check_writable, exists, list_folder, processes, written
 from ldm.training import checkpoint
 from ldm.training.continuity import CONFIG, Identity, read_config
 from ldm.training.settings import Settings
@@ -18,7 +18,7 @@ from ldm.training.state import TrainingState
 
 DEFAULT = Path("runs", "dreambooth")
 LOCK = "lock"
-LATEST = "latest"  # as a name of a checkpoint: the newest whole one
+LATEST = "latest"  # names the newest whole checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Claim:
         return self.folder / "checkpoints"
 
     def find_checkpoint(self, state: TrainingState, identity: Identity) -> Path | None:
-        """The checkpoint to resume from, if any: whole, of this run, and fitting the state that has not begun yet.
+        """The checkpoint to resume from, if any: whole, of this run, and with the content that the state needs.
 
-        Raises InputError if there is none among those that are there, or if a finished run left none to resume from.
+        Raises InputError if every checkpoint is damaged, or if a finished run has none.
         """
         back = was_here(self.folder)
         found = checkpoint.newest(self.checkpoints, state) if self.named is None or back else None
@@ -57,14 +57,14 @@ class Claim:
         return found or self.named
 
     def lock(self) -> TextIO:
-        """Makes the folder and locks it until the file is closed. Raises InputError if another run is at work there."""
+        """Makes the folder and locks it until the file is closed. Raises InputError if another run uses it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if (file := lock(self.folder)) is None:
             raise InputError(f"--output-dir {self.folder}: another run is at work there; wait, or give another folder")
         return file
 
     def tidy(self) -> None:
-        """Removes what a killed run has left half-written."""
+        """Removes half-written files of a killed run."""
         checkpoint.clean(self.checkpoints)
         for pattern in (
             f".{CONFIG}.*",
@@ -78,7 +78,7 @@ class Claim:
                 checkpoint.remove(path)
 
     def undo(self) -> None:
-        """Removes the folders that `choose` has made, if nothing but the lock is in them."""
+        """Removes the folders that `choose` has made, if they hold only the lock."""
         for path in self.made:
             if path == self.folder:
                 (path / LOCK).unlink(missing_ok=True)
@@ -94,17 +94,17 @@ def lock(folder: Path) -> TextIO | None:
     except BlockingIOError:
         file.close()
         return None
-    # A loader's process must not hold the lock when this one has been killed. It has a copy of the open file.
+    # A loader's process inherits the open file; it must not hold the lock after this process was killed.
     alive = weakref.ref(file)
     os.register_at_fork(after_in_child=lambda: (mine := alive()) and mine.close())
     return file
 
 
 def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
-    """The folder for a run: a new run takes a new or empty one, a run that resumes its own.
+    """The folder for a run: a new run takes a new or empty one, a resumed run takes its own.
 
-    Without --output-dir a new run takes the next number, and locks it, so that no other run takes it too; nothing else
-    is written. Raises InputError for a folder that is something else, and for a named checkpoint that is not whole.
+    Without --output-dir a new run takes the next numbered folder and locks it; nothing else is written. Raises
+    InputError for any other folder, and for a named checkpoint that is not whole.
     """
     resume, numbered = settings.resume_from_checkpoint, numbered_folders()
     named = Path(resume).resolve() if resume not in (None, LATEST) else None
@@ -115,7 +115,7 @@ def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
         folder = back[-1]
     elif resume == LATEST and numbered:
         folder = numbered[max(numbered)]
-    elif named is not None and (named.parent.parent / CONFIG).exists():
+    elif named is not None and exists(named.parent.parent / CONFIG):
         folder = named.parent.parent
     else:
         return take_number(max(numbered, default=1))
@@ -128,14 +128,14 @@ def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
         if not (folder / CONFIG).exists():
             raise InputError(f"--output-dir {folder} holds no run to resume: it has no {CONFIG}")
     if named is not None and not was_here(folder):
-        if not named.exists() and (folder / "checkpoints" / resume).is_dir():
-            named = folder / "checkpoints" / resume  # given by its name alone
+        if not exists(named) and exists(folder / "checkpoints" / resume):
+            named = folder / "checkpoints" / resume  # given by its name only
         checkpoint.check_whole(named)
     return Claim(folder, named), None
 
 
 def take_number(number: int) -> tuple[Claim, TextIO]:
-    """Makes and locks the first folder from this number on that no run has used, and none is using."""
+    """Makes and locks the first folder, from this number on, that no run uses or has used."""
     while True:
         folder = DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}")
         check_writable(folder, "--output-dir")
@@ -149,12 +149,12 @@ def take_number(number: int) -> tuple[Claim, TextIO]:
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a run that was killed while it began has left."""
-    return all(path.name == LOCK or path.name[0] == "." for path in folder.iterdir())
+    """Whether a folder is empty, or holds only files of a run that was killed while it began."""
+    return all(path.name == LOCK or path.name[0] == "." for path in list_folder(folder))
 
 
 def was_here(folder: Path) -> bool:
-    """Whether torchrun has restarted us after it lost a worker, and we were at work in that folder before."""
+    """Whether torchrun restarted this process, after it lost a worker, for the run in that folder."""
     return processes.restarted() and (read_config(folder) or {}).get("launch") == processes.launch()
 
 

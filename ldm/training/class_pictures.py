@@ -1,8 +1,9 @@
-"""The class prior of DreamBooth (Ruiz et al. 2023, section 3.2): pictures that the base model makes of the class."""
+"""The class prior of DreamBooth (Ruiz et al. 2023, section 3.2): pictures of the class by the base model."""
 
 import io
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import at_once, check_writable, locked, progress_bar, read_json, side_by_side, written
+from ldm.runtime import at_once, check_writable, exists, locked, progress_bar, read_json, side_by_side, written
 from ldm.training import continuity
 from ldm.training.run import Run
 
 MANIFEST = "manifest.json"
+TEMPORARY = re.compile(r"\..+\.(?:png|json)(?:\.(.+)-(\d+))?\.tmp")  # of a file, by the host and process that writes it
 
 # The flag that sets each entry of a recipe.
 FLAGS = {
@@ -31,11 +33,11 @@ FLAGS = {
 
 
 class ClassPictures:
-    """The class prior: pictures of "a dog" that the base model makes before it learns of your dog.
+    """The class prior: pictures of "a dog" that the base model makes before it learns your dog.
 
     Picture i is a function of (seed, i). A folder of generated pictures has a manifest that says how they were made.
-    Missing pictures are generated if the manifest agrees with the recipe; else the folder is refused. Pictures that
-    the manifest does not name are the user's own, and count.
+    Missing pictures are generated if the manifest agrees with the recipe; else InputError is raised. Pictures that the
+    manifest does not name are the user's own, and count.
     """
 
     def __init__(self, folder: str | Path, count: int, seed: int, recipe: dict[str, Any]):
@@ -48,7 +50,7 @@ class ClassPictures:
         manifest = self._read_manifest()
         made = manifest["pictures"] if manifest else {}
         own: list[Path] = []
-        if self.folder.is_dir():
+        if exists(self.folder) and self.folder.is_dir():
             own = images.list_pictures(self.folder, ours={MANIFEST, *made})
         wanted = max(0, count - len(own))
         self.planned = {f"class-{i:05d}.png": rng.number(seed, "class picture", i) for i in range(wanted)}
@@ -84,7 +86,7 @@ class ClassPictures:
 
     def missing(self) -> list[str]:
         """Names of the pictures that are still to be generated."""
-        return [name for name in self.planned if not (self.folder / name).exists()]
+        return [name for name in self.planned if not os.path.lexists(self.folder / name)]
 
     def read(self, run: Run) -> list[images.Picture]:
         """All pictures. Raises InputError if one can't be read, or is not the one that a resumed run began with."""
@@ -93,17 +95,17 @@ class ClassPictures:
         return pictures
 
     def generate(self, run: Run, sd: StableDiffusion) -> None:
-        """Makes what is missing, and first the manifest that says how; every process makes its share.
+        """Writes the manifest, then generates missing pictures; each process makes a share.
 
-        Raises Stopped if a signal ends it early; the pictures that are complete by then are kept.
+        Raises Stopped if a signal ends it early; complete pictures are kept.
         """
         world, size = run.world, run.settings.sample_batch_size
         missing = set(world.share(self.missing()))
         if not missing:
             return
         world.on_main(self._write_manifest)
-        # The pictures that a picture is computed beside can change its last bit. So picture i always falls into the
-        # same batch, and a batch is made whole even where only one of its pictures is missing.
+        # The other pictures in a batch can change a picture's last bit. So picture i is always in the same batch, and
+        # the whole batch is made even if only one of its pictures is missing.
         names = list(self.planned)
         batches = [names[i : i + size] for i in range(0, len(names), size)]
         batches = [batch for batch in batches if missing & set(batch)]
@@ -122,7 +124,7 @@ class ClassPictures:
                     side_by_side(lambda batch: self._make(run, sd, batch, missing, progress), mine, world.device)
 
     def _write_manifest(self) -> None:
-        """Writes how the pictures are made, unless another run has begun to fill the folder in another way."""
+        """Writes the recipe. Raises InputError if another run has begun to fill the folder with another recipe."""
         with written(self.folder / MANIFEST):
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder):
@@ -153,7 +155,7 @@ class ClassPictures:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a whole file, or none; another run that shares the folder may write the same one."""
+    """Writes a file whole or not at all; another run that shares the folder may write the same one."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -163,8 +165,9 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what killed runs have left half-written, on this machine."""
+    """Removes half-written files of killed runs of this machine."""
     for path in folder.glob(".*.tmp"):
-        host, _, pid = path.name.removesuffix(".tmp").rpartition(".png.")[2].rpartition(".json.")[2].rpartition("-")
-        if not host or (host == socket.gethostname() and not (Path("/proc") / pid).exists()):
-            path.unlink(missing_ok=True)
+        if name := TEMPORARY.fullmatch(path.name):
+            host, pid = name.groups()
+            if host is None or (host == socket.gethostname() and not (Path("/proc") / pid).exists()):
+                path.unlink(missing_ok=True)

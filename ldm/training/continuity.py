@@ -1,4 +1,4 @@
-"""Whether a run that resumes is the run that it resumes: the same settings, base model and photographs."""
+"""Checks that a resumed run has the same settings, base model and photographs."""
 
 import dataclasses
 import hashlib
@@ -34,11 +34,11 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 class Identity:
-    """What makes a run the run that it is: its settings, and what they do not say.
+    """What identifies a run: its settings, and the parts below.
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
     class pictures; photographs and class_pictures, the SHA-256 of each by its name; tuning, the name of its
-    `Trainable`; launch, the torchrun that it belongs to. They become known one after another.
+    `Trainable`; launch, the torchrun that it belongs to. The run adds them one after another.
     """
 
     def __init__(self, settings: Settings, **parts: Any):
@@ -46,13 +46,13 @@ class Identity:
 
     @property
     def config(self) -> dict[str, Any]:
-        """All of it, as far as it is known, ready for JSON."""
+        """The settings and the parts known so far, ready for JSON."""
         return json.loads(json.dumps({**dataclasses.asdict(self.settings), **self.parts}))
 
     def check(self, path: Path, before: dict[str, Any] | None) -> None:
-        """Raises InputError, which names every difference, if the run at `path` was another one.
+        """Raises InputError, which names every difference, if the run at `path` was a different one.
 
-        before: its config, None if it has none. A setting that `before` does not have is newer than that run, which had
+        before: its config, None if it has none. A setting that is not in `before` is newer than that run and counts as
         its default.
         """
         if before is None:
@@ -73,7 +73,7 @@ class Identity:
             raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
 
     def check_checkpoint(self, path: Path) -> None:
-        """Raises InputError if the checkpoint is of another run, or beyond the last step of this one."""
+        """Raises InputError if the checkpoint belongs to another run, or is beyond the last step of this one."""
         state = load_state(path)
         self.check(path, state["run"])
         if state["step"] > self.settings.max_train_steps:
@@ -81,7 +81,7 @@ class Identity:
 
 
 def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """The first file that differs between two lists of them (name -> SHA-256), in words."""
+    """The first difference between two lists of files (name -> SHA-256), in words."""
     for old, new in zip_longest(before.items(), now.items()):
         if old is None:
             return f"{new[0]} is new"

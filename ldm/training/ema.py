@@ -19,7 +19,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the averages toward the weights; called after each step of the optimizer. Faster at first."""
+        """Moves the averages toward the weights, faster at first. Call it after each step of the optimizer."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = [self.averages[name] for name in self.parameters]

@@ -15,7 +15,7 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Latents(NamedTuple):
-    """Of N pictures and their views, 2 where each is also mirrored: (N, views, C, h, w) each."""
+    """mean, std: (N, views, C, h, w) for N pictures; two views if each is also mirrored, else one."""
 
     mean: Tensor
     std: Tensor
@@ -24,7 +24,7 @@ class Latents(NamedTuple):
 def encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their scaled latents, (B, 4, h, w) each.
 
-    On a CPU each image is encoded on a core of its own, so that its bits do not depend on the others in the batch.
+    On a CPU each image is encoded on its own core, so that its bits do not depend on the others in the batch.
     """
     batches = images.split(1) if images.device.type == "cpu" else [images]
     parts = side_by_side(lambda batch: _encode(sd, batch), batches, images.device)
@@ -43,8 +43,8 @@ def encode_pictures(
 ) -> Latents:
     """The latents of pictures, each encoded once, and once more mirrored if `flip`.
 
-    progress: called after each picture, in any thread. Raises InputError for a picture that can't be read, and for an
-    autoencoder that makes NaN or infinity of one.
+    progress: called after each picture, in any thread. Raises InputError for a picture that can't be read, and for
+    latents that are NaN or infinity.
     """
 
     def work(picture: Picture) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ from ldm.training.tracking import tracker
 
 
 class MetricsLog:
-    """Adds lines to a file; `text` is all of it, so that a checkpoint has every line even where the disk is full.
+    """Adds lines to a file. `text` holds all lines, so that a checkpoint has every one even if the disk is full.
 
-    text: the lines of the run that this one resumes. The metrics reach a tracker too, if one is named. A tracker that
-    fails is given up with a warning.
+    text: the lines of the run that this one resumes. If a tracker is named, it gets the metrics too. A tracker that
+    fails is dropped with a warning.
     """
 
     def __init__(self, path: Path, text: str, report_to: str, config: dict[str, Any]):
@@ -24,7 +24,7 @@ class MetricsLog:
         self._track = tracker(report_to, path.parent, config)
 
     def add(self, metrics: Metrics) -> None:
-        """Adds a line; `not_shown` in it names output of the program that nobody could see. Raises RunError."""
+        """Adds a line; its `not_shown` lists output that was dropped. Raises RunError if it can't be written."""
         if notes := dropped_output[self._noted :]:
             metrics = metrics | {"not_shown": notes}
             self._noted += len(notes)
@@ -32,7 +32,7 @@ class MetricsLog:
         self.text += line
         try:
             self._track(metrics["step"], {k: v for k, v in metrics.items() if isinstance(v, float)})
-        except Exception as error:  # of somebody else's program, network or disk
+        except Exception as error:  # a tracker can raise anything
             warnings.warn(f"the tracker gets no more metrics: {error}", stacklevel=2)
             self._track = lambda step, metrics: None
         with written(self.path), self.path.open("a", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from ldm.errors import InputError
 
 
 def adamw(groups: Iterable[dict[str, Any]], eight_bit: bool) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) with the betas and the weight decay that the official release was trained with.
+    """AdamW (Loshchilov & Hutter 2019) with the betas and the weight decay of the official release's training.
 
     groups: dictionaries with `params`, `lr` and `stop`, the last step that updates the group, or None.
     eight_bit: moments in 8 bits (Dettmers et al. 2022), by bitsandbytes.
@@ -46,7 +46,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
 def lr_factor(kind: str, step: int, warmup: int, total: int) -> float:
-    """The factor on the learning rate at a step, counted from 1: rises to 1 at step `warmup`, then follows `kind`."""
+    """The factor on the learning rate. step: counted from 1. It rises to 1 at step `warmup`, then follows `kind`."""
     if step <= warmup:
         return step / warmup
     progress = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after the warm-up
@@ -62,7 +62,7 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def freeze_stopped(optimizer: torch.optim.Optimizer, step: int) -> bool:
     """Freezes the groups whose last step lies before `step`: no gradient, so no update and no decay.
 
-    Returns whether there was one that still trained.
+    Returns True if one of them still trained.
     """
     found = False
     for group in optimizer.param_groups:

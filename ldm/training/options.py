@@ -1,4 +1,4 @@
-"""From the command line and TOML files to `Settings`."""
+"""Reads `Settings` from the command line and TOML files."""
 
 import argparse
 import os
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-TYPES = {cli.positive: int, float: float}  # of a setting without a default, by its argparse type
+TYPES = {cli.positive: int, float: float}  # argparse type -> type of a setting without a default
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Mixed precision (Micikevicius et al. 2018): what trains is fp32, autocast multiplies matrices in fewer bits."""
+"""Mixed precision (Micikevicius et al. 2018): trained weights are fp32, autocast multiplies matrices in 16 bits."""
 
 import os
 from contextlib import AbstractContextManager
@@ -30,4 +30,4 @@ def set_exactness(allow_tf32: bool, deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS raises an error

@@ -1,4 +1,4 @@
-"""A run: what its parts share, and its folder. The main process writes; what it finds wrong reaches all processes."""
+"""A run: its folder, and the objects that its parts share. The main process writes; its errors are raised in all."""
 
 import json
 import math
@@ -28,9 +28,9 @@ METRICS = checkpoint.METRICS
 
 
 class Run:
-    """settings, world, precision, stop and folder: what the parts of a training program share.
+    """settings, world, precision, stop and folder: the objects that the parts of a training program share.
 
-    Inside, signals are noted. An error before `begin` leaves nothing. Raises InputError if the folder is not free.
+    Inside, a signal sets a flag. An error before `begin` leaves no file. Raises InputError if the folder is in use.
     """
 
     def __init__(self, settings: Settings, world: World):
@@ -39,13 +39,13 @@ class Run:
         self.stopped = False  # whether a signal has come to any process, as of the last step
         batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
         self.identity = Identity(settings, global_batch=batch)
-        self.state = self._lock = self._saver = None  # known once training, or the run, has begun
+        self.state = self._lock = self._saver = None  # set when training, or the run, begins
         self.claim: claim.Claim = world.on_main(self._choose)
         self.folder = self.claim.folder
 
     def _choose(self) -> claim.Claim:
         chosen, self._lock = claim.choose(self.settings)
-        self.identity.check(chosen.folder, read_config(chosen.folder))  # as far as it is known by now
+        self.identity.check(chosen.folder, read_config(chosen.folder))  # with the parts known so far
         return chosen
 
     def __enter__(self) -> "Run":
@@ -66,8 +66,8 @@ class Run:
     def begin(self, state: TrainingState, photographs: Sequence[Picture], own: Sequence[Picture]) -> Path | None:
         """Locks the folder, tidies it and writes config.json. Returns the checkpoint to resume from, if any.
 
-        own: class pictures of the user's, which a resumed run has to have too, like the photographs. Raises InputError
-        if another run is at work in the folder, or was there with other settings; RunError for too little space.
+        own: the user's class pictures; a resumed run must have the same ones, and the same photographs. Raises
+        InputError if another run uses the folder, or used it with other settings; RunError for too little space.
         """
         self.identity.parts |= {
             "base": state.base,
@@ -92,7 +92,7 @@ class Run:
                 found = self.claim.find_checkpoint(state, self.identity)
                 checkpoint.check_space(self.folder, state.bytes_saved)
             except (InputError, RunError):
-                if new:  # and ours: nobody else has the lock
+                if new:  # and only this run uses it: it has the lock
                     checkpoint.remove(self.folder)
                 raise
             with replacing(self.folder / CONFIG) as path:
@@ -104,7 +104,7 @@ class Run:
             return found
 
     def identify(self, **parts: Any) -> None:
-        """Adds to what makes it this run. Raises InputError if the run that it resumes was another one."""
+        """Adds parts to the run's identity. Raises InputError if those of the run that it resumes differ."""
         self.identity.parts |= parts
         if self.resumed_from is not None:
             self.identity.check_checkpoint(self.resumed_from)
@@ -118,7 +118,7 @@ class Run:
             yield
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Calls `work`, which a signal ends, in the main process alone; what it returns or raises reaches all."""
+        """Calls `work` in the main process alone; a signal ends it. All processes get its result, or its error."""
 
         def interruptible() -> Any:
             with self.stop.at_once():
@@ -127,13 +127,13 @@ class Run:
         return self.world.on_main(interruptible)
 
     def restore(self, state: TrainingState) -> None:
-        """Puts back the state of the checkpoint that `begin` has found, if any."""
+        """Loads the state of the checkpoint that `begin` has found, if any."""
         if self.resumed_from is not None:
             checkpoint.restore(self.resumed_from, state)
 
     @contextmanager
     def training(self, state: TrainingState) -> Iterator[None]:
-        """Shows a progress bar, which `log` moves. An error that is not training's own first saves the last step."""
+        """Shows a progress bar, which `log` moves. On any error but Diverged, saves the last step, then raises it."""
         self.state = state
         bar = {"initial": state.step, "total": self.settings.max_train_steps, "desc": "training", "unit": "step"}
         with tqdm(**bar, disable=not self.world.main) as self._bar, self.enough_memory("training", "while it trained"):
@@ -146,7 +146,7 @@ class Run:
     def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Metrics:
         """The mean losses over all processes and their batches, and the gradients' norm, as numbers.
 
-        The only read from the device in a step. Also learns whether a signal has come to any process.
+        This is the only read from the device in a step. It also sets `stopped` if a signal has come to any process.
         """
         *values, norm = torch.cat([torch.stack([*map(torch.stack, losses)]).flatten(), norm[None]]).tolist()
         *sums, signals = self.world.sum([*(math.fsum(values[i::3]) for i in range(3)), float(self.stop.asked)])
@@ -173,5 +173,5 @@ class Run:
         self._saver.save(state, self.identity.config, self._log.text)
 
     def enough_memory(self, work: str, doing: str) -> AbstractContextManager:
-        """Names running out of memory in one line. work: "training" or "sampling", which says what helps."""
+        """Wraps work: reports out of memory in one line. work: "training" or "sampling", which selects the advice."""
         return out_of_memory_named(self.world.device, doing, SAVES_MEMORY[work])

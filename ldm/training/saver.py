@@ -1,4 +1,4 @@
-"""When a run saves, and that there is always space for it."""
+"""Writes checkpoints, and keeps disk space for the next one."""
 
 import os
 import warnings
@@ -14,13 +14,13 @@ from ldm.training.state import Diverged, TrainingState
 
 
 class Reserve:
-    """Disk space for one checkpoint, held from the start of a run, so that a disk that fills up costs no step."""
+    """Disk space for one checkpoint, held from the start of a run, so that a full disk loses no step."""
 
     def __init__(self, folder: Path, size: int):
         self.path, self.size = folder / ".reserve", size
 
     def hold(self) -> None:
-        """Takes the space. Raises OSError, with nothing taken, if the disk has less."""
+        """Takes the space. Raises OSError, and takes nothing, if the disk has less."""
         try:
             with self.path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self.size)
@@ -44,9 +44,9 @@ class Saver:
         self.reserve.hold()
 
     def save(self, state: TrainingState, config: dict[str, Any], metrics: str) -> None:
-        """Writes a checkpoint; where the disk is full, into the space that was kept for it.
+        """Writes a checkpoint; on a full disk, into the space that was kept for it.
 
-        Raises RunError if the disk refuses it; or has taken it, and has no space for another.
+        Raises RunError if it can't be written, or if it is written and the disk has no space for another.
         """
         state.check_finite()
         last = state.step == self.settings.max_train_steps
@@ -67,7 +67,7 @@ class Saver:
 
     @contextmanager
     def rescuing(self, state: TrainingState, save) -> Iterator[None]:
-        """Inside, an error that is not the training's own first saves the last step that was completed."""
+        """Inside, any error but Diverged first saves the last step that was completed."""
         try:
             yield
         except Diverged:

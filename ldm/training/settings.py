@@ -22,16 +22,16 @@ def setting(
     may_change: bool | Callable[["Settings"], bool] = False,
     **options: Any,
 ) -> Any:
-    """A field, and what the command line and a resumed run need to know of it.
+    """A field with metadata for the command line and for resumed runs.
 
-    flags: other names. path: in a TOML file it is relative to that file's folder. may_change: whether a run that
-    resumes may have another value than before. options: for argparse.
+    flags: other names. path: whether it is a path, which in a TOML file is relative to that file's folder. may_change:
+    whether a resumed run may have another value than before. options: for argparse.
     """
     known = {"help": text, "flags": flags, "path": path, "may_change": may_change, "options": options}
     return field(default=default, metadata=known)
 
 
-# What to give when memory runs out.
+# Advice for out of memory.
 SAVES_MEMORY = {
     "training": "give --gradient-checkpointing, --mixed-precision bf16, --use-8bit-adam or a lower --train-batch-size",
     "sampling": "give --mixed-precision bf16 or a lower --sample-batch-size",
@@ -51,7 +51,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Names as the diffusers DreamBooth script has them. The defaults are for Stable Diffusion 1.x at 512 pixels."""
+    """Names follow the diffusers DreamBooth script. The defaults are for Stable Diffusion 1.x at 512 pixels."""
 
     model: str | None = setting(
         None,
@@ -74,14 +74,14 @@ class Settings:
         may_change=True,
     )
     class_prompt: str | None = setting(None, 'prompt that names the class of the subject: "a photo of a dog"')
-    with_prior_preservation: bool = setting(True, "train on class pictures beside the photographs")
+    with_prior_preservation: bool = setting(True, "train on class pictures as well as photographs")
     prior_loss_weight: float = setting(1.0, "weight of the prior-preservation term, lambda in eq. 2 of the paper")
     num_class_images: int = setting(200, "number of class pictures; missing ones are generated", type=cli.positive)
     resolution: int = setting(
         512, "side of the square that pictures are resized and cut to, in pixels", type=cli.positive
     )
     train_batch_size: int = setting(
-        1, "photographs in a batch; as many class pictures join them", type=cli.positive, may_change=True
+        1, "photographs in a batch; it has as many class pictures", type=cli.positive, may_change=True
     )
     gradient_accumulation_steps: int = setting(
         1, "batches whose gradients are averaged in one step", type=cli.positive, may_change=True
@@ -94,7 +94,7 @@ class Settings:
     learning_rate: float = setting(2e-6, "AdamW learning rate")
     lr_scheduler: str = setting("constant", "learning rate over the steps", choices=LR_SCHEDULES)
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
-    train_text_encoder: bool = setting(True, "train the text encoder beside the UNet")
+    train_text_encoder: bool = setting(True, "train the text encoder as well as the UNet")
     text_encoder_learning_rate: float | None = setting(
         None, "learning rate of the text encoder; the UNet's if not given", type=float
     )
@@ -110,9 +110,7 @@ class Settings:
     use_8bit_adam: bool = setting(False, "AdamW with 8-bit moments; needs the bitsandbytes extra")
     allow_tf32: bool = setting(False, "faster, coarser fp32 matrix products on NVIDIA GPUs")
     deterministic: bool = setting(False, "the same bits each time on a GPU too; slower")
-    checkpointing_steps: int = setting(
-        500, "save the whole state every so many steps", type=cli.positive, may_change=True
-    )
+    checkpointing_steps: int = setting(500, "number of steps between checkpoints", type=cli.positive, may_change=True)
     checkpoints_total_limit: int | None = setting(
         None, "number of checkpoints to keep; all if not given", type=cli.positive, may_change=True
     )
@@ -141,17 +139,17 @@ class Settings:
     report_to: str = setting(
         "none", "also send the metrics to this tracker; needs the tracking extra", choices=TRACKERS, may_change=True
     )
-    device: str | None = setting(None, "cuda, cpu, ...; cuda where there is one if not given", may_change=True)
+    device: str | None = setting(None, "cuda, cpu, ...; if not given, cuda if available, else cpu", may_change=True)
 
     def may_change(self, name: str) -> bool:
-        """Whether a run that resumes may have another value of this setting, or of this part of its identity."""
+        """Whether a resumed run may have another value of this setting, or of this part of its identity."""
         if name == "launch":  # the torchrun that it belongs to
             return True
         known = next((f.metadata["may_change"] for f in fields(self) if f.name == name), False)
         return known(self) if callable(known) else known
 
     def problems(self) -> str | None:
-        """The first thing wrong with the settings, as one line; None if nothing is."""
+        """The first problem of the settings, as one line; None if there is none."""
         if self.instance_data_dir is None:
             return "--instance-data-dir is missing: the folder with photographs of your subject"
         if not (self.instance_prompt or "").strip():

@@ -1,4 +1,4 @@
-"""Sends the metrics of metrics.jsonl to TensorBoard or Weights & Biases as well."""
+"""Sends the metrics of metrics.jsonl to TensorBoard or Weights & Biases."""
 
 from collections.abc import Callable
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Sheets of pictures: what the model makes of the validation prompts, before training and after."""
+"""Sheets of pictures for the validation prompts, before and after training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ from ldm.training.run import Run
 
 
 def sheet_path(run: Run, name: str) -> Path:
-    """Where the sheet "before", "after" or "before_after" of a run lies."""
+    """The path of the sheet "before", "after" or "before_after" of a run."""
     return run.folder / "sheets" / f"{name}.png"
 
 
 def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
-    """Makes the sheet "before", unless it is there already, or "after", in the main process."""
+    """Makes the sheet "before", unless it exists already, or "after", in the main process."""
 
     def work() -> None:
         if when == "after" or not sheet_path(run, when).exists():

@@ -118,9 +118,7 @@ def test_convert_replaces_nothing_without_overwrite(run, file):
     assert len(contents(file.parent / "empty")) == len(contents(folder))
 
 
-@pytest.mark.parametrize(
-    "name", ["thesis.txt", "unet/notes.txt", "safety_checker/a.bin", "unet/a.fp16.safetensors"]
-)
+@pytest.mark.parametrize("name", ["thesis.txt", "unet/notes.txt", "safety_checker/a.bin", "unet/a.fp16.safetensors"])
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["", "overwrite"])
 def test_convert_deletes_no_file_that_it_does_not_write(name, flags, run, file):
     folder = file.parent / "folder"
