@@ -26,7 +26,7 @@ MAX_SIDE = 8192  # pixels along a picture to make
 MAX_PIXELS = 1 << 27  # of a picture to read, and of a sheet to write: 134 million, 400 MB as RGB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
 MAX_BYTES = 1 << 28  # of a picture's file
-BAND = 256  # rows converted at once
+TILE = 1024  # pixels along a part that is converted at once
 
 MIN_CELL = 128  # pixels along a cell of a contact sheet
 MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
@@ -135,13 +135,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers; save it with 8 or 16 bits")
     rgb = Image.new("RGB", image.size)
-    for top in range(0, image.height, BAND):  # in bands, so that a large picture is not in memory four times
-        band = image.crop((0, top, image.width, min(top + BAND, image.height)))
-        rgb.paste(_band_to_rgb(band), (0, top))
+    for top in range(0, image.height, TILE):  # in tiles, so that a large picture is not in memory four times
+        for left in range(0, image.width, TILE):
+            tile = image.crop((left, top, min(left + TILE, image.width), min(top + TILE, image.height)))
+            rgb.paste(_tile_to_rgb(tile), (left, top))
     return rgb
 
 
-def _band_to_rgb(image: Image.Image) -> Image.Image:
+def _tile_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257.0).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

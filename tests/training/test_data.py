@@ -253,11 +253,12 @@ def test_a_pipe_is_not_opened_as_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "P", "CMYK", "1"])
-def test_a_tall_picture_is_converted_in_bands_to_the_same_pixels(mode):
-    values = np.random.default_rng(0).integers(0, 256, (3 * images.BAND + 7, 9, 4), dtype=np.uint8)
+@pytest.mark.parametrize("shape", [(2 * images.TILE + 7, 9, 4), (9, 2 * images.TILE + 7, 4)], ids=["tall", "wide"])
+def test_a_large_picture_is_converted_in_tiles_to_the_same_pixels(mode, shape):
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     whole = Image.fromarray(values, "RGBA")
     if mode == "I;16":
         picture = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
     else:
         picture = whole if mode == "RGBA" else whole.convert("RGB").convert(mode)
-    assert images.to_rgb(picture).tobytes() == images._band_to_rgb(picture).tobytes()
+    assert images.to_rgb(picture).tobytes() == images._tile_to_rgb(picture).tobytes()
