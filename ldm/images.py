@@ -23,7 +23,7 @@ Row = tuple[str, list[Image.Image]]
 FORMATS = """AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP""".split()
 
 MAX_SIDE = 8192  # pixels along a picture to make
-MAX_PIXELS = 1 << 27  # of a picture to read, and of a sheet to write: 134 million, 400 MB as RGB
+MAX_PIXELS = 125_000_000  # of a picture to read and of a sheet to write; Pillow takes 4 bytes for each
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
 MAX_BYTES = 1 << 28  # of a picture's file
 TILE = 1024  # pixels along a part that is converted at once
@@ -134,6 +134,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers; save it with 8 or 16 bits")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     rgb = Image.new("RGB", image.size)
     for top in range(0, image.height, TILE):  # in tiles, so that a large picture is not in memory four times
         for left in range(0, image.width, TILE):
