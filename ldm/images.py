@@ -132,6 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for floating-point pictures, since the file does not say which number is white.
     """
+    image.load()  # which can change the mode
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers; save it with 8 or 16 bits")
     if image.mode == "RGB" and "transparency" not in image.info:
