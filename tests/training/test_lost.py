@@ -224,6 +224,11 @@ def test_a_class_folder_that_another_run_fills_differently_is_refused(base, tmp_
 # Signals
 
 
+def two_seconds() -> float:
+    """Of a machine whose cores are idle; longer where other processes share them."""
+    return 2.0 * max(1.0, os.getloadavg()[0] / os.cpu_count())
+
+
 PHASES = {
     "the import": lambda folder: True,
     "the sheet": lambda folder: "sheet before" in (folder / "err.txt").read_text(),
@@ -254,7 +259,7 @@ def test_a_signal_ends_every_phase_within_two_seconds(phase, name, base, tmp_pat
     for _ in range(5 if name != "SIGINT" else 1):
         process.send_signal(getattr(signal, name))
     done = finish(process, tmp_path)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < two_seconds()
     assert "Traceback" not in done.err
     if phase != "the import":
         assert done.status == 0 and "stopped" in done.out, done.err
@@ -269,7 +274,7 @@ def test_a_signal_ends_sample_py_and_every_picture_is_whole(name, saved, tmp_pat
     began = time.monotonic()
     process.send_signal(getattr(signal, name))
     done = finish(process, tmp_path)
-    assert time.monotonic() - began < 2.0 and done.status == 130 and "Traceback" not in done.err
+    assert time.monotonic() - began < two_seconds() and done.status == 130 and "Traceback" not in done.err
     assert "stopped; the pictures that were complete are in" in done.out
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert not [name for name in names if name.startswith(".")]
