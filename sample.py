@@ -42,7 +42,9 @@ from ldm.runtime import (
     replacing,
     written,
 )
+from ldm.tokenizer import check_prompt
 
+MAX_PICTURES, MAX_BATCH = 100_000, 4096  # in one call, and computed at once
 TINY = Path(__file__).parent / "weights" / "tiny"
 
 
@@ -77,6 +79,8 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
     with world.agreed(), stop.at_once():
         sd = load(args, world.device)
         from_run = fill_in(args, sd)
+        if args.grid:
+            images.check_sheet(len(prompts), args.num_images, args.width, args.height)
         init_image = load_init_image(args, sd)
         how = recipe(args, sd)
     jobs = world.on_main(lambda: make_jobs(args, prompts))
@@ -131,6 +135,9 @@ def fill_in(args: Namespace, sd: StableDiffusion) -> list[str]:
         if absent and name in run:
             from_run.append(words[name].format(value))
     sd.schedule.check_steps(args.steps)
+    for name in ("height", "width"):
+        if (side := getattr(args, name)) > images.MAX_SIDE:
+            raise InputError(f"--{name} {side} is too much: it should be at most {images.MAX_SIDE} pixels")
     sd.check_size(args.height, args.width)
     return from_run
 
@@ -259,6 +266,8 @@ def check_flags(args: Namespace) -> None:
     samplers.steps_for_strength(args.steps or 1, args.strength)
     if not 0.0 <= args.eta <= 1.0:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
+    if args.batch_size > MAX_BATCH:
+        raise InputError(f"--batch-size {args.batch_size} is too much: it should be at most {MAX_BATCH}")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise InputError(f"--seed {args.seed} is not a whole number from 0 to 2**63")
     check_path(args.output_dir, "--output-dir")
@@ -276,6 +285,13 @@ def read_prompts(args: Namespace) -> list[str]:
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError('nothing to show: give --prompt "a photo of a cat", or --prompts-file')
+    for prompt in (*prompts, args.negative_prompt):
+        check_prompt(prompt)
+    if len(prompts) * args.num_images > MAX_PICTURES:
+        raise InputError(
+            f"{len(prompts) * args.num_images} pictures are too many: at most {MAX_PICTURES} are made in one call; "
+            "lower --num-images, or give fewer prompts"
+        )
     return prompts
 
 

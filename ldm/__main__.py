@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm import formats
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import check_writable, cli, read_text, written
+from ldm.runtime import check_path, check_writable, cli, list_folder, read_text, written
 
 OFFICIAL_SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
 
@@ -37,7 +37,12 @@ def parser() -> cli.Parser:
     action("verify", verify, "compare a file's SHA-256 with the official files' in weights/SHA256SUMS")
     cli.add_source_flags(inspect_parser)
     cli.add_source_flags(convert_parser)
-    convert_parser.add_argument("output", help="file or folder to write")
+    convert_parser.add_argument("output", help="new file or folder to write")
+    convert_parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a model of the same layout that is there; a folder with any other file in it is left as it is",
+    )
     convert_parser.add_argument(
         "--layout",
         choices=formats.LAYOUTS,
@@ -75,7 +80,10 @@ def convert(args: Namespace) -> None:
     layout = args.layout or ("official" if output.suffix == ".safetensors" else "diffusers")
     if output.suffix in formats.PICKLE_SUFFIXES:
         raise InputError(f"{output}: pickled files are read, never written; give a name that ends in .safetensors")
+    check_path(output, "output")
     check_writable(output.parent, "output")
+    if os.path.lexists(output) and not args.overwrite and not (output.is_dir() and not list_folder(output)):
+        raise InputError(f"{output} is there already; give a new name, or --overwrite to replace it")
     options = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
     sd = StableDiffusion.load(args.path, dtype=None, **options)
     sd.check_finite()
@@ -98,7 +106,7 @@ def verify(args: Namespace) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{error.filename or path} can't be read: {error.strerror}") from None
-    known = dict(line.split(maxsplit=1) for line in lines if line and not line.startswith("#"))
+    known = {line[:64]: line[66:] for line in lines if not line.startswith("#")}
     if found not in known:
         raise InputError(f"{path}: SHA-256 {found} is none of the official files in {OFFICIAL_SUMS}")
     print(f"{path} is {known[found]} (SHA-256 {found})")

@@ -22,6 +22,7 @@ Row = tuple[str, list[Image.Image]]
 # HDF5, GRIB and WMF need a program or a plugin.
 FORMATS = """AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP""".split()
 
+MAX_SIDE = 8192  # pixels along a picture to make
 MAX_PIXELS = 1 << 27  # of a picture to read, and of a sheet to write: 134 million, 400 MB as RGB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
 MAX_BYTES = 1 << 28  # of a picture's file
@@ -178,6 +179,16 @@ def grid(rows: list[Row]) -> Image.Image:
             cell = picture.resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(cell, (MARGIN + c * (width + MARGIN), top + label))
     return sheet
+
+
+def check_sheet(rows: int, columns: int, width: int, height: int) -> None:
+    """Raises InputError if a sheet of pictures of this size has too many pixels."""
+    factor = max(1, -(-MIN_CELL // min(width, height)))
+    if rows * columns * width * height * factor**2 > MAX_PIXELS:
+        raise InputError(
+            f"a sheet of {rows} x {columns} pictures of {width} x {height} pixels is too large: it should have at most "
+            f"{MAX_PIXELS} pixels; ask for fewer or smaller pictures"
+        )
 
 
 def beside(top: Image.Image, left: Image.Image, right: Image.Image) -> Image.Image:

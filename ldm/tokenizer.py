@@ -44,6 +44,8 @@ class Tokenizer:
     Raises InputError if vocabulary and merges do not make a tokenizer.
     """
 
+    FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")  # that `save` writes
+
     def __init__(self, vocab: Vocab, merges: Merges, context_length: int, pad_id: int):
         _check_types(vocab, context_length)
         if not {BOS, EOS} <= vocab.keys() or pad_id not in vocab.values():

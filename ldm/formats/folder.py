@@ -11,6 +11,7 @@ from ldm.formats.folder_config import config_files, read_config
 from ldm.formats.source import Source, own_metadata
 from ldm.formats.tensors import Tensors, open_part, save_tensors
 from ldm.runtime import replacing
+from ldm.tokenizer import Tokenizer
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # file stems
 
@@ -44,7 +45,10 @@ def read_folder(path: Path, variant: str | None = None) -> Source:
 
 
 def write_folder(path: Path, source: Source) -> list[str]:
-    """Writes a diffusers folder. Returns the names of the source's tensors that it has no place for."""
+    """Writes a diffusers folder. Returns the names of the source's tensors that it has no place for.
+
+    Raises InputError if there is a folder already that holds any file but those that are written.
+    """
     if path.is_file():
         raise InputError(f"{path} is a file, and a diffusers model is a folder; give another name")
     config, tokenizer = source.config, source.tokenizer
@@ -59,9 +63,11 @@ def write_folder(path: Path, source: Source) -> list[str]:
         },
         "text_encoder": text,
     }
-    with replacing(path) as temporary:
+    configs = config_files(config, tokenizer.eos_id, tokenizer.bos_id)
+    own = {f"{part}/{stem}.safetensors" for part, stem in PARTS.items()} | configs.keys()
+    with replacing(path, own | {f"tokenizer/{name}" for name in Tokenizer.FILES}) as temporary:
         temporary.mkdir()
-        for name, tree in config_files(config, tokenizer.eos_id, tokenizer.bos_id).items():
+        for name, tree in configs.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         for part, part_tensors in parts.items():

@@ -16,6 +16,7 @@ from ldm.errors import InputError, one_line
 from ldm.formats import names
 from ldm.formats.archive import show
 from ldm.formats.tensors import Tensors, raw_bytes
+from ldm.images import MAX_SIDE
 from ldm.runtime import parse_json
 from ldm.samplers import SAMPLERS
 from ldm.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ PREDICTIONS = ("eps", "v")
 # keys in the metadata of the files that we write
 CONFIG_KEY, TOKENIZER_KEY, SAMPLING_KEY = "ldm.config", "ldm.tokenizer", "ldm.sampling"
 
-MAX_GUIDANCE, MAX_RESOLUTION = 100, 8192  # larger ones in a file are taken for damage
+MAX_GUIDANCE = 100  # a larger one in a file is taken for damage
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Source:
             "sampler": lambda value: isinstance(value, str) and value in SAMPLERS,
             "steps": lambda value: type(value) is int and 1 <= value < timesteps,
             "guidance_scale": lambda value: type(value) in (int, float) and abs(value) <= MAX_GUIDANCE,
-            "resolution": lambda value: type(value) is int and 0 < value <= MAX_RESOLUTION and value % factor == 0,
+            "resolution": lambda value: type(value) is int and 0 < value <= MAX_SIDE and value % factor == 0,
         }
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from ldm.errors import InputError, RunError
+from ldm.errors import InputError, RunError, one_line
 from ldm.runtime import streams
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -70,7 +70,7 @@ def reported(program: str) -> Iterator[None]:
     first = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def say(text: object) -> None:
-        print(f"{program}: {' '.join(str(text).splitlines())}", file=sys.stderr)
+        print(f"{program}: {one_line(text)}", file=sys.stderr)
 
     def end(text: str, status: int) -> NoReturn:
         if not first:

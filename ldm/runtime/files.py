@@ -3,9 +3,10 @@
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
@@ -24,14 +25,16 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, own: Collection[str] = ()) -> Iterator[Path]:
     """Gives a temporary path beside `path`; it replaces `path` when the block ends, and is removed if the block raises.
 
-    An older file or model folder at `path` stays until then, also for a process that has it memory-mapped.
-    Raises InputError if `path` is a folder that holds anything but a model.
+    An older file or folder at `path` stays until then, also for a process that has it memory-mapped.
+    own: the files in an older folder that may be replaced, by their paths in it. Raises InputError if it holds others.
     """
-    if path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").exists():
-        raise InputError(f"{path} is a folder with other things in it; give a new name to save a model to")
+    if path.is_dir() and (others := [name for name in _files_in(path) if name not in own]):
+        raise InputError(
+            f"{path} is a folder with other things in it, {min(others)} for one; give a new name to save a model to"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         temporary = Path(scratch, "new")
@@ -39,6 +42,21 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             os.replace(path, Path(scratch, "old"))
         os.replace(temporary, path)
+
+
+def _files_in(folder: Path) -> list[str]:
+    """All files below a folder, and its empty folders. Raises InputError if one can't be listed."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"{error.filename} can't be listed: {error.strerror}") from None
+
+    found = []
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        found += [os.path.relpath(os.path.join(root, name), folder) for name in files + links]
+        if not folders and not files and root != str(folder):
+            found.append(os.path.relpath(root, folder))
+    return found
 
 
 @contextmanager

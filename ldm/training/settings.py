@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ldm import samplers
+from ldm import images, samplers
 from ldm.runtime import cli
+from ldm.tokenizer import check_prompt
 from ldm.training.optimizer import LR_SCHEDULES
 from ldm.training.tracking import TRACKERS, check_installed
 
@@ -34,6 +35,17 @@ def setting(
 SAVES_MEMORY = {
     "training": "give --gradient-checkpointing, --mixed-precision bf16, --use-8bit-adam or a lower --train-batch-size",
     "sampling": "give --mixed-precision bf16 or a lower --sample-batch-size",
+}
+
+
+# The most of what takes memory or disk before the first step.
+LIMITS = {
+    "num_class_images": 100_000,
+    "num_validation_images": 100,
+    "resolution": images.MAX_SIDE,
+    "train_batch_size": 4096,
+    "sample_batch_size": 4096,
+    "gradient_accumulation_steps": 65_536,
 }
 
 
@@ -151,8 +163,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 return f"--{name.replace('_', '-')} {value} is not a positive number"
-        if self.resolution > 8192:
-            return f"--resolution {self.resolution} is too large; 512 or 768 is usual"
+        for name, most in LIMITS.items():
+            if (value := getattr(self, name)) > most:
+                return f"--{name.replace('_', '-')} {value} is too much: it should be at most {most}"
         if self.lr_warmup_steps < 0:
             return f"--lr-warmup-steps {self.lr_warmup_steps} is below 0"
         if not 0 <= self.seed < 2**63 - self.num_validation_images:
@@ -165,6 +178,11 @@ class Settings:
             return f"--ema-decay {self.ema_decay} is not from 0 to below 1"
         if not 0 <= self.prior_loss_weight < float("inf"):
             return f"--prior-loss-weight {self.prior_loss_weight} is not a number from 0"
+        prompts = (self.instance_prompt, self.class_prompt, *self.validation_prompt)
+        for prompt in filter(None, prompts):
+            check_prompt(prompt)
+        rows = len(self.validation_prompt) or 2
+        images.check_sheet(rows, self.num_validation_images, self.resolution, self.resolution)
         samplers.find(self.sampler)
         check_installed(self.report_to)
         return None

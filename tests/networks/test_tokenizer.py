@@ -8,6 +8,7 @@ import importlib.util
 import json
 import random
 import sys
+import time
 import types
 import unicodedata
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 import ldm
 from ldm.errors import InputError
-from ldm.tokenizer import BOS, EOS, Tokenizer
+from ldm.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary
 
 FACTS = json.loads((Path(__file__).parent.parent / "facts" / "tokenizer.json").read_text())
 
@@ -226,3 +227,40 @@ def test_ids_equal_those_of_open_clip():
         compared += 1
         assert torch.equal(tokenizer([prompt]), theirs(prompt)), repr(prompt)
     assert compared >= 2000
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a" * 1_000_000, "a cat " * 200_000, "\n" * 1_000_000], ids=["word", "words", "lines"]
+)
+def test_a_prompt_of_a_million_letters_is_refused_at_once(tokenizer, prompt):
+    start = time.perf_counter()
+    with pytest.raises(InputError, match=r"a prompt has \d+ letters, and should have at most 10000") as error:
+        tokenizer([prompt])
+    assert len(str(error.value)) <= 500 and time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a" * 10_000, "a cat " * 1_666, "é" * 10_000, "\U0001f600" * 10_000], ids=["word", "words", "é", "emoji"]
+)
+def test_the_longest_prompt_is_cut_with_a_short_warning(tokenizer, prompt):
+    start = time.perf_counter()
+    with pytest.warns(UserWarning, match="prompt too long for 77 tokens, dropped: .* [.]{3} ") as warned:
+        assert tokenizer([prompt]).shape == (1, 77)
+    assert len(str(warned[0].message)) <= 500 and time.perf_counter() - start < 5
+
+
+def test_a_prompt_that_is_no_unicode_text_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"a prompt is no text that can be written as UTF-8: a \\ud800 cat"):
+        tokenizer(["a \ud800 cat"])
+
+
+@pytest.mark.parametrize("vocab", [[], {"a": "0"}, {"a": -1}, {"a": 2**40}, {"a": True}, {"a": 0, "b": 0}])
+def test_a_vocabulary_gives_each_token_a_number_of_its_own(vocab):
+    with pytest.raises(InputError, match="the tokenizer's vocabulary (does not give each|gives two tokens the same)"):
+        Tokenizer(vocab, [], 77, 0)
+
+
+@pytest.mark.parametrize("length", [None, 0, 2, -1, 10**9, 77.0, "77", True])
+def test_a_length_is_a_number_of_tokens(length):
+    with pytest.raises(InputError, match="the tokenizer's length .* is not from 3 to 1024 tokens"):
+        Tokenizer(*clip_vocabulary(), length, 0)

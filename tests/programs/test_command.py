@@ -84,10 +84,10 @@ def test_convert_writes_a_folder_and_back_in_the_requested_type(run, file, narro
     expected = narrow("sd1").state()
     found = StableDiffusion.load(back, dtype=None).state()
     assert all(torch.equal(found[name], tensor.half()) for name, tensor in expected.items())
-    assert run("convert", file, back, "--ema")[1:] == [f"wrote {back}"]
+    assert run("convert", file, back, "--ema", "--overwrite")[1:] == [f"wrote {back}"]
     found = StableDiffusion.load(back, dtype=None).state()
     assert all(torch.equal(found[k], t * 2 if k.startswith("model.") else t) for k, t in expected.items())
-    assert run("convert", file, back)[1:] == [f"wrote {back}", "not in it: 686 EMA tensors"]
+    assert run("convert", file, back, "--overwrite")[1:] == [f"wrote {back}", "not in it: 686 EMA tensors"]
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt"])
@@ -95,6 +95,54 @@ def test_convert_writes_no_pickles(name, run, file):
     with pytest.raises(InputError, match="pickled files are read, never written"):
         run("convert", file, file.with_name(name))
     assert not file.with_name(name).exists()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_convert_replaces_nothing_without_overwrite(run, file):
+    folder, copy, mine = file.parent / "folder", file.parent / "copy.safetensors", file.parent / "mine.safetensors"
+    run("convert", file, folder), run("convert", file, copy)
+    mine.write_bytes(b"years of work")
+    (file.parent / "gone.safetensors").symlink_to("nowhere")
+    before = contents(file.parent)
+    for output in (folder, copy, mine, file, file.parent / "gone.safetensors"):
+        with pytest.raises(InputError, match=f"{output} is there already; give a new name, or --overwrite to replace"):
+            run("convert", file, output)
+    assert contents(file.parent) == before
+    run("convert", file, mine, "--overwrite"), run("convert", file, folder, "--overwrite")
+    assert contents(file.parent) == before | {mine: copy.read_bytes()}
+    (file.parent / "empty").mkdir()
+    run("convert", file, file.parent / "empty")
+    assert len(contents(file.parent / "empty")) == len(contents(folder))
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "unet/notes.txt", "safety_checker/a.bin", "unet/a.fp16.safetensors"])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["", "overwrite"])
+def test_convert_deletes_no_file_that_it_does_not_write(name, flags, run, file):
+    folder = file.parent / "folder"
+    run("convert", file, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"years of work")
+    before = contents(file.parent)
+    said = f"other things in it, {name} for one; give a new name" if flags else "is there already"
+    with pytest.raises(InputError, match=said):
+        run("convert", file, folder, *flags)
+    assert contents(file.parent) == before
+
+
+def test_convert_deletes_no_empty_folder_and_no_link(run, file):
+    folder = file.parent / "folder"
+    run("convert", file, folder)
+    (folder / "plans").mkdir()
+    with pytest.raises(InputError, match="other things in it, plans for one"):
+        run("convert", file, folder, "--overwrite")
+    (folder / "plans").rmdir()
+    (folder / "plans").symlink_to(file.parent)
+    with pytest.raises(InputError, match="other things in it, plans for one"):
+        run("convert", file, folder, "--overwrite")
+    assert (folder / "plans").is_symlink() and file.exists()
 
 
 def test_verify_recognises_the_official_files_by_their_hash(run, tmp_path, monkeypatch):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from itertools import cycle
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from ldm import InputError, StableDiffusion
+from ldm.errors import MAX_MESSAGE, RunError, one_line
 from ldm.runtime import cli
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -48,6 +51,7 @@ def refused(tmp_path, saved, photographs, monkeypatch, capsys):
         said = capsys.readouterr().err
         assert end.value.code == 2
         assert re.fullmatch(rf"{program.__name__}\.py: error: .*{words}.*\n", said), said
+        assert len(said) <= len(f"{program.__name__}.py: ") + MAX_MESSAGE + len("\n")
         assert listing(tmp_path) == before
 
     return check
@@ -72,7 +76,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("program", [train, sample], ids=["train", "sample"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model[:60])
 def test_a_wrong_model_is_refused(program, model, refused, tmp_path, saved):
     whole = saved["official"].read_bytes()
     (tmp_path / "notes.txt").write_text("my models")
@@ -150,6 +154,18 @@ TRAIN = {
     "--class-data-dir cats": "cats was generated with prompt 'cat', and this run has 'dog'; give that --class-prompt",
     "--resolution 30": "height 30 is not a positive multiple of 4 pixels; take 32",
     "--resolution 0": "argument --resolution: 0 is not 1 or more",
+    "--resolution 8200": "--resolution 8200 is too much: it should be at most 8192",
+    "--num-class-images 1000000000": "--num-class-images 1000000000 is too much: it should be at most 100000",
+    "--num-class-images 99999999999": "argument --num-class-images: 99999999999 is not 2147483648 or less",
+    "--num-validation-images 1000000000": "--num-validation-images 1000000000 is too much: it should be at most 100",
+    "--num-validation-images 90 --resolution 8192": "a sheet of 2 x 90 pictures of 8192 x 8192 pixels is too large",
+    "--train-batch-size 5000": "--train-batch-size 5000 is too much: it should be at most 4096",
+    "--sample-batch-size 5000": "--sample-batch-size 5000 is too much: it should be at most 4096",
+    "--gradient-accumulation-steps 70000": "--gradient-accumulation-steps 70000 is too much: it should be at most",
+    "--config many.toml": "--train-batch-size 1000000000 is too much",
+    f"--instance-prompt {'a' * 10_001}": "a prompt has 10001 letters, and should have at most 10000: a+ ... a+",
+    f"--class-prompt {'a' * 100_000}": "a prompt has 100000 letters, and should have at most 10000: a+ ... a+",
+    f"--validation-prompt {'a' * 100_000}": "a prompt has 100000 letters, and should have at most 10000: a+ ... a+",
     "--resolution big": "argument --resolution: invalid positive value: 'big'",
     "--sample-steps 0": "argument --sample-steps: 0 is not 1 or more",
     "--sample-steps 1000": "steps must be 1 to 999, not 1000",
@@ -191,7 +207,7 @@ TRAIN = {
 }
 
 
-@pytest.mark.parametrize("flags", TRAIN)
+@pytest.mark.parametrize("flags", TRAIN, ids=lambda flags: flags[:60])
 def test_train_py_refuses_wrong_flags(flags, refused, tmp_path):
     for name in ("empty", "broken", "cats"):
         (tmp_path / name).mkdir()
@@ -203,6 +219,7 @@ def test_train_py_refuses_wrong_flags(flags, refused, tmp_path):
     (tmp_path / "cats" / "manifest.json").write_text(json.dumps(made))
     (tmp_path / "unknown.toml").write_text("lr = 1e-6")
     (tmp_path / "kind.toml").write_text('resolution = "512"')
+    (tmp_path / "many.toml").write_text("train_batch_size = 1000000000")
     os.mkfifo(tmp_path / "pipe.toml")
     (tmp_path / "latin.toml").write_bytes(b"#\xe9")
     (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
@@ -236,6 +253,14 @@ SAMPLE = {
     "--height 30": "height 30 is not a positive multiple of 4 pixels; take 32",
     "--width 0": "width 0 is not a positive multiple of 4 pixels; take 4",
     "--width -8": "width -8 is not a positive multiple",
+    "--width 8200": "--width 8200 is too much: it should be at most 8192 pixels",
+    "--height 1000000000": "--height 1000000000 is too much: it should be at most 8192 pixels",
+    "--num-images 1000000000": "1000000000 pictures are too many: at most 100000 are made in one call; lower --num-im",
+    "--num-images 90 --grid --height 4096 --width 4096": "a sheet of 1 x 90 pictures of 4096 x 4096 pixels is too larg",
+    "--batch-size 5000": "--batch-size 5000 is too much: it should be at most 4096",
+    "--prompts-file million.txt": "a prompt has 1000000 letters, and should have at most 10000: a+ ... a+",
+    "--prompts-file lines.txt": "100001 pictures are too many: at most 100000 are made in one call",
+    f"--negative-prompt {'a' * 10_001}": "a prompt has 10001 letters",
     "--num-images 0": "--num-images: 0 is not 1 or more",
     "--seed -1": "--seed -1 is not a whole number from 0",
     "--dtype fp64": "--dtype: invalid choice: 'fp64'",
@@ -255,9 +280,11 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("flags", SAMPLE)
+@pytest.mark.parametrize("flags", SAMPLE, ids=lambda flags: flags[:60])
 def test_sample_py_refuses_wrong_flags(flags, refused, tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "million.txt").write_text("a" * 1_000_000)
+    (tmp_path / "lines.txt").write_text("a\n" * 100_000)
     (tmp_path / "large.txt").write_text("a cat\n" * 2_000_000)
     refused(sample, flags, SAMPLE[flags])
 
@@ -284,3 +311,22 @@ def test_the_programs_print_one_line_and_end_with_status_2(command, words, root,
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1 and words in done.stderr
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", [InputError, RunError])
+def test_a_message_is_one_line_of_500_printable_letters_with_its_start_and_its_end(kind):
+    assert str(kind("path: wrong; give another")) == "path: wrong; give another"
+    assert str(kind("two\nlines\r\nand \x1b[31mred\0 \udc80")) == r"two lines and \x1b[31mred\x00 \udc80"
+    for middle in ("x" * 10_000, "\0" * 10_000, "\n" * 10_000, "\U000e0001" * 10_000, "é" * 10_000):
+        message = str(kind(f"path: {middle}; give another"))
+        assert message.startswith("path: ") and message.endswith("; give another")
+        assert len(message) <= MAX_MESSAGE and message.isprintable()
+        assert one_line(message) == message  # another process that passes it on changes nothing
+        assert str(pickle.loads(pickle.dumps(kind(message)))) == message
+
+
+def test_a_warning_is_printed_as_one_such_line(capsys):
+    with cli.reported("sample.py"):
+        warnings.warn("about\n" + "x" * 10_000 + "\x1b; do this", stacklevel=1)
+    said = capsys.readouterr().err
+    assert said.startswith("sample.py: warning: about x") and said.endswith("\\x1b; do this\n") and len(said) < 520
