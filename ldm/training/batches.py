@@ -179,9 +179,12 @@ class _Indices:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Runs in a loader's process. The main process handles signals, and ends its loaders itself."""
+    """Runs in a loader's process. A signal to all processes is for the main one, which finishes its step and ends.
+
+    It ends its loaders, too, by SIGTERM if they do not end by themselves: they give it time for its step.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 def _collate(rows: list[Columns | InputError]) -> Columns | InputError:

@@ -41,13 +41,16 @@ class TrainingState:
         self.ema = EMA(self.parameters, settings.ema_decay) if settings.use_ema else None
         self.step = self.draws = self.overflows = 0
         self.skipped = False
+        self.is_whole = True  # False while an update is under way: such a state is never saved
         self._wrapped = False
 
     @property
     def bytes_saved(self) -> int:
         """The size of a checkpoint: the weights, two moments of what trains, its average if there is one, headers."""
         copies = 3 if self.ema is not None else 2
-        return self.trainable.bytes_saved() + copies * sum(4 * p.numel() for p in self.parameters.values()) + 2**20
+        moments = copies * sum(4 * p.numel() for p in self.parameters.values())
+        metrics = 400 * min(self.settings.max_train_steps, 20_000)
+        return self.trainable.bytes_saved() + moments + metrics + 2**20
 
     # One step
 
@@ -81,6 +84,7 @@ class TrainingState:
         self.skipped = not math.isfinite(norm)
         if self.skipped and not scaler.is_enabled():
             check_finite("norm of the gradients", norm, step)
+        self.is_whole = False
         if not self.skipped:
             scaler.step(self.optimizer)
         scaler.update()
@@ -92,11 +96,12 @@ class TrainingState:
             metrics |= {"grad_norm": None, "skipped": True, "scale": scaler.get_scale()}
             if self.overflows == MAX_OVERFLOWS:
                 raise Diverged(f"fp16 overflowed {self.overflows} times in a row at step {step}; take bf16")
-            return False
-        self.step = step
-        if self.ema is not None:
-            self.ema.update()
-        return True
+        else:
+            self.step = step
+            if self.ema is not None:
+                self.ema.update()
+        self.is_whole = True
+        return not self.skipped
 
     # Saving
 
