@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ldm.errors import InputError, RunError, one_line
-from ldm.runtime import check_file, list_folder
+from ldm.runtime import check_file, exists, list_folder
 
 Row = tuple[str, list[Image.Image]]
 
@@ -56,7 +56,7 @@ def find_pictures(folder: str | Path) -> list[Path]:
 
     Raises InputError if there is no such folder, or no picture in it.
     """
-    if not os.path.isdir(folder):
+    if not exists(folder) or not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder; give the folder of the photographs")
     if pictures := list_pictures(folder):
         return pictures

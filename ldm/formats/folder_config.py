@@ -3,13 +3,12 @@
 Only what Stable Diffusion 1 and 2 are made of is accepted. A setting that asks for anything else is refused by name.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 from ldm.config import ModelConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from ldm.errors import InputError
-from ldm.runtime import read_json
+from ldm.runtime import exists, read_json
 from ldm.tokenizer import Tokenizer
 
 DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
@@ -52,7 +51,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, Tokenizer]:
 
     Raises InputError if a file is missing or damaged, or the model is no Stable Diffusion 1 or 2.
     """
-    if not os.path.exists(folder / "model_index.json"):
+    if not exists(folder / "model_index.json"):
         raise InputError(f"{folder} is not a diffusers folder: it has no model_index.json")
     _load(folder / "model_index.json")
     unet, vae = _load(folder / "unet" / "config.json"), _load(folder / "vae" / "config.json")
@@ -211,7 +210,7 @@ def config_files(config: ModelConfig, eos_id: int, bos_id: int) -> dict[str, dic
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not os.path.lexists(path):
+    if not exists(path):
         raise InputError(f"{path} is missing; a diffusers folder has it")
     return _Settings(read_json(path), path)
 

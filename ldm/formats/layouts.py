@@ -10,7 +10,7 @@ from ldm.formats.folder_config import DIFFUSERS_PREDICTIONS
 from ldm.formats.single import read_single, write_single
 from ldm.formats.source import PREDICTIONS, Source, predicting
 from ldm.formats.tensors import PICKLE_SUFFIXES
-from ldm.runtime import check_file
+from ldm.runtime import check_file, exists
 
 WRITERS = {"official": write_single, "diffusers": write_folder}
 LAYOUTS = tuple(WRITERS)
@@ -51,7 +51,7 @@ def read(path: str | Path, *, ema: bool = False, prediction: str | None = None, 
 
 
 def _check_readable(path: Path) -> None:
-    if not os.path.exists(path):  # Path.exists raises for a name that no disk could hold
+    if not exists(path):
         if re.fullmatch(r"https?:.*|[\w.-]+/[\w.-]+", str(path)):
             raise InputError(
                 f"{path} is no file or folder here; if it is a name on a model hub: nothing is downloaded by this "

@@ -16,7 +16,7 @@ from ldm.runtime.files import check_writable, locked, replacing, written
 from ldm.runtime.memory import out_of_memory_named
 from ldm.runtime.processes import World
 from ldm.runtime.progress import progress_bar
-from ldm.runtime.reading import check_file, check_path, list_folder, parse_json, read_json, read_text, read_toml
+from ldm.runtime.reading import check_file, check_path, exists, list_folder, parse_json, read_json, read_text, read_toml
 from ldm.runtime.signals import Stop, Stopped
 from ldm.runtime.streams import dropped as dropped_output
 from ldm.runtime.threads import at_once, side_by_side
@@ -30,6 +30,7 @@ __all__ = [
     "check_path",
     "check_writable",
     "cli",
+    "exists",
     "dropped_output",
     "list_folder",
     "locked",

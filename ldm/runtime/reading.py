@@ -26,6 +26,17 @@ def check_path(path: str | Path, flag: str) -> None:
         raise InputError(f"{flag} {path} can't be the name of a file or folder; a name has at most {MAX_NAME} bytes")
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder. Raises InputError if this user may not look there."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise InputError(f"{path} can't be read: {reason(error)}") from None
+    except (OSError, ValueError):  # also for a name that no disk can hold
+        return False
+    return True
+
+
 def check_file(path: str | Path) -> None:
     """Raises InputError unless this is a file that this user may read. Does not open it."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ldm.errors import InputError
-from ldm.runtime import check_writable, processes, written
+from ldm.runtime import check_writable, exists, list_folder, processes, written
 from ldm.training import checkpoint
 from ldm.training.continuity import CONFIG, Identity, read_config
 from ldm.training.settings import Settings
@@ -118,7 +118,7 @@ def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
         folder = back[-1]
     elif resume == LATEST and numbered:
         folder = numbered[max(numbered)]
-    elif named is not None and (named.parent.parent / CONFIG).exists():
+    elif named is not None and exists(named.parent.parent / CONFIG):
         folder = named.parent.parent
     else:
         return take_number(max(numbered, default=1))
@@ -131,7 +131,7 @@ def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
         if not (folder / CONFIG).exists():
             raise InputError(f"--output-dir {folder} holds no run to resume: it has no {CONFIG}")
     if named is not None and not was_here(folder):
-        if not named.exists() and (folder / "checkpoints" / resume).is_dir():
+        if not exists(named) and exists(folder / "checkpoints" / resume):
             named = folder / "checkpoints" / resume  # given by its name only
         checkpoint.check_whole(named)
     return Claim(folder, named), None
@@ -153,7 +153,7 @@ def take_number(number: int) -> tuple[Claim, TextIO]:
 
 def is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds only files of a run that was killed while it began."""
-    return all(path.name == LOCK or path.name[0] == "." for path in folder.iterdir())
+    return all(path.name == LOCK or path.name[0] == "." for path in list_folder(folder))
 
 
 def was_here(folder: Path) -> bool:

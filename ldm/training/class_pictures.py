@@ -13,7 +13,7 @@ from typing import Any
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import at_once, check_writable, locked, progress_bar, read_json, side_by_side, written
+from ldm.runtime import at_once, check_writable, exists, locked, progress_bar, read_json, side_by_side, written
 from ldm.training import continuity
 from ldm.training.run import Run
 
@@ -54,7 +54,7 @@ class ClassPictures:
         manifest = self._read_manifest()
         made = manifest["pictures"] if manifest else {}
         own: list[Path] = []
-        if self.folder.is_dir():
+        if exists(self.folder) and self.folder.is_dir():
             own = images.list_pictures(self.folder, ours={MANIFEST, *made})
         wanted = max(0, count - len(own))
         self.planned = {f"class-{i:05d}.png": rng.number(seed, "class picture", i) for i in range(wanted)}
@@ -90,7 +90,7 @@ class ClassPictures:
 
     def missing(self) -> list[str]:
         """Names of the pictures that are still to be generated."""
-        return [name for name in self.planned if not (self.folder / name).exists()]
+        return [name for name in self.planned if not os.path.lexists(self.folder / name)]
 
     def read(self, run: Run) -> list[images.Picture]:
         """All pictures. Raises InputError if one can't be read, or is not the one that a resumed run began with."""
