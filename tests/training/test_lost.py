@@ -114,6 +114,7 @@ def test_two_processes_do_not_depend_on_their_output_streams(base, tmp_path):
     assert len(losses(tmp_path / "run")) == 30 and (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_stops_the_run_with_its_step_saved(base, whole, tmp_path):
     folder = tmp_path / "run"
     process = start(command([*base, *STEPS, "--output-dir", folder]), tmp_path)
@@ -164,6 +165,7 @@ def test_truncating_the_base_model_during_training_changes_nothing(base, saved, 
     check_same(whole, folder)
 
 
+@pytest.mark.slow
 def test_class_pictures_that_change_between_stop_and_resume_are_named(base, tmp_path):
     folder = tmp_path / "run"
     run(command([*base, "--max-train-steps", 2, "--output-dir", folder]), tmp_path)
@@ -189,6 +191,7 @@ def test_an_autoencoder_that_makes_nan_is_refused(random_model, base, tmp_path):
 # Two runs at once
 
 
+@pytest.mark.slow
 def test_runs_without_output_dir_take_different_folders(base, tmp_path):
     flags = [*base, "--no-with-prior-preservation", "--max-train-steps", 2]
     lines = [command(flags) for _ in range(3)]
