@@ -57,7 +57,7 @@ def train(run: Run, state: TrainingState, batches: Batches) -> None:
             if state.start_step():  # learning rate, zero_grad; True if the set of trained parameters changed
                 model = run.world.wrap(state.trainable)
             losses = []
-            for batch in batches.take(state.draws):  # yields `accumulation` batches
+            for batch in batches.take(state.taken):  # yields `accumulation` batches
                 with run.world.averaging(model, now=batch.last):
                     losses.append(dreambooth_step(run, state, model, batch))
                     run.precision.backward(losses[-1].total / accumulation)

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.formats import CHECKPOINT_MODEL, TEXT_PREFIX, UNET_PREFIX, Tensors, open_tensors, read, save_tensors
+from ldm.formats import (
+    CHECKPOINT_MODEL,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    Tensors,
+    open_tensors,
+    read,
+    save_tensors,
+    unused_text,
+)
 from ldm.model import StableDiffusion
 from ldm.runtime import replacing
 
@@ -190,7 +199,9 @@ class FullTuning(Trainable):
         return groups
 
     def bytes_saved(self) -> int:
-        return 4 * sum(tensor.numel() for tensor in self.sd.state().values())
+        extra = self.sd.source.extra.values() if self.sd.source is not None else ()
+        added = unused_text(self.sd.config.text).values()
+        return sum(4 * tensor.numel() for tensor in (*self.sd.state().values(), *extra, *added))
 
     def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
         """Writes the whole model as an official single file."""

@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts at the top level, not modules of the package
+sys.path.append(str(ROOT / "tests" / "networks"))  # whose comparisons are made again at full size
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -18,7 +18,7 @@ tensor files, `differences`, `not_finite` and `abbreviate` to tell what is wrong
 
 from ldm.formats.checks import abbreviate, differences, not_finite
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
-from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
 from ldm.formats.source import SAMPLING_KEY, Source, family
 from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
 
@@ -39,5 +39,6 @@ __all__ = [
     "open_tensors",
     "read",
     "save_tensors",
+    "unused_text",
     "write",
 ]

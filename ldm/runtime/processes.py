@@ -53,7 +53,10 @@ class World:
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        # Looking for unused parameters keeps the buckets of the first step. DDP rebuilds them after it otherwise, and a
+        # resumed run would sum the gradients of its first step in another order than the run that never stopped.
+        options = {"gradient_as_bucket_view": True, "find_unused_parameters": True}
+        return DistributedDataParallel(module, device_ids=ids, **options)
 
     def averaging(self, module: nn.Module, now: bool) -> AbstractContextManager:
         """Wraps a backward pass. now: average the gradients over all processes; else only add them to this one's."""
@@ -120,6 +123,8 @@ class World:
 def start(device: str | None) -> World:
     """Joins the world and returns it. device: as in `cli.device`; with CUDA each process takes its own GPU."""
     size = _number("WORLD_SIZE", 1)
+    if size > 1 and torch.cuda.is_available():  # before the choice is tried out: not all of them on the first GPU
+        torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     chosen = cli.device(device)
     if size == 1:
         return World(0, 1, chosen)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # and no Exception: readers of damaged files catch those
     """Raised by a signal in work that has nothing to save, such as loading a model or making a picture."""
 
 

@@ -125,27 +125,27 @@ class Batches:
         self.size, self.parts = settings.train_batch_size, settings.gradient_accumulation_steps
         # Processes that decode pictures ahead; only random crops need them.
         self.workers = max(1, min(4, torch.get_num_threads() // len(rows))) if settings.random_crop else 0
-        is_class = [kind.is_class for kind in rows for _ in range(self.size)]
+        is_class = [part.is_class for part in rows for _ in range(self.size)]
         self.is_class = torch.tensor(is_class, device=world.device)
-        self.prompts = tuple(kind.prompt for kind in rows for _ in range(self.size))
+        self.prompts = tuple(part.prompt for part in rows for _ in range(self.size))
         self._next: int | None = None
 
-    def take(self, draws: int) -> Iterator[Batch]:
-        """The batches of one step. draws: how often `take` was called before in this run, also before a resume."""
-        if draws != self._next:
-            self._columns = zip(*(iter(self._loader(kind.draws, draws)) for kind in self.rows), strict=True)
-        self._next = draws + 1
+    def take(self, taken: int) -> Iterator[Batch]:
+        """The batches of one step. taken: how often `take` was called before in this run, also before a resume."""
+        if taken != self._next:
+            self._columns = zip(*(iter(self._loader(rows.draws, taken)) for rows in self.rows), strict=True)
+        self._next = taken + 1
         for part in range(self.parts):
             sampled = [
-                self._sample(kind, columns) for kind, columns in zip(self.rows, next(self._columns), strict=True)
+                self._sample(rows, columns) for rows, columns in zip(self.rows, next(self._columns), strict=True)
             ]
             latents, noise, t = (torch.cat(column) for column in zip(*sampled, strict=True))
             yield Batch(latents, noise, t, self.prompts, self.is_class, last=part == self.parts - 1)
 
-    def _sample(self, kind: Rows, columns: Columns | InputError) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, rows: Rows, columns: Columns | InputError) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(columns, InputError):
             raise columns
-        return kind.sample(columns)
+        return rows.sample(columns)
 
     def _loader(self, draws: Draws, start: int) -> DataLoader:
         return DataLoader(
@@ -179,9 +179,12 @@ class _Indices:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Runs in a loader's process. The main process handles signals, and ends its loaders itself."""
+    """Runs in a loader's process. A signal to all processes is for the main one, which finishes its step and ends.
+
+    It ends its loaders, too, by SIGTERM if they do not end by themselves: they give it time for its step.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 def _collate(rows: list[Columns | InputError]) -> Columns | InputError:

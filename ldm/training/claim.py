@@ -91,7 +91,10 @@ def lock(folder: Path) -> TextIO | None:
     file = (folder / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))  # and not removed meanwhile
+    except (BlockingIOError, FileNotFoundError):
+        is_there = False
+    if not is_there:
         file.close()
         return None
     # A loader's process inherits the open file; it must not hold the lock after this process was killed.

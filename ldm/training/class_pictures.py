@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from ldm.training import continuity
 from ldm.training.run import Run
 
 MANIFEST = "manifest.json"
-TEMPORARY = re.compile(r"\..+\.(?:png|json)(?:\.(.+)-(\d+))?\.tmp")  # of a file, by the host and process that writes it
+# The temporary name of a file, with the host and the process that write it.
+TEMPORARY = re.compile(
+    r"\.(?:class-\d{5,}\.png|manifest\.json)(?:\.(.+)-(\d+))?\.tmp"
+)  # of a file, by the host and process that writes it
 
 # The flag that sets each entry of a recipe.
 FLAGS = {
@@ -109,7 +113,7 @@ class ClassPictures:
         names = list(self.planned)
         batches = [names[i : i + size] for i in range(0, len(names), size)]
         batches = [batch for batch in batches if missing & set(batch)]
-        share = at_once(world.device)  # batches that a process makes side by side
+        share = world.share(at_once(world.device))  # batches that a process makes side by side
         rounds = [batches[i : i + share * world.size] for i in range(0, len(batches), share * world.size)]
         evaluations = samplers.find(self.recipe["sampler"]).evaluations(self.recipe["steps"])
         total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
@@ -136,6 +140,8 @@ class ClassPictures:
     def _make(
         self, run: Run, sd: StableDiffusion, batch: list[str], missing: set[str], progress: Callable[[], object]
     ) -> None:
+        if all((self.folder / name).exists() for name in missing.intersection(batch)):
+            return  # another run has made them meanwhile
         with run.precision.autocast():
             pictures = sd.generate(
                 self.recipe["prompt"],
@@ -155,11 +161,18 @@ class ClassPictures:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; another run that shares the folder may write the same one."""
+    """Writes a file whole or not at all; replaces a manifest, and leaves a picture that is there already.
+
+    Another run that shares the folder may have made it, and have begun to train on it.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        if path.name == MANIFEST:
+            os.replace(temporary, path)
+        else:
+            with suppress(FileExistsError):
+                os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.errors import InputError
 from ldm.images import Picture
-from ldm.runtime import read_json
+from ldm.runtime import World, read_json
 from ldm.training.checkpoint import load_state
 from ldm.training.settings import Settings
 
@@ -71,6 +71,14 @@ class Identity:
                 changes.append(f"{name} was {was!r} and is {value!r}")
         if changes:
             raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
+
+    def check_everywhere(self, world: World) -> None:
+        """Raises InputError if processes have other settings or photographs than the main one."""
+        mine = {name: value for name, value in self.config.items() if not self.settings.may_change(name)}
+        theirs = world.share(mine)
+        with world.agreed():
+            if different := [name for name in mine if mine[name] != theirs[name]]:
+                raise InputError(f"{different[0]} is not as in the main process; give all processes the same input")
 
     def check_checkpoint(self, path: Path) -> None:
         """Raises InputError if the checkpoint belongs to another run, or is beyond the last step of this one."""

@@ -76,6 +76,7 @@ class Run:
             "pictures": digest([*photographs, *own]),
             "photographs": sums(photographs),
         }
+        self.identity.check_everywhere(self.world)
         self.resumed_from: Path | None = self.world.on_main(lambda: self._begin(state))
         with self.world.agreed():
             if not (self.folder / CONFIG).exists():

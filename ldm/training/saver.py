@@ -2,8 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,29 @@ from ldm.training.state import Diverged, TrainingState
 
 
 class Reserve:
-    """Disk space for one checkpoint, held from the start of a run, so that a full disk loses no step."""
+    """Disk space for one checkpoint, held from the start of a run, so that a disk that fills up costs no step.
+
+    The space is that of a file without a name: it is free again as soon as the process ends, however it ends.
+    """
 
     def __init__(self, folder: Path, size: int):
-        self.path, self.size = folder / ".reserve", size
+        self.path, self.size, self.file = folder / ".reserve", size, None
 
     def hold(self) -> None:
-        """Takes the space. Raises OSError, and takes nothing, if the disk has less."""
+        """Takes the space. Raises OSError, with nothing taken, if the disk has less."""
+        self.file = self.path.open("wb")
+        self.path.unlink()
         try:
-            with self.path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, self.size)
+            os.posix_fallocate(self.file.fileno(), 0, self.size)
         except OSError:
             self.release()
             raise
 
     def release(self) -> None:
         """Gives the space back to the disk."""
-        self.path.unlink(missing_ok=True)
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
 
 class Saver:
@@ -42,21 +48,27 @@ class Saver:
         checkpoint.check_space(folder, size)
         self.reserve = Reserve(folder.parent, size)
         self.reserve.hold()
+        os.register_at_fork(after_in_child=self.reserve.release)
 
     def save(self, state: TrainingState, config: dict[str, Any], metrics: str) -> None:
-        """Writes a checkpoint; on a full disk, into the space that was kept for it.
+        """Writes a checkpoint; where the disk is full, into the space that is held for it.
 
-        Raises RunError if it can't be written, or if it is written and the disk has no space for another.
+        Raises RunError if the disk refuses it, or has no space for another.
         """
         state.check_finite()
         last = state.step == self.settings.max_train_steps
-        short = checkpoint.free_space(self.folder) < self.reserve.size
-        if last or short:
+        if last or checkpoint.free_space(self.folder) < self.reserve.size:
             self.reserve.release()
-        checkpoint.save(self.folder, state, config, metrics)
+        try:
+            checkpoint.save(self.folder, state, config, metrics)
+        except RunError:
+            if self.reserve.file is None:
+                raise
+            self.reserve.release()
+            checkpoint.save(self.folder, state, config, metrics)
         self.saved = state.step
         checkpoint.prune(self.folder, self.settings.checkpoints_total_limit, state.step)
-        if short and not last:
+        if self.reserve.file is None and not last:
             try:
                 self.reserve.hold()
             except OSError:
@@ -66,18 +78,20 @@ class Saver:
                 ) from None
 
     @contextmanager
-    def rescuing(self, state: TrainingState, save) -> Iterator[None]:
-        """Inside, any error but Diverged first saves the last step that was completed."""
+    def rescuing(self, state: TrainingState, save: Callable[[], None]) -> Iterator[None]:
+        """Inside, an error that is not the training's own first saves the last complete step."""
+        self.saved = state.step
         try:
             yield
         except Diverged:
             raise
         except BaseException:
-            if state.step != self.saved:
+            if state.step != self.saved and state.is_whole:
                 self.reserve.release()
-                with suppress(RunError):
+                try:
                     save()
-                    warnings.warn(
-                        f"step {state.step} is saved; --resume-from-checkpoint latest resumes it", stacklevel=2
-                    )
+                    said = f"step {state.step} is saved; --resume-from-checkpoint latest resumes it"
+                except RunError as error:
+                    said = f"step {state.step} is not saved: {error}"
+                warnings.warn(said, stacklevel=2)
             raise

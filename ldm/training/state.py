@@ -30,7 +30,7 @@ class Diverged(RunError):
 class TrainingState:
     """What trains, its optimizer and its average, and how far they are.
 
-    base: the fingerprint of the model that training began with. step: updates made. draws: how often batches were
+    base: the fingerprint of the model that training began with. step: updates made. taken: how often batches were
     taken, more than `step` where fp16 overflowed and an update was skipped. skipped: whether the last update was.
     """
 
@@ -39,15 +39,18 @@ class TrainingState:
         self.parameters = trainable.named_parameters_saved()
         self.optimizer = optimizer.adamw(trainable.parameter_groups(settings), settings.use_8bit_adam)
         self.ema = EMA(self.parameters, settings.ema_decay) if settings.use_ema else None
-        self.step = self.draws = self.overflows = 0
+        self.step = self.taken = self.overflows = 0
         self.skipped = False
+        self.is_whole = True  # False while an update is under way: such a state is never saved
         self._wrapped = False
 
     @property
     def bytes_saved(self) -> int:
         """The size of a checkpoint: the weights, two moments of what trains, its average if there is one, headers."""
         copies = 3 if self.ema is not None else 2
-        return self.trainable.bytes_saved() + copies * sum(4 * p.numel() for p in self.parameters.values()) + 2**20
+        moments = copies * sum(4 * p.numel() for p in self.parameters.values())
+        metrics = 400 * min(self.settings.max_train_steps, 20_000)
+        return self.trainable.bytes_saved() + moments + metrics + 2**20
 
     # One step
 
@@ -81,10 +84,11 @@ class TrainingState:
         self.skipped = not math.isfinite(norm)
         if self.skipped and not scaler.is_enabled():
             check_finite("norm of the gradients", norm, step)
+        self.is_whole = False
         if not self.skipped:
             scaler.step(self.optimizer)
         scaler.update()
-        self.draws += 1
+        self.taken += 1
         self.overflows = self.overflows + 1 if self.skipped else 0
         metrics |= {"lr": self.settings.learning_rate * self.lr_factor}
         metrics |= {"seconds": round(time.perf_counter() - self._began, 4)}
@@ -92,11 +96,12 @@ class TrainingState:
             metrics |= {"grad_norm": None, "skipped": True, "scale": scaler.get_scale()}
             if self.overflows == MAX_OVERFLOWS:
                 raise Diverged(f"fp16 overflowed {self.overflows} times in a row at step {step}; take bf16")
-            return False
-        self.step = step
-        if self.ema is not None:
-            self.ema.update()
-        return True
+        else:
+            self.step = step
+            if self.ema is not None:
+                self.ema.update()
+        self.is_whole = True
+        return not self.skipped
 
     # Saving
 
@@ -146,7 +151,7 @@ class TrainingState:
         """All that is no tensor, ready for JSON."""
         return {
             "step": self.step,
-            "draws": self.draws,
+            "draws": self.taken,
             "scaler": self.precision.scaler.state_dict(),
             "ema_updates": self.ema.updates if self.ema else 0,
             "optimizer": {  # 8-bit AdamW counts its steps in plain numbers
@@ -169,7 +174,7 @@ class TrainingState:
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device)
         for name, values in numbers["optimizer"].items():
             self.optimizer.state[self.parameters[name]].update(values)
-        self.step, self.draws = numbers["step"], numbers["draws"]
+        self.step, self.taken = numbers["step"], numbers["draws"]
         self.precision.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
             self.ema.updates = numbers["ema_updates"]

@@ -177,7 +177,7 @@ def checkpoints(folder: Path) -> Iterator[Case]:
         for parameter in state.parameters.values():
             parameter.grad = torch.ones_like(parameter)
         state.optimizer.step()
-        state.draws = state.ema.updates = state.step
+        state.taken = state.ema.updates = state.step
         checkpoint.save(folder, state, identity.config, "{}\n")
     newest = folder / "checkpoint-000002"
     state = new()
@@ -201,7 +201,7 @@ def checkpoints(folder: Path) -> Iterator[Case]:
             identity.check(path, checkpoint.load_state(path)["run"])
         finally:
             state.optimizer.state.clear()
-            state.step = state.draws = 0
+            state.step = state.taken = 0
             (newest / "SHA256SUMS").write_bytes(sums)
 
     sums = (newest / "SHA256SUMS").read_bytes()

@@ -142,9 +142,9 @@ def test_a_run_killed_thirty_times_equals_the_run_that_was_never_killed(base, tm
         process.kill()
         assert finish(process, tmp_path).status == -signal.SIGKILL
         in_saves += kill % 3 != 0 and any(saves.glob(".*"))
-        if (newest := checkpoint.newest(saves)) is not None:
-            assert newest == checkpoint.all_in(saves)[-1]  # none is damaged
-            done = checkpoint.load(newest)[2]["step"]
+        if found := checkpoint.all_in(saves):
+            assert [checkpoint.damaged(path) for path in found] == [None] * len(found)
+            done = checkpoint.load_state(found[-1])["step"]
     print(f"{in_saves} of 30 kills fell into a save; {done} steps were done")
     assert in_saves >= 3 and done >= 40
     steps = ("--max-train-steps", done + 3, "--checkpointing-steps", 10**6, "--output-dir")
@@ -152,6 +152,32 @@ def test_a_run_killed_thirty_times_equals_the_run_that_was_never_killed(base, tm
     assert leftovers(folder) == []
     run(command([*base, *steps, tmp_path / "whole"]), tmp_path)
     check_same(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_thirty_kills_in_every_phase_of_a_short_run(base, tmp_path):
+    """From the start over class pictures and steps to the last write; what was finished is finished again."""
+    folder, drawn, phases = tmp_path / "run", random.Random(1), set()
+    flags = (*base, "--num-class-images", 12, "--sample-steps", 10, "--max-train-steps", 40, "--checkpointing-steps", 5)
+    flags = (*flags, "--num-validation-images", 2)
+    run(command([*flags, "--output-dir", tmp_path / "whole"]), tmp_path)
+    for _ in range(30):
+        before = max(checkpoints(folder), default=0)
+        process = start(command([*flags, "--output-dir", folder, *LATEST]), tmp_path)
+        try:
+            process.wait(drawn.uniform(1.5, 7.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            bars = re.findall(
+                r"(sheet before|class pictures|encoding|training|sheet after)", finish(process, tmp_path).err
+            )
+            phases.add(bars[-1] if bars else "start")
+        assert max(checkpoints(folder), default=0) >= before
+    print(f"killed in {sorted(phases)}")
+    assert len(phases) >= 3
+    run(command([*flags, "--output-dir", folder, *LATEST]), tmp_path)
+    check_same(folder, tmp_path / "whole")
+    assert leftovers(folder) == []
 
 
 @pytest.mark.slow

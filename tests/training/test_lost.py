@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from runs import (
     LATEST,
     PROCESS,
+    ROOT,
     SMALL,
+    call,
     check_same,
     checkpoints,
     command,
@@ -28,7 +32,14 @@ from runs import (
     until,
 )
 
+import train
+from ldm import StableDiffusion
+from ldm.clip import TextEncoder
+from ldm.dreambooth import FullTuning
+from ldm.runtime import Stop, Stopped
+from ldm.training import TrainingState, class_pictures, parse
 from ldm.training.claim import DEFAULT
+from ldm.training.precision import Precision
 
 STEPS = ("--max-train-steps", 30, "--checkpointing-steps", 100)
 
@@ -103,6 +114,7 @@ def test_two_processes_do_not_depend_on_their_output_streams(base, tmp_path):
     assert len(losses(tmp_path / "run")) == 30 and (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_stops_the_run_with_its_step_saved(base, whole, tmp_path):
     folder = tmp_path / "run"
     process = start(command([*base, *STEPS, "--output-dir", folder]), tmp_path)
@@ -153,6 +165,7 @@ def test_truncating_the_base_model_during_training_changes_nothing(base, saved, 
     check_same(whole, folder)
 
 
+@pytest.mark.slow
 def test_class_pictures_that_change_between_stop_and_resume_are_named(base, tmp_path):
     folder = tmp_path / "run"
     run(command([*base, "--max-train-steps", 2, "--output-dir", folder]), tmp_path)
@@ -178,6 +191,7 @@ def test_an_autoencoder_that_makes_nan_is_refused(random_model, base, tmp_path):
 # Two runs at once
 
 
+@pytest.mark.slow
 def test_runs_without_output_dir_take_different_folders(base, tmp_path):
     flags = [*base, "--no-with-prior-preservation", "--max-train-steps", 2]
     lines = [command(flags) for _ in range(3)]
@@ -224,6 +238,11 @@ def test_a_class_folder_that_another_run_fills_differently_is_refused(base, tmp_
 # Signals
 
 
+def two_seconds() -> float:
+    """Of a machine whose cores are idle; longer where other processes share them."""
+    return 2.0 * max(1.0, os.getloadavg()[0] / os.cpu_count())
+
+
 PHASES = {
     "the import": lambda folder: True,
     "the sheet": lambda folder: "sheet before" in (folder / "err.txt").read_text(),
@@ -254,7 +273,7 @@ def test_a_signal_ends_every_phase_within_two_seconds(phase, name, base, tmp_pat
     for _ in range(5 if name != "SIGINT" else 1):
         process.send_signal(getattr(signal, name))
     done = finish(process, tmp_path)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < two_seconds()
     assert "Traceback" not in done.err
     if phase != "the import":
         assert done.status == 0 and "stopped" in done.out, done.err
@@ -269,7 +288,7 @@ def test_a_signal_ends_sample_py_and_every_picture_is_whole(name, saved, tmp_pat
     began = time.monotonic()
     process.send_signal(getattr(signal, name))
     done = finish(process, tmp_path)
-    assert time.monotonic() - began < 2.0 and done.status == 130 and "Traceback" not in done.err
+    assert time.monotonic() - began < two_seconds() and done.status == 130 and "Traceback" not in done.err
     assert "stopped; the pictures that were complete are in" in done.out
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert not [name for name in names if name.startswith(".")]
@@ -299,3 +318,93 @@ def test_a_link_to_train_py_trains(base, root, tmp_path):
     line = [sys.executable, str(tmp_path / "bin" / "train"), "--num-class-images", "0"]
     done = run(line, tmp_path, status=2)
     assert "--num-class-images" in done.err and "Traceback" not in done.err  # it has found its own settings
+
+
+# What a review found
+
+
+@pytest.mark.slow
+def test_three_processes_resume_to_the_same_bits(base, tmp_path):
+    """With three, unlike two, the order in which gradients are summed matters."""
+    flags = [*base, "--max-train-steps", 6, "--checkpointing-steps", 3]
+    run(command([*flags, "--output-dir", tmp_path / "whole"], 3), tmp_path)
+    run(command([*flags, "--max-train-steps", 3, "--output-dir", tmp_path / "parts"], 3), tmp_path)
+    run(command([*flags, "--output-dir", tmp_path / "parts", *LATEST], 3), tmp_path)
+    check_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_is_not_taken_for_a_damaged_file(saved, monkeypatch):
+    """While a file is read, what a damaged one raises is an InputError; a signal is not."""
+    stop = Stop()
+
+    def stopped(*_):
+        with stop.at_once():
+            stop._note(signal.SIGTERM, None)
+
+    monkeypatch.setattr(StableDiffusion, "rehearse", stopped)
+    with pytest.raises(Stopped):
+        StableDiffusion.load(saved["official"])
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+@pytest.mark.parametrize("openclip", [False, True])
+def test_a_checkpoint_is_no_larger_than_the_space_kept_for_it(layout, openclip, saved, base, random_model, tmp_path):
+    model = saved[layout]
+    if openclip:
+        sd = random_model()
+        sd.config = replace(sd.config, text=replace(sd.config.text, activation="gelu", pad_id=0))
+        sd.text_encoder = TextEncoder(sd.config.text)
+        sd.save(model := tmp_path / "sd2.safetensors")
+    flags = parse([str(w) for w in (*base, "--model", model, "--use-ema", "--output-dir", tmp_path / "x")], train.TINY)
+    state = TrainingState(
+        FullTuning(StableDiffusion.load(model), flags), flags, Precision("no", torch.device("cpu")), ""
+    )
+    call(*base, "--model", model, "--use-ema", "--max-train-steps", 3, "--output-dir", tmp_path / "run")
+    files = (tmp_path / "run" / "checkpoints" / "checkpoint-000003").iterdir()
+    assert sum(path.stat().st_size for path in files) <= state.bytes_saved
+
+
+def test_files_of_the_users_stay_in_a_class_folder(base, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    mine = [".upload.tmp", ".draft.psd.tmp", ".a.png.host-1.tmp"]
+    for name in mine:
+        (folder / name).write_bytes(b"mine")
+    (folder / ".class-00001.png.tmp").write_bytes(b"half a picture")
+    call(*base, "--max-train-steps", 1, "--class-data-dir", folder, "--output-dir", tmp_path / "run")
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == set(mine)
+
+
+def test_a_picture_that_another_run_has_made_stays(random_model, tmp_path):
+    """Only the recipe decides which pictures a folder holds, so a run of another precision finds them, too."""
+    path = tmp_path / "class-00000.png"
+    class_pictures._write(path, b"the first")
+    class_pictures._write(path, b"the second")
+    assert path.read_bytes() == b"the first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_loader_finishes_the_step(base, tmp_path):
+    folder = tmp_path / "run"
+    line = ["setsid", *command([*base, "--random-crop", "--max-train-steps", 10**6, "--output-dir", folder])]
+    process = start(line, tmp_path)
+    until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes(), process)
+    os.killpg(os.getpgid(process.pid), signal.SIGTERM)
+    done = finish(process, tmp_path)
+    assert done.status == 0 and "stopped after step" in done.out and "Traceback" not in done.err, done.err
+
+
+@pytest.mark.slow
+def test_processes_with_other_photographs_are_refused(base, tmp_path):
+    other = photograph(tmp_path / "other", [(32, 32)])
+    script = tmp_path / "by_rank.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom ldm.runtime import cli\n"
+        f"more = ['--instance-data-dir', {str(other)!r}] if os.environ['RANK'] == '1' else []\n"
+        "with cli.reported('train.py'):\n    train.main(sys.argv[1:] + more)\n"
+    )
+    line = command([*base, "--output-dir", tmp_path / "run"], 2)
+    line[line.index(str(ROOT / "train.py"))] = str(script)
+    done = run(line, tmp_path, status=1)
+    assert "is not as in the main process; give all processes the same input" in done.err
+    assert not (tmp_path / "run").exists()
