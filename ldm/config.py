@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-# Limits above every Stable Diffusion.
-MAX_LAYERS, MAX_LEVELS, MAX_SIZE = 64, 16, 2**20
+# Limits above every Stable Diffusion. A small file that asks for more layers would keep the program busy for minutes.
+MAX_COUNTS = {"blocks": 6, "layers": 48}
+MAX_LEVELS, MAX_SIZE = 6, 2**20
 MAX_CONTEXT = 1024  # tokens; the memory for attention grows with their square
 MAX_SCALE = 1e4  # largest scale of latents; its inverse is the smallest
 
@@ -21,7 +22,7 @@ class Checked:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if not _fits(value, f.type) or (f.name in ("blocks", "layers") and value > MAX_LAYERS):
+            if not _fits(value, f.type) or (f.name in MAX_COUNTS and value > MAX_COUNTS[f.name]):
                 raise self.impossible(f.name)
 
     def impossible(self, name: str) -> ValueError:

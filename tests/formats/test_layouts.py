@@ -425,6 +425,54 @@ def test_absurd_sizes_are_refused_before_memory_is_allocated(part, name, random_
     assert time.perf_counter() - began < 5
 
 
+def test_the_largest_configuration_takes_seconds(random_model, there):
+    """A file of one tensor can describe any number of layers. They are built, on no device, before one is missing."""
+    sd = random_model()
+    tree = sd.config.to_dict()
+    tree["unet"] |= {"channels": [2**18] * 6, "attention": [True] * 6, "blocks": 6}
+    tree["vae"] |= {"channels": [2**18] * 6, "blocks": 6}
+    tree["text"] |= {"layers": 48}
+    metadata = {"ldm.config": json.dumps(tree), "ldm.tokenizer": sd.tokenizer.to_metadata()}
+    save_file({"a": torch.zeros(1)}, there / "a.safetensors", metadata)
+    began = time.process_time()
+    with pytest.raises(InputError, match="missing tensor"):
+        StableDiffusion.load(there / "a.safetensors")
+    assert time.process_time() - began < 10
+
+
+def in_folder(sd: StableDiffusion, there: Path, file: str, **changes: object) -> Path:
+    """A diffusers folder, with other settings in one of its JSON files."""
+    sd.save(there / "model", "diffusers")
+    path = there / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return there / "model"
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.18215, float("nan"), float("inf"), 1e-300, 1e300, 10**400, "0.18", None])
+def test_latents_are_scaled_by_a_number_between_bounds(value, random_model, there):
+    path = in_folder(random_model(), there, "vae/config.json", scaling_factor=value)
+    with pytest.raises(InputError, match=r"VAEConfig\.scale_factor can't be "):
+        StableDiffusion.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"beta_start": 1e-30}, "1000 betas from 1e-30 to 0.012 make NaN: alphas_cumprod"),
+        ({"beta_start": 5e-324}, "make NaN: alphas_cumprod"),
+        ({"beta_end": 0.999999}, "1000 betas from 0.00085 to 0.999999 make NaN: alphas_cumprod"),
+        ({"num_train_timesteps": 100_000}, "100000 betas from 0.00085 to 0.012 make NaN: alphas_cumprod"),
+        ({"beta_start": float("nan")}, r"ScheduleConfig\.beta_start can't be nan"),
+        ({"beta_end": -0.01}, "betas from 0.00085 to -0.01 are not between 0 and 1"),
+        ({"beta_start": 10**400}, "betas from 1000+ .* are not between 0 and 1|beta_start can't be"),
+    ],
+)
+def test_a_schedule_that_makes_nan_is_refused_with_the_reason(changes, said, random_model, there):
+    path = in_folder(random_model(), there, "scheduler/scheduler_config.json", **changes)
+    with pytest.raises(InputError, match=said):
+        StableDiffusion.load(path)
+
+
 def test_tensors_that_share_memory_are_written_separately(tmp_path):
     base = torch.arange(24.0)
     tensors = {"a": base[:16], "b": base[8:24], "c": base, "d": base[4:5], "e": torch.zeros(0)}
