@@ -1,6 +1,6 @@
 """Whatever a file holds, reading it works or is refused in one line, in bounded time and memory. No process starts.
 
-LDM_FUZZ_SEED=7 pytest -m slow tests/programs/test_hostile_inputs.py      other cases than those of seed 0
+LDM_FUZZ_SEED=7 LDM_FUZZ_COUNT=5000 pytest -m slow tests/programs/test_hostile_inputs.py      other cases than those of seed 0
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).with_name("fuzz.py")
-SEED = os.environ.get("LDM_FUZZ_SEED", "0")
+SEED, COUNT = os.environ.get("LDM_FUZZ_SEED", "0"), int(os.environ.get("LDM_FUZZ_COUNT", "1000"))
 # In two processes that take about the same time.
 HALVES = (
     "single diffusers".split(),
@@ -44,8 +44,8 @@ def test_some_damaged_files_of_each_kind_are_read_or_refused_in_one_line():
 
 
 @pytest.mark.slow
-def test_5000_damaged_files_of_each_kind_are_read_or_refused_in_one_line(capsys):
-    count = 5000
+def test_many_damaged_files_of_each_kind_are_read_or_refused_in_one_line(capsys):
+    count = COUNT
     with ThreadPoolExecutor(len(HALVES)) as pool:
         halves = list(pool.map(lambda readers: fuzz(readers, count), HALVES))
     with capsys.disabled():
