@@ -1,6 +1,6 @@
 """Whatever a file holds, reading it works or is refused in one line, in bounded time and memory. No process starts.
 
-LDM_FUZZ_SEED=7 LDM_FUZZ_COUNT=5000 pytest -m slow tests/programs/test_hostile_inputs.py      other cases than those of seed 0
+LDM_FUZZ_SEED=7 LDM_FUZZ_COUNT=5000 pytest -m slow tests/programs/test_hostile_inputs.py   # other cases
 """
 
 import json
