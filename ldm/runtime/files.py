@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from safetensors import SafetensorError
-
 from ldm.errors import InputError, RunError
 
 
@@ -75,5 +73,5 @@ def written(path: Path) -> Iterator[None]:
     """Wraps writing: turns an error of the disk into a RunError, which names the path."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise RunError(f"{path} can't be written: {error}") from None

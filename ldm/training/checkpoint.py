@@ -20,8 +20,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from ldm.errors import InputError, RunError, one_line
 from ldm.formats import open_tensors, save_tensors
 from ldm.runtime import check_file, list_folder, read_json, read_text
@@ -57,7 +55,7 @@ def save(folder: Path, state: TrainingState, config: dict[str, Any], metrics: st
             final.rename(folder / f"{REPLACED}{final.name}")
         temporary.rename(final)
         flush(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise RunError(f"{final} can't be saved ({error}); older checkpoints are as they were") from None
     finally:
         clean(folder)
