@@ -68,8 +68,8 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
 
     ours: names of files to skip without a warning.
     """
-    formats = Image.registered_extensions()  # loads Pillow's plugins
-    known = {extension for extension, format in formats.items() if format in FORMATS and format in Image.OPEN}
+    formats = Image.registered_extensions()
+    known = {extension for extension, format in formats.items() if format in readable_formats()}
     pictures = []
     for path in list_folder(folder):
         if path.name in ours:
@@ -115,12 +115,18 @@ def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
 
+def readable_formats() -> list[str]:
+    """Those of `FORMATS` that this build of Pillow knows."""
+    Image.init()  # loads Pillow's plugins
+    return [format for format in FORMATS if format in Image.OPEN]
+
+
 def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
     """A picture whose pixels are not read yet. Raises ValueError if there are too many, and whatever Pillow raises.
 
     A small file can hold very many pixels. Pillow knows their number from the file's first bytes.
     """
-    image = Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=readable_formats())
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")

@@ -56,7 +56,9 @@ sys.path.insert(0, {root!r})
 import ldm.__main__, sample, train
 from ldm.runtime import cli
 import codecs, torch._dynamo
-codecs.lookup("utf-8-sig")  # what Python imports late it would import as nobody
+from PIL import Image
+# What is imported late would be imported as nobody, who may not read every folder that Python is installed in.
+codecs.lookup("utf-8-sig"), Image.init()
 folder, nobody, commands = json.load(sys.stdin)
 os.chdir(folder)
 os.environ["HOME"] = folder
