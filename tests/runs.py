@@ -32,6 +32,12 @@ LATEST = ("--resume-from-checkpoint", "latest")
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+def slow_after(count: int, cases: Sequence) -> list:
+    """The cases of a parametrised test, all but the first `count` marked slow."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*value, marks=[pytest.mark.slow] if i >= count else []) for i, value in enumerate(values)]
+
+
 @dataclass
 class Done:
     """The exit status and the output of a command."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import slow_after
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -131,8 +132,11 @@ LAYOUTS = (
 
 @pytest.mark.parametrize(
     "layout, dtype",
-    [(layout, "fp16" if "variant" in layout.__name__ else "fp32") for layout in LAYOUTS]
-    + [(safetensors, "bf16"), (ckpt_bare, "fp16"), (ckpt_full, "bf16")],
+    slow_after(
+        4,
+        [(layout, "fp16" if "variant" in layout.__name__ else "fp32") for layout in LAYOUTS]
+        + [(safetensors, "bf16"), (ckpt_bare, "fp16"), (ckpt_full, "bf16")],
+    ),
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.parametrize("family", FAMILIES)

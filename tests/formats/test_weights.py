@@ -99,6 +99,7 @@ sd.save(sys.argv[2], "diffusers", metadata=metadata)
 """
 
 
+@pytest.mark.slow
 def test_every_process_saves_the_same_model_to_the_same_bytes(saved, root, tmp_path):
     for seed in ("1", "2"):
         command = [sys.executable, "-c", SAVE_TWICE, saved["official"], tmp_path / seed]

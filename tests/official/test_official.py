@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_noise import CARDS, cuda_randn
+from runs import slow_after
 from torch import Tensor, nn
 
 from ldm import StableDiffusion
@@ -306,7 +307,7 @@ def thin(narrow, id: str) -> StableDiffusion:
     return sd
 
 
-@pytest.mark.parametrize("id", FACTS)
+@pytest.mark.parametrize("id", slow_after(4, FACTS))
 def test_a_recipe_runs_and_distinguishes_another_model_from_the_official_one(id, narrow):
     fact, rows = FACTS[id], found(id, thin(narrow, id))
     with pytest.raises(AssertionError, match="times the tolerance"):
@@ -335,7 +336,9 @@ def theirs(narrow, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("id", ["pipe_v14_ddim", "pipe_v14_pndm", "pipe_onnx_v14_pndm", "pipe_sd2v_default"])
+@pytest.mark.parametrize(
+    "id", slow_after(1, ["pipe_v14_ddim", "pipe_v14_pndm", "pipe_onnx_v14_pndm", "pipe_sd2v_default"])
+)
 def test_recipes_for_pictures_equal_those_of_diffusers_tests(id, narrow, theirs):
     import diffusers
 

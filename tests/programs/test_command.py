@@ -176,6 +176,7 @@ def test_the_list_of_hashes_has_the_format_of_sha256sum():
     assert len({line[:64] for line in lines}) == len({line[66:] for line in lines}) == 12
 
 
+@pytest.mark.slow
 def test_a_mistake_gives_one_line_and_status_2(tmp_path, root):
     (tmp_path / "a.safetensors").write_bytes(b"\0" * 99)
     for words, said in (

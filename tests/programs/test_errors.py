@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import slow_after
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -125,7 +126,7 @@ def test_a_pipe_in_a_folder_is_not_opened(name, refused, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_after(2, SETTINGS))
 def test_no_value_in_a_folders_json_raises_anything_but_an_input_error(name, saved, tmp_path):
     """Whatever value a key has, the folder either makes a picture or is refused."""
     shutil.copytree(saved["diffusers"], tmp_path / "model")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LATEST, SMALL, call, checkpoints, losses, photograph, refused
+from runs import LATEST, SMALL, call, checkpoints, losses, photograph, refused, slow_after
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -156,14 +156,17 @@ def test_a_named_one_is_refused_and_latest_takes_the_one_before(what, once, base
 
 @pytest.mark.parametrize(
     ("scaler", "said"),
-    [
-        ({"scale": float("nan")}, "scale is nan, and should be a positive number"),
-        ({"scale": -1.0}, "scale is -1.0, and should be a positive number"),
-        ({"scale": "65536"}, "scale is '65536', and should be a positive number"),
-        ({"scale": 10**400}, "scale is 10*, and should be a positive number"),
-        ({"growth_factor": 0.5}, "growth_factor is 0.5, and should be 2.0"),
-        ({"_growth_tracker": -1}, "_growth_tracker is -1, and should be a whole number from 0"),
-    ],
+    slow_after(
+        2,
+        [
+            ({"scale": float("nan")}, "scale is nan, and should be a positive number"),
+            ({"scale": -1.0}, "scale is -1.0, and should be a positive number"),
+            ({"scale": "65536"}, "scale is '65536', and should be a positive number"),
+            ({"scale": 10**400}, "scale is 10*, and should be a positive number"),
+            ({"growth_factor": 0.5}, "growth_factor is 0.5, and should be 2.0"),
+            ({"_growth_tracker": -1}, "_growth_tracker is -1, and should be a whole number from 0"),
+        ],
+    ),
 )
 def test_the_scale_of_fp16_is_a_number(scaler, said, base, saved, tmp_path):
     path = run_with(base, tmp_path / "run", "--mixed-precision", "fp16") / "checkpoints" / "checkpoint-000002"

@@ -67,6 +67,7 @@ def stopped(base, folder: Path, name: str, to: str, processes: int = 1) -> None:
     check_same(folder / "run", folder / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_finishes_the_step_and_saves(base, tmp_path):
     stopped(base, tmp_path, "SIGTERM", "main")
 

@@ -32,6 +32,7 @@ def failed(*arguments: object) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_half_precision_learns_as_fp32_does(name, base, tmp_path):
     base = (*base, "--max-train-steps", 40, "--learning-rate", "2e-3", "--train-batch-size", 2)

@@ -21,6 +21,7 @@ from runs import (
     photograph,
     refused,
     run,
+    slow_after,
     weights,
 )
 from safetensors.torch import load_file
@@ -51,14 +52,17 @@ def once(made, tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("stop", "flags"),
-    [
-        (2, ()),  # within an epoch: three photographs, four class pictures, one of each a step
-        (3, ("--num-class-images", 3)),  # exactly at the end of an epoch
-        (3, ("--train-batch-size", 2, "--gradient-accumulation-steps", 2, *ALL)),
-        (3, ("--text-encoder-stop-step", 2, "--text-encoder-learning-rate", "1e-3")),  # after that step
-        (3, ("--mixed-precision", "fp16", "--no-train-text-encoder")),
-        (3, ("--mixed-precision", "bf16", "--random-crop", "--random-flip")),
-    ],
+    slow_after(
+        3,
+        [
+            (2, ()),  # within an epoch: three photographs, four class pictures, one of each a step
+            (3, ("--num-class-images", 3)),  # exactly at the end of an epoch
+            (3, ("--train-batch-size", 2, "--gradient-accumulation-steps", 2, *ALL)),
+            (3, ("--text-encoder-stop-step", 2, "--text-encoder-learning-rate", "1e-3")),  # after that step
+            (3, ("--mixed-precision", "fp16", "--no-train-text-encoder")),
+            (3, ("--mixed-precision", "bf16", "--random-crop", "--random-flip")),
+        ],
+    ),
 )
 def test_a_resumed_run_equals_the_run_that_never_stopped(stop, flags, base, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -151,14 +155,17 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [
-        ("model.safetensors", truncate),
-        ("training.safetensors", flip),
-        ("state.json", Path.unlink),
-        ("metrics.jsonl", truncate),
-        ("SHA256SUMS", flip),
-        ("SHA256SUMS", Path.unlink),
-    ],
+    slow_after(
+        3,
+        [
+            ("model.safetensors", truncate),
+            ("training.safetensors", flip),
+            ("state.json", Path.unlink),
+            ("metrics.jsonl", truncate),
+            ("SHA256SUMS", flip),
+            ("SHA256SUMS", Path.unlink),
+        ],
+    ),
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(name, damage, once, base, tmp_path, capsys):
     whole = losses(once)
