@@ -61,9 +61,9 @@ def train(run: Run, state: TrainingState, batches: Batches) -> None:
                 with run.world.averaging(model, now=batch.last):
                     losses.append(dreambooth_step(run, state, model, batch))
                     run.precision.backward(losses[-1].total / accumulation)
-            metrics = {"step": state.step + 1} | run.reduce(losses, state.clip_gradients())
-            state.update(metrics)  # on an fp16 overflow the weights stay; the step runs again on new rows
-            run.log(metrics)
+            numbers = run.reduce(losses, state.clip_gradients())  # on their way from the device
+            metrics = state.update(numbers)  # on an fp16 overflow the weights stay; the step runs again on new rows
+            run.log(numbers, metrics)
             run.save_if_due(state)
     if state.step < run.settings.max_train_steps:
         raise Stopped

@@ -68,7 +68,7 @@ class Batch:
     latents: Tensor  # (B, 4, h, w), clean and scaled
     noise: Tensor  # (B, 4, h, w), standard normal
     t: Tensor  # (B,) steps, int64
-    prompts: Sequence[str]  # B, one a row
+    prompts: Prompts  # B, one a row
     is_class: Tensor  # (B,) bool, True for rows of the class prior
     last: bool = True  # whether this is the last batch whose gradients the step accumulates
 
@@ -96,15 +96,17 @@ class Trainable(nn.Module):
                 setattr(self, name, getattr(sd, name))
         sd.unet.checkpointing = sd.text_encoder.text_model.checkpointing = settings.gradient_checkpointing
         self._ids: dict[Prompts, Tensor] = {}
+        self._rows: dict[Prompts, Tensor] = {}  # (B,) places of a batch's prompts among its distinct ones
         self._contexts: dict[Prompts, Tensor] = {}  # while the text encoder is frozen
 
     # One forward pass
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """noisy: (B, 4, h, w); t: (B,); prompts: B, one a row. Returns the prediction, (B, 4, h, w)."""
-        distinct = tuple(dict.fromkeys(prompts))
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(noisy.device, non_blocking=True)
-        return self.sd.unet(noisy, t, self.context(distinct).index_select(0, rows))
+        prompts, distinct = tuple(prompts), tuple(dict.fromkeys(prompts))
+        if prompts not in self._rows:  # made once, since the device may have to copy it
+            self._rows[prompts] = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(noisy.device)
+        return self.sd.unet(noisy, t, self.context(distinct).index_select(0, self._rows[prompts]))
 
     def context(self, prompts: Prompts) -> Tensor:
         """Distinct prompts -> (P, L, D). While the text encoder is frozen it runs once for all steps."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.errors import InputError, RunError
@@ -42,6 +42,11 @@ class World:
     def main(self) -> bool:
         """Whether this is the process that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device works on while the host does other things."""
+        return self.device.type == "cuda"
 
     def print_main(self, text: str) -> None:
         """Prints a line, in the main process alone."""
@@ -69,6 +74,14 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values (n,) of every process, (size, n), in all processes. The host does not wait for a GPU."""
+        if self.size == 1:
+            return values[None]
+        rows = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows)
 
     def any(self, condition: bool) -> bool:
         """Whether the condition holds in any process. Every process must call it."""

@@ -10,6 +10,7 @@ optimizer, ema  AdamW and its learning rate; the average of the weights
 state           everything that changes during training
 content         whether a checkpoint holds such a state
 checkpoint      saves that state to disk, whole or not at all
+numbers         the losses of a step, on their way from the device
 continuity      checks that a resumed run has the same settings, model and photographs
 claim           chooses a run's folder and locks it
 log             writes metrics.jsonl and sends metrics to the tracker

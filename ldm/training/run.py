@@ -1,7 +1,6 @@
 """A run: its folder, and the objects that its parts share. The main process writes; its errors are raised in all."""
 
 import json
-import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +17,8 @@ from ldm.images import Picture
 from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, replacing, written
 from ldm.training import checkpoint, claim
 from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums
-from ldm.training.log import MetricsLog
+from ldm.training.log import MetricsLog, Reporter
+from ldm.training.numbers import Numbers
 from ldm.training.precision import Precision
 from ldm.training.saver import Saver
 from ldm.training.settings import SAVES_MEMORY, Settings
@@ -39,7 +39,7 @@ class Run:
         self.stopped = False  # whether a signal has come to any process, as of the last step
         batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
         self.identity = Identity(settings, global_batch=batch)
-        self.state = self._lock = self._saver = None  # set when training, or the run, begins
+        self.state = self._lock = self._saver = self._log = None  # set when training, or the run, begins
         self.claim: claim.Claim = world.on_main(self._choose)
         self.folder = self.claim.folder
 
@@ -137,40 +137,40 @@ class Run:
         """Shows a progress bar, which `log` moves. On any error but Diverged, saves the last step, then raises it."""
         self.state = state
         bar = {"initial": state.step, "total": self.settings.max_train_steps, "desc": "training", "unit": "step"}
-        with tqdm(**bar, disable=not self.world.main) as self._bar, self.enough_memory("training", "while it trained"):
+        with tqdm(**bar, disable=not self.world.main) as bar, self.enough_memory("training", "while it trained"):
+            self._reporter = Reporter(bar, self._log)
             if not self.world.main:
                 yield
                 return
             with self._saver.rescuing(state, lambda: self._save(state)):
                 yield
 
-    def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Metrics:
-        """The mean losses over all processes and their batches, and the gradients' norm, as numbers.
+    def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Numbers:
+        """The losses of all processes and their batches, and the gradients' norm, on their way to the host."""
+        signal = torch.full((1,), float(self.stop.asked), device=norm.device)
+        values = torch.cat([torch.stack([*map(torch.stack, losses)]).flatten(), norm[None], signal])
+        return Numbers(self.world.gather(values))
 
-        This is the only read from the device in a step. It also sets `stopped` if a signal has come to any process.
+    def log(self, numbers: Numbers, metrics: Metrics) -> None:
+        """Reports the step when its numbers have arrived: on a GPU while it runs the next step, else at once.
+
+        Sets `stopped` if a signal has come to any process. Raises Diverged if a loss or the norm is not finite.
         """
-        *values, norm = torch.cat([torch.stack([*map(torch.stack, losses)]).flatten(), norm[None]]).tolist()
-        *sums, signals = self.world.sum([*(math.fsum(values[i::3]) for i in range(3)), float(self.stop.asked)])
-        self.stopped = signals > 0
-        total, subject, prior = (value / (len(losses) * self.world.size) for value in sums)
-        return {"loss": total, "subject_loss": subject, "prior_loss": prior, "grad_norm": norm}
-
-    def log(self, metrics: Metrics) -> None:
-        """Writes one line of metrics.jsonl, and a point on the tracker's curves."""
-        if not metrics.get("skipped"):
-            shown = {name.removesuffix("_loss"): f"{metrics[name]:.4f}" for name in metrics if name.endswith("loss")}
-            self._bar.update()
-            self._bar.set_postfix(shown, refresh=False)
-        if self.world.main:
-            self._log.add(metrics)
+        self._reporter.add(numbers, metrics)
+        if self.state.waits or not self.world.is_asynchronous:
+            self._reporter.finish()
+        self.stopped = self._reporter.stopped
 
     def save_if_due(self, state: TrainingState) -> None:
         """Saves after every --checkpointing-steps updates, after the last one, and when a signal has come."""
         due = state.step % self.settings.checkpointing_steps == 0 or state.step == self.settings.max_train_steps
         if self.stopped or (due and not state.skipped):
+            self._reporter.finish()
+            self.stopped = self._reporter.stopped
             self.world.on_main(lambda: self._save(state))
 
     def _save(self, state: TrainingState) -> None:
+        self._reporter.finish()
         self._saver.save(state, self.identity.config, self._log.text)
 
     def enough_memory(self, work: str, doing: str) -> AbstractContextManager:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.dreambooth import Trainable
@@ -15,6 +16,7 @@ from ldm.formats import SAMPLING_KEY, Tensors
 from ldm.runtime import written
 from ldm.training import optimizer
 from ldm.training.ema import EMA
+from ldm.training.numbers import Numbers
 from ldm.training.precision import Precision
 from ldm.training.settings import Settings
 
@@ -43,6 +45,8 @@ class TrainingState:
         self.skipped = False
         self.is_whole = True  # False while an update is under way: such a state is never saved
         self._wrapped = False
+        # Whether the host decides on each update, and waits for the numbers: only fused AdamW can do it on the device.
+        self.waits = precision.scaler.is_enabled() or not isinstance(self.optimizer, torch.optim.AdamW)
 
     @property
     def bytes_saved(self) -> int:
@@ -73,35 +77,33 @@ class TrainingState:
         self.precision.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
 
-    def update(self, metrics: Metrics) -> bool:
-        """Updates the weights and completes the metrics of this step (loss, subject_loss, prior_loss, grad_norm).
+    def update(self, numbers: Numbers) -> Metrics:
+        """Updates the weights, unless a loss or the norm of the gradients is not finite. Returns the step's metrics.
 
-        Returns False, with the weights as they were, where fp16 overflowed: the step is done again on new rows with a
-        lower scale. Raises Diverged for a loss or norm that is not finite for another reason.
+        Fused AdamW leaves out such an update on the device, and the run ends when the numbers arrive. Where fp16
+        overflowed, the step is done again on new rows with a lower scale. Raises Diverged if that never helps.
         """
-        step, scaler, norm = self.step + 1, self.precision.scaler, metrics["grad_norm"]
-        check_finite("loss", metrics["loss"], step)
-        self.skipped = not math.isfinite(norm)
-        if self.skipped and not scaler.is_enabled():
-            check_finite("norm of the gradients", norm, step)
+        step, scaler = self.step + 1, self.precision.scaler
+        metrics = {"step": step, "lr": self.settings.learning_rate * self.lr_factor, "seconds": self._began}
+        self.skipped = self.waits and not numbers.are_finite
         self.is_whole = False
+        if not self.waits:
+            self.optimizer.found_inf = numbers.found_inf
         if not self.skipped:
             scaler.step(self.optimizer)
         scaler.update()
         self.taken += 1
         self.overflows = self.overflows + 1 if self.skipped else 0
-        metrics |= {"lr": self.settings.learning_rate * self.lr_factor}
-        metrics |= {"seconds": round(time.perf_counter() - self._began, 4)}
-        if self.skipped:
-            metrics |= {"grad_norm": None, "skipped": True, "scale": scaler.get_scale()}
-            if self.overflows == MAX_OVERFLOWS:
-                raise Diverged(f"fp16 overflowed {self.overflows} times in a row at step {step}; take bf16")
-        else:
+        if not self.skipped:
             self.step = step
             if self.ema is not None:
                 self.ema.update()
+        elif scaler.is_enabled():
+            metrics |= {"grad_norm": None, "skipped": True, "scale": scaler.get_scale()}
+            if self.overflows == MAX_OVERFLOWS:
+                raise Diverged(f"fp16 overflowed {self.overflows} times in a row at step {step}; take bf16")
         self.is_whole = True
-        return not self.skipped
+        return metrics
 
     # Saving
 
@@ -167,17 +169,24 @@ class TrainingState:
         for name, tensor in training.items():
             owner, _, rest = name.partition(".")
             if owner == "ema":
-                self.ema.averages[rest] = tensor.to(self.parameters[rest].device)
+                self.ema.averages[rest] = laid_out_as(self.parameters[rest], tensor)
             else:
                 key, _, rest = rest.partition(".")
                 parameter = self.parameters[rest]
-                self.optimizer.state[parameter][key] = tensor.to(parameter.device)
+                self.optimizer.state[parameter][key] = laid_out_as(parameter, tensor)
         for name, values in numbers["optimizer"].items():
             self.optimizer.state[self.parameters[name]].update(values)
         self.step, self.taken = numbers["step"], numbers["draws"]
         self.precision.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
             self.ema.updates = numbers["ema_updates"]
+
+
+def laid_out_as(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """The tensor on the parameter's device. One of the same shape gets its strides too, as a fused update expects."""
+    if tensor.shape == parameter.shape and tensor.stride() != parameter.stride():
+        return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    return tensor.to(parameter.device)
 
 
 def check_finite(name: str, value: float, step: int) -> None:
