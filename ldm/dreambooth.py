@@ -22,6 +22,7 @@ from ldm.model import StableDiffusion
 from ldm.runtime import replacing
 
 Prompts = tuple[str, ...]
+TRAIN_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Losses(NamedTuple):
@@ -93,7 +94,7 @@ class Trainable(nn.Module):
         # DistributedDataParallel averages the gradients of registered networks.
         for name in ("unet", "text_encoder"):
             if any(parameter.requires_grad for parameter in getattr(sd, name).parameters()):
-                setattr(self, name, getattr(sd, name))
+                setattr(self, name, getattr(sd, name).to(TRAIN_TYPES[settings.train_dtype]))
         sd.unet.checkpointing = sd.text_encoder.text_model.checkpointing = settings.gradient_checkpointing
         self._ids: dict[Prompts, Tensor] = {}
         self._rows: dict[Prompts, Tensor] = {}  # (B,) places of a batch's prompts among its distinct ones
@@ -106,7 +107,10 @@ class Trainable(nn.Module):
         prompts, distinct = tuple(prompts), tuple(dict.fromkeys(prompts))
         if prompts not in self._rows:  # made once, since the device may have to copy it
             self._rows[prompts] = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(noisy.device)
-        return self.sd.unet(noisy, t, self.context(distinct).index_select(0, self._rows[prompts]))
+        context = self.context(distinct).index_select(0, self._rows[prompts])  # (B, L, D)
+        if (dtype := next(self.sd.unet.parameters()).dtype) != torch.float32:
+            noisy, context = noisy.to(dtype), context.to(dtype)
+        return self.sd.unet(noisy, t, context)
 
     def context(self, prompts: Prompts) -> Tensor:
         """Distinct prompts -> (P, L, D). While the text encoder is frozen it runs once for all steps."""

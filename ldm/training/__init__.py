@@ -7,6 +7,7 @@ batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
 optimizer, ema  AdamW and its learning rate; the average of the weights
+piecewise       small memory: weights in bf16, updates inside the backward pass
 state           everything that changes during training
 content         whether a checkpoint holds such a state
 checkpoint      saves that state to disk, whole or not at all

@@ -142,7 +142,7 @@ class ClassPictures:
     ) -> None:
         if all((self.folder / name).exists() for name in missing.intersection(batch)):
             return  # another run has made them meanwhile
-        with run.precision.autocast():
+        with run.precision.sampling():
             pictures = sd.generate(
                 self.recipe["prompt"],
                 steps=self.recipe["steps"],

@@ -13,7 +13,6 @@ from torch import Tensor
 from ldm.errors import InputError
 from ldm.formats import Tensors, differences, not_finite
 from ldm.runtime import cli
-from ldm.training import optimizer
 from ldm.training.state import MAX_OVERFLOWS, TrainingState
 
 
@@ -67,7 +66,7 @@ def _expected(state: TrainingState, step: int) -> tuple[Tensors, dict[str, dict[
     tensors, counts = {}, {}
     if step > 0:
         for name, parameter in state.parameters.items():
-            kept = optimizer.kept_of(state.optimizer, parameter)
+            kept = state.kept_of(parameter)
             tensors |= {f"optimizer.{key}.{name}": value for key, value in kept.items() if isinstance(value, Tensor)}
             if numbers := {key: value for key, value in kept.items() if not isinstance(value, Tensor)}:
                 counts[name] = numbers

@@ -15,7 +15,7 @@ class EMA:
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
         self.parameters, self.decay, self.updates = parameters, decay, 0
-        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+        self.averages: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -23,7 +23,7 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = [self.averages[name] for name in self.parameters]
-        torch._foreach_lerp_(averages, list(self.parameters.values()), 1.0 - decay)
+        torch._foreach_lerp_(averages, [p.float() for p in self.parameters.values()], 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -11,13 +11,22 @@ COMPUTE_TYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 class Precision:
-    """name: "no", "fp16" or "bf16". Only fp16 scales the loss up, so that small gradients do not vanish."""
+    """name: "no", "fp16" or "bf16". Only fp16 scales the loss up, so that small gradients do not vanish.
 
-    def __init__(self, name: str, device: torch.device):
-        self.dtype, self.device = COMPUTE_TYPES[name], device
+    train_dtype: "fp32" or "bf16", the type of the weights that train. dtype: the type that matrices are multiplied in.
+    """
+
+    def __init__(self, name: str, device: torch.device, train_dtype: str = "fp32"):
+        self.dtype, self.device = COMPUTE_TYPES["bf16" if train_dtype == "bf16" else name], device
         self.scaler = GradScaler(device.type, enabled=name == "fp16")
+        self._casts = train_dtype == "fp32" and self.dtype != torch.float32
 
     def autocast(self) -> AbstractContextManager:
+        """Wraps the forward pass in training. Weights in bf16 need no casts."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self._casts)
+
+    def sampling(self) -> AbstractContextManager:
+        """Wraps sampling, before and after training, when some networks may still be in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def backward(self, loss: Tensor) -> None:

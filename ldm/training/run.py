@@ -34,8 +34,9 @@ class Run:
     """
 
     def __init__(self, settings: Settings, world: World):
+        settings.check_processes(world.size)
         self.settings, self.world = settings, world
-        self.precision, self.stop = Precision(settings.mixed_precision, world.device), Stop()
+        self.precision, self.stop = Precision(settings.mixed_precision, world.device, settings.train_dtype), Stop()
         self.stopped = False  # whether a signal has come to any process, as of the last step
         batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
         self.identity = Identity(settings, global_batch=batch)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import images, samplers
+from ldm.errors import InputError
 from ldm.runtime import cli
 from ldm.tokenizer import check_prompt
 from ldm.training.optimizer import LR_SCHEDULES
@@ -99,10 +100,16 @@ class Settings:
         None, "learning rate of the text encoder; the UNet's if not given", type=float
     )
     text_encoder_stop_step: int | None = setting(None, "freeze the text encoder after this step", type=cli.positive)
-    max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it")
+    max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it; 0: any")
     snr_gamma: float | None = setting(None, "min-SNR weighting of the loss; 5 is usual", type=float)
     use_ema: bool = setting(False, "save the average of the weights instead of the last ones")
     ema_decay: float = setting(0.9999, "decay of that average, once it has warmed up")
+    train_dtype: str = setting(
+        "fp32", "type of the weights that train; bf16 computes in bf16 and rounds at random", choices=("fp32", "bf16")
+    )
+    fused_backward: bool = setting(
+        False, "update each parameter inside the backward pass and free its gradient; needs --max-grad-norm 0"
+    )
     mixed_precision: str = setting("no", "type that autocast computes in", choices=("no", "fp16", "bf16"))
     gradient_checkpointing: bool = setting(
         False, "less memory, a third more time: activations are computed twice", may_change=True
@@ -148,6 +155,11 @@ class Settings:
         known = next((f.metadata["may_change"] for f in fields(self) if f.name == name), False)
         return known(self) if callable(known) else known
 
+    def check_processes(self, size: int) -> None:
+        """Raises InputError if so many processes can't train with these settings."""
+        if self.fused_backward and size > 1:
+            raise InputError("--fused-backward trains in one process: the update would come before the average")
+
     def problems(self) -> str | None:
         """The first problem of the settings, as one line; None if there is none."""
         if self.instance_data_dir is None:
@@ -159,10 +171,14 @@ class Settings:
         folders = [Path(folder).resolve() for folder in (self.class_data_dir, self.instance_data_dir) if folder]
         if self.with_prior_preservation and len(set(folders)) < len(folders):
             return f"--class-data-dir {self.class_data_dir} is --instance-data-dir too; give class pictures their own"
-        for name in ("learning_rate", "text_encoder_learning_rate", "max_grad_norm", "snr_gamma"):
+        for name in ("learning_rate", "text_encoder_learning_rate", "snr_gamma"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 return f"--{name.replace('_', '-')} {value} is not a positive number"
+        if not 0 <= self.max_grad_norm < float("inf"):
+            return f"--max-grad-norm {self.max_grad_norm} is not a number from 0; 0 leaves the gradients as they are"
+        if problem := self._problem_of_small_mode():
+            return problem
         for name, most in LIMITS.items():
             if (value := getattr(self, name)) > most:
                 return f"--{name.replace('_', '-')} {value} is too much: it should be at most {most}"
@@ -185,4 +201,22 @@ class Settings:
         images.check_sheet(rows, self.num_validation_images, self.resolution, self.resolution)
         samplers.find(self.sampler)
         check_installed(self.report_to)
+        return None
+
+    def _problem_of_small_mode(self) -> str | None:
+        if self.train_dtype == "bf16" and self.mixed_precision == "fp16":
+            return "--train-dtype bf16 computes in bf16; leave out --mixed-precision fp16"
+        if not self.fused_backward:
+            return None
+        for flag, is_given, reason in (
+            ("--max-grad-norm 0", self.max_grad_norm == 0, "the norm of all gradients is known after the updates"),
+            (
+                "--gradient-accumulation-steps 1",
+                self.gradient_accumulation_steps == 1,
+                "no gradient is kept to add to",
+            ),
+            ("no --mixed-precision fp16", self.mixed_precision != "fp16", "an overflow is known after the updates"),
+        ):
+            if not is_given:
+                return f"--fused-backward needs {flag}: {reason}"
         return None

@@ -17,6 +17,7 @@ from ldm.runtime import written
 from ldm.training import optimizer
 from ldm.training.ema import EMA
 from ldm.training.numbers import Numbers
+from ldm.training.piecewise import Piecewise
 from ldm.training.precision import Precision
 from ldm.training.settings import Settings
 
@@ -39,14 +40,20 @@ class TrainingState:
     def __init__(self, trainable: Trainable, settings: Settings, precision: Precision, base: str):
         self.trainable, self.settings, self.precision, self.base = trainable, settings, precision, base
         self.parameters = trainable.named_parameters_saved()
-        self.optimizer = optimizer.adamw(trainable.parameter_groups(settings), settings.use_8bit_adam)
+        groups = trainable.parameter_groups(settings)
+        if settings.train_dtype == "bf16" or settings.fused_backward:
+            self.optimizer = Piecewise(groups, settings.use_8bit_adam, settings.seed)
+        else:
+            self.optimizer = optimizer.adamw(groups, settings.use_8bit_adam)
+        if settings.fused_backward:
+            self.optimizer.update_in_backward()
         self.ema = EMA(self.parameters, settings.ema_decay) if settings.use_ema else None
         self.step = self.taken = self.overflows = 0
         self.skipped = False
         self.is_whole = True  # False while an update is under way: such a state is never saved
         self._wrapped = False
-        # Whether the host decides on each update, and waits for the numbers: only fused AdamW can do it on the device.
-        self.waits = precision.scaler.is_enabled() or not isinstance(self.optimizer, torch.optim.AdamW)
+        # Whether the host decides on each update, and waits for the numbers; fused AdamW decides on the device.
+        self.waits = precision.scaler.is_enabled() or settings.use_8bit_adam
 
     @property
     def bytes_saved(self) -> int:
@@ -70,12 +77,18 @@ class TrainingState:
         self.lr_factor = optimizer.lr_factor(given.lr_scheduler, step, given.lr_warmup_steps, given.max_train_steps)
         optimizer.set_lr(self.optimizer, self.lr_factor)
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.optimizer, Piecewise):
+            self.optimizer.begin(step)
+        self.is_whole = not given.fused_backward
         return changed
 
     def clip_gradients(self) -> Tensor:
         """Scales the gradients down to the largest norm allowed. Returns their norm before, a scalar on the device."""
+        if self.settings.fused_backward:
+            return self.optimizer.norm()
         self.precision.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
+        most = self.settings.max_grad_norm or math.inf
+        return nn.utils.clip_grad_norm_(list(self.parameters.values()), most)
 
     def update(self, numbers: Numbers) -> Metrics:
         """Updates the weights, unless a loss or the norm of the gradients is not finite. Returns the step's metrics.
@@ -106,6 +119,12 @@ class TrainingState:
         return metrics
 
     # Saving
+
+    def kept_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What the optimizer keeps of a parameter: see `optimizer.kept_of`."""
+        if isinstance(self.optimizer, Piecewise):
+            return self.optimizer.kept_of(parameter)
+        return optimizer.kept_of(self.optimizer, parameter)
 
     def check_finite(self) -> None:
         """Raises Diverged if the last update has left NaN or infinity in a weight, so that no such model is saved."""

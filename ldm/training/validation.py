@@ -21,7 +21,7 @@ def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
 
     def work() -> None:
         if when == "after" or not sheet_path(run, when).exists():
-            with run.precision.autocast(), run.enough_memory("sampling", f"while it made the sheet {when}"):
+            with run.precision.sampling(), run.enough_memory("sampling", f"while it made the sheet {when}"):
                 _save(run, when, images.grid(sample(run, sd, when)))
 
     run.on_main(work)

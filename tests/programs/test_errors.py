@@ -174,7 +174,7 @@ TRAIN = {
     "--layout zip": "--layout: invalid choice: 'zip'",
     "--learning-rate 0": "--learning-rate 0.0 is not a positive number",
     "--learning-rate nan": "--learning-rate nan is not a positive number",
-    "--max-grad-norm -1": "--max-grad-norm -1.0 is not a positive number",
+    "--max-grad-norm -1": "--max-grad-norm -1.0 is not a number from 0",
     "--prior-loss-weight inf": "--prior-loss-weight inf is not a number from 0",
     "--guidance-scale nan": "--guidance-scale nan is not a number",
     "--seed -1": "--seed -1 is",
