@@ -4,6 +4,7 @@
     archive        the zip archive that torch.save writes, with every number checked
     unpickle       a pickle machine that runs nothing
     ckpt           a pickled .ckpt as tensors, by these two
+    modelspec      the header entries by which other programs know a model file
     tensors        .safetensors files, pickles and shards by name; writes .safetensors
     checks         what is wrong with a model's tensors, in words
     source         `Source`: what a model file or folder holds
@@ -16,6 +17,7 @@ Other parts of the package import from here: `read` and `write` for models, `ope
 tensor files, `differences`, `not_finite` and `abbreviate` to tell what is wrong with tensors, and the constants.
 """
 
+from ldm.formats import modelspec
 from ldm.formats.checks import abbreviate, differences, not_finite
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
 from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
@@ -35,6 +37,7 @@ __all__ = [
     "abbreviate",
     "differences",
     "family",
+    "modelspec",
     "not_finite",
     "open_tensors",
     "read",

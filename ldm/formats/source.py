@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm.config import SD1, SD2, SD2_V, ModelConfig
 from ldm.errors import InputError, one_line
-from ldm.formats import names
+from ldm.formats import modelspec, names
 from ldm.formats.archive import show
 from ldm.formats.tensors import Tensors, raw_bytes
 from ldm.images import MAX_SIDE
@@ -42,7 +42,7 @@ class Source:
     tensors: Tensors  # the three networks
     extra: Tensors = field(default_factory=dict)  # known, not computed with, saved again in the official layout
     dropped: list[str] = field(default_factory=list)  # names of EMA tensors, which are not saved again
-    metadata: dict[str, str] = field(default_factory=dict)  # where a tuned model comes from: our keys, config aside
+    metadata: dict[str, str] = field(default_factory=dict)  # where a tuned model comes from; see `own_metadata`
     layout: str = "official"
     has_ema: bool = False
     prediction_from: str = "the configuration"  # what told whether the model predicts eps or v
@@ -71,6 +71,10 @@ class Source:
         tensors = dict(self.tensors)
         text = names.to_openclip(names.take_prefixed(tensors, names.TEXT_PREFIX), self.config.text)
         return tensors | {names.OPENCLIP_PREFIX + key: tensor for key, tensor in text.items()}
+
+    def title(self) -> str:
+        """A name for people: that of its file or folder, or else its family's."""
+        return self.path.absolute().stem if self.path else family(self.config) or "Stable Diffusion"
 
     def fingerprint(self) -> str:
         """SHA-256 over names, types, shapes and bytes of the three networks, in the order of their official names.
@@ -121,9 +125,10 @@ class Source:
 
 
 def own_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    """Our own entries of a file's metadata, without those that describe the model itself."""
+    """Our own entries and those of its author in a file's metadata, without those that describe the model itself."""
     described = (CONFIG_KEY, TOKENIZER_KEY)
-    return {key: text for key, text in metadata.items() if key.startswith("ldm.") and key not in described}
+    own = {key: text for key, text in metadata.items() if key.startswith("ldm.") and key not in described}
+    return own | modelspec.kept(metadata)
 
 
 def predicting(config: ModelConfig, prediction: str) -> ModelConfig:
