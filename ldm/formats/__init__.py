@@ -12,12 +12,13 @@
     single         the official single file
     folder         the diffusers folder
     layouts        `read` and `write` for both
+    picture_text   how a picture was made <-> the text in its PNG file
 
 Other parts of the package import from here: `read` and `write` for models, `open_tensors` and `save_tensors` for other
 tensor files, `differences`, `not_finite` and `abbreviate` to tell what is wrong with tensors, and the constants.
 """
 
-from ldm.formats import modelspec
+from ldm.formats import modelspec, picture_text
 from ldm.formats.checks import abbreviate, differences, not_finite
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
 from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
@@ -40,6 +41,7 @@ __all__ = [
     "modelspec",
     "not_finite",
     "open_tensors",
+    "picture_text",
     "read",
     "save_tensors",
     "unused_text",

@@ -17,7 +17,7 @@ from ldm.formats import modelspec, names
 from ldm.formats.archive import show
 from ldm.formats.tensors import Tensors, raw_bytes
 from ldm.images import MAX_SIDE
-from ldm.runtime import parse_json
+from ldm.runtime import check_file, parse_json
 from ldm.samplers import SAMPLERS
 from ldm.tokenizer import Tokenizer
 
@@ -74,7 +74,10 @@ class Source:
 
     def title(self) -> str:
         """A name for people: that of its file or folder, or else its family's."""
-        return self.path.absolute().stem if self.path else family(self.config) or "Stable Diffusion"
+        if self.path is None:
+            return family(self.config) or "Stable Diffusion"
+        path = self.path.absolute()
+        return path.stem if path.is_file() else path.name
 
     def fingerprint(self) -> str:
         """SHA-256 over names, types, shapes and bytes of the three networks, in the order of their official names.
@@ -88,6 +91,14 @@ class Source:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(raw_bytes(tensor))
         return digest.hexdigest()
+
+    def file_hash(self) -> str | None:
+        """SHA-256 of the whole single file, by which other programs know it; None for a folder."""
+        if self.path is None or not self.path.is_file():
+            return None
+        check_file(self.path)
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def sampling(self) -> dict[str, Any]:
         """How the model's training run sampled: any of sampler, steps, guidance_scale and resolution (in pixels).
