@@ -55,9 +55,10 @@ def describe(config: ModelConfig, title: str, adapter: str | None = None) -> dic
     return {PREFIX + key: text for key, text in entries.items()}
 
 
-def usage(phrase: str, hint: str) -> dict[str, str]:
-    """The entries that tell people how to use a tuned model. phrase: the prompt that brings the subject."""
-    return {PREFIX + "trigger_phrase": phrase, PREFIX + "usage_hint": hint}
+def usage(prompt: str) -> dict[str, str]:
+    """The entries that tell people how to use a tuned model. prompt: the one that brings the subject."""
+    entries = {"title": prompt, "trigger_phrase": prompt, "usage_hint": f"The subject's prompt: {prompt}"}
+    return {PREFIX + key: text for key, text in entries.items()}
 
 
 def kept(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -29,6 +29,7 @@ PREDICTIONS = ("eps", "v")
 
 # keys in the metadata of the files that we write
 CONFIG_KEY, TOKENIZER_KEY, SAMPLING_KEY = "ldm.config", "ldm.tokenizer", "ldm.sampling"
+TRAINING_KEY = "ldm.training"  # settings of the model's training run, for its card
 
 MAX_GUIDANCE = 100  # a larger one in a file is taken for damage
 

@@ -7,6 +7,7 @@ The names of the entries: github.com/Stability-AI/ModelSpec, and kohya's sd-scri
 """
 
 import hashlib
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm import InputError, StableDiffusion, formats
 from ldm.config import SD1, SD2, SD2_V
-from ldm.formats import modelspec
+from ldm.formats import card, modelspec
 
 TEXT = "cond_stage_model.transformer."
 
@@ -161,3 +162,48 @@ def test_an_authors_entries_stay_through_both_layouts_and_computed_ones_are_made
     with pytest.raises(InputError, match="SOURCE_DATE_EPOCH is 'yesterday', and should be a number of seconds"):
         StableDiffusion.load(path).save(path.with_name("more.safetensors"))
     assert not path.with_name("more.safetensors").exists()
+
+
+# The model card of a diffusers folder
+
+
+def test_a_tuned_folder_has_a_card_that_says_where_it_comes_from(narrow, theirs):
+    said = {
+        "ldm.instance_prompt": 'a photo of "sks" dog | <b>*bold*</b>',
+        "ldm.step": "400",
+        "ldm.base": "f" * 64,
+        "ldm.sampling": json.dumps({"sampler": "euler", "guidance_scale": 4.0}),
+        "ldm.training": json.dumps({"base_model": "v1-5", "learning_rate": 2e-6, "prior_loss_weight": None}),
+        "modelspec.title": "My [dog]\nand more",
+    }
+    path = theirs("sd1", metadata=said)
+    folder = path.with_name("folder")
+    StableDiffusion.load(path).save(folder, "diffusers")
+    front, body = (folder / "README.md").read_text(encoding="utf-8").removeprefix("---\n").split("---\n", 1)
+    assert "library_name: diffusers" in front and "\nlicense:" not in front  # the user's to choose
+    assert "# My &#91;dog&#93; and more\n" in body and "Stable Diffusion 1, 512 px, predicts eps." in body
+    for row in ("training steps | 400", "sampler | euler", "guidance scale | 4.0", "base model | v1-5"):
+        assert f"| {row} |\n" in body
+    assert "prior loss weight" not in body and "| learning rate | 2e-06 |" in body
+    assert '| a photo of "sks" dog &#124; &#60;b&#62;&#42;bold&#42;&#60;/b&#62; |' in body
+    assert '    pipe("a photo of \\"sks\\" dog | <b>*bold*</b>").images[0]\n' in body
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", json.dumps({"<": "<script>\ud800", "a\nb": [1] * 10_000})])
+def test_damaged_metadata_make_a_plain_card(text, narrow):
+    model = narrow("sd1")
+    source = formats.Source(model.config, model.tokenizer, {}, metadata={"ldm.training": text, "ldm.sampling": text})
+    made = card.model_card(source)
+    assert "<script>" not in made and len(made) < 2500 and made.encode()
+
+
+def test_someone_elses_card_is_kept(narrow, tmp_path):
+    model = narrow("sd1")
+    model.save(tmp_path / "model", "diffusers")
+    card.illustrate(tmp_path / "model", tmp_path / "model" / "model_index.json")
+    model.save(tmp_path / "model", "diffusers")  # over its own card and picture
+    assert not (tmp_path / "model" / "samples.png").exists()
+    (tmp_path / "model" / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"model is a folder with other things in it, README\.md for one"):
+        model.save(tmp_path / "model", "diffusers")
+    assert (tmp_path / "model" / "README.md").read_text() == "mine"

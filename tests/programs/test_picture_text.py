@@ -210,7 +210,7 @@ def test_flags_override_the_picture(run, png, tmp_path, saved):
     assert sorted(made) == ["00000-7.png", "00001-8.png"]
     (tmp_path / "other.png").write_bytes(made["00001-8.png"])
     said = Image.open(tmp_path / "other.png").text
-    assert (said["ldm.prompt"], said["ldm.steps"], said["ldm.batch_size"]) == ("a dog", "2", "2")
+    assert (said["ldm.prompt"], said["ldm.steps"], said["ldm.batch_size"]) == ("a dog", "2", "1")
     unknown = png({"parameters": "a cat\nSteps: 3, Sampler: UniPC, Seed: 4, RNG: CPU"})
     with pytest.raises(InputError, match="unknown sampler 'UniPC'; there are.*not given are those of.*given.png"):
         run("--from-picture", unknown)
