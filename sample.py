@@ -3,7 +3,7 @@
     python sample.py --prompt "a photo of a red cat on the beach" --num-images 4 --grid
 
 Picture i of each prompt has the seed --seed + i, so that the pictures in a column of a grid share their seed. Each PNG
-file says how its picture was made: prompt, seed, sampler, steps, guidance and the model's fingerprint.
+file says how its picture was made, for people, for other programs and for --from-picture, which makes it again.
 """
 
 import signal
@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import math
 import re
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import images, samplers
-from ldm.errors import InputError, RunError
+from ldm import formats, images, samplers
+from ldm.errors import InputError, RunError, one_line
 from ldm.model import StableDiffusion
 from ldm.runtime import (
     Stop,
@@ -45,6 +46,7 @@ from ldm.runtime import (
 from ldm.tokenizer import check_prompt
 
 MAX_PICTURES, MAX_BATCH = 100_000, 4096  # in one call, and computed at once
+MAX_COPIES = 64  # of one picture, computed at once only for the same bits
 TINY = Path(__file__).parent / "weights" / "tiny"
 
 
@@ -57,12 +59,16 @@ class Job(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    args = parse(argv)
     if args.sampler == "help":
         print(samplers.listing())
         return
     prompts = read_prompts(args)
-    check_flags(args)
+    try:
+        check_flags(args)
+    except InputError as error:
+        of = f" (flags that are not given are those of {args.from_picture})" if args.from_picture else ""
+        raise InputError(f"{error}{of}") from None
     world = processes.start(args.device)
     with Stop() as stop:
         try:
@@ -83,6 +89,7 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
             images.check_sheet(len(prompts), args.num_images, args.width, args.height)
         init_image = load_init_image(args, sd)
         how = recipe(args, sd)
+        check_model(args, how)
     jobs = world.on_main(lambda: make_jobs(args, prompts))
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     batches = batches[world.rank :: world.size]  # torchrun's processes share them
@@ -97,9 +104,10 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
         for batch in batches:
             with stop.at_once():
                 pictures = make(args, sd, init_image, batch, bar.update)
-            for job, picture in zip(batch, pictures, strict=True):
-                what = {"prompt": job.prompt, "seed": job.seed, "size": f"{picture.width}x{picture.height}"}
-                write_png(job.path, picture, what | how)
+            for row, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
+                facts = {"prompt": job.prompt, "seed": job.seed, "width": picture.width, "height": picture.height}
+                facts |= how | batch_place(args, batch, row)
+                write_png(job.path, picture, formats.picture_text.to_text(facts))
     if world.main:
         if args.grid:
             write_grid(prompts, jobs, how["model"])
@@ -150,7 +158,7 @@ def load_init_image(args: Namespace, sd: StableDiffusion) -> Tensor | None:
 
 
 def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
-    """How the pictures are made: the text in their files that they have in common."""
+    """How the pictures are made: the facts in their files that they have in common."""
     how = {
         "negative_prompt": args.negative_prompt,
         "sampler": args.sampler,
@@ -159,11 +167,26 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
         "guidance_scale": args.guidance_scale,
         "guidance_rescale": args.guidance_rescale,
         "zero_terminal_snr": sd.config.schedule.zero_terminal_snr,
+        "prediction_type": sd.config.schedule.prediction,
+        "dtype": args.dtype,
         "model": sd.source_fingerprint(),
+        "model_name": sd.source.title(),
+        "model_hash": sd.source.file_hash(),
     }
     if args.init_image is not None:
         how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
     return how
+
+
+def check_model(args: Namespace, how: dict[str, object]) -> None:
+    """Warns if the picture of --from-picture was made with another model."""
+    for name in ("model", "model_hash"):
+        said, found = args.picture.get(name), how[name]
+        if said is not None and found is not None and not str(found).startswith(str(said)):
+            what = args.picture.get("model_name", "a model")
+            text = f"{args.from_picture} was made with another model, {what} ({said}); this one is {found}"
+            warnings.warn(one_line(text), stacklevel=2)
+            return
 
 
 def make_jobs(args: Namespace, prompts: list[str]) -> list[Job]:
@@ -178,6 +201,17 @@ def make_jobs(args: Namespace, prompts: list[str]) -> list[Job]:
     return [Job(folder / f"{first + k:05d}-{seed}.png", prompt, seed) for k, (prompt, seed) in enumerate(pairs)]
 
 
+def batch_place(args: Namespace, batch: list[Job], row: int) -> dict[str, int]:
+    """The size of the batch that is computed, and the job's row in it.
+
+    The last bits of a picture depend on the batch's size. --from-picture fills a batch of the same size with copies.
+    """
+    size, place = (args.picture.get(name, -1) for name in ("batch_size", "batch_row"))
+    if len(batch) == 1 and size == args.batch_size <= MAX_COPIES and 0 <= place < size:
+        return {"batch_size": size, "batch_row": place}
+    return {"batch_size": len(batch), "batch_row": row}
+
+
 def make(
     args: Namespace,
     sd: StableDiffusion,
@@ -186,6 +220,10 @@ def make(
     progress: Callable[[], object],
 ) -> list[Image.Image]:
     """The pictures of a batch of jobs. Raises RunError if the device has too little memory for the batch."""
+    place = batch_place(args, batch, 0)
+    if len(batch) < place["batch_size"]:
+        again = make(args, sd, init_image, batch * place["batch_size"], progress)
+        return [again[place["batch_row"]]]
     with out_of_memory_named(sd.device, "while it made pictures", "lower --batch-size, or give --dtype bf16"):
         return sd.generate(
             [job.prompt for job in batch],
@@ -213,7 +251,27 @@ def write_grid(prompts: list[str], jobs: list[Job], fingerprint: str) -> None:
     rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
     folder = jobs[0].path.parent
     number = first_free_index(folder, "grid-")
-    write_png(folder / f"grid-{number:05d}.png", images.grid(rows), {"model": fingerprint})
+    write_png(folder / f"grid-{number:05d}.png", images.grid(rows), {"ldm.model": fingerprint})
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """The flags. With --from-picture, those that are not given are the picture's; `picture` has all that it says."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.from_picture is None:
+        return args
+    try:
+        said = formats.picture_text.read_text(args.from_picture)
+    except InputError as error:
+        raise InputError(f"--from-picture {error}") from None
+    flags = vars(args).keys() - {"prompt", "init_image", "model"}
+    p.set_defaults(picture=said, **{name: value for name, value in said.items() if name in flags})
+    args = p.parse_args(argv)
+    if not args.prompt and args.prompts_file is None:
+        args.prompt = [said["prompt"]]
+    if "init_image" in said and args.init_image is None:
+        raise InputError(f"{args.from_picture} was made from a picture {said['init_image']}: give it as --init-image")
+    return args
 
 
 def parser() -> cli.Parser:
@@ -245,6 +303,13 @@ def parser() -> cli.Parser:
     p.add_argument("--seed", type=int, default=0, help="seed of each prompt's first picture; the i-th has seed + i")
     p.add_argument("--height", type=int, help=f"pixels; if not given, {as_run} the size that the model was trained at")
     p.add_argument("--width", type=int, help=f"pixels; if not given, {as_run} the size that the model was trained at")
+    p.add_argument(
+        "--from-picture",
+        metavar="FILE.png",
+        help="make this picture again: flags that are not given are as its text says, ours or A1111's; --model is not "
+        "in it",
+    )
+    p.set_defaults(picture={})
     p.add_argument("--init-image", help="picture to start from instead of noise")
     p.add_argument("--strength", type=float, default=0.8, help="fraction of the steps to run from that picture, 0 to 1")
     p.add_argument("--batch-size", type=cli.positive, default=4, help="pictures computed at once")
@@ -301,11 +366,11 @@ def first_free_index(folder: Path, prefix: str = "") -> int:
     return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
-def write_png(path: Path, picture: Image.Image, text: dict[str, object]) -> None:
+def write_png(path: Path, picture: Image.Image, text: dict[str, str]) -> None:
     """Writes a new file, in one step. Raises RunError if there is a file of that name already."""
     info = PngInfo()
     for key, value in text.items():
-        info.add_itxt(key, str(value))
+        info.add_text(key, value)
     with written(path), replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
         try:

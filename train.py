@@ -20,7 +20,7 @@ import torch
 
 from ldm import images, training
 from ldm.dreambooth import Batch, FullTuning, Losses, Trainable, dreambooth_loss, min_snr_weight
-from ldm.formats import abbreviate
+from ldm.formats import abbreviate, illustrate
 from ldm.images import Picture
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped, cli, processes
@@ -168,6 +168,7 @@ def finish(run: Run, state: TrainingState, photographs: list[Picture]) -> None:
             run.world.print_main(f"not in the model: {abbreviate(left_out)}")
         training.make_sheet(run, state.trainable.sd, "after")
     sheet = run.world.on_main(lambda: training.make_comparison(run, photographs))
+    run.world.on_main(lambda: illustrate(path, sheet))
     run.world.print_main(f"model: {path}\nsheet: {sheet}")
 
 

@@ -18,7 +18,8 @@ formats model dreambooth training __main__""".split()
 
 WINGS = {
     "runtime": "streams cli files reading memory threads signals progress processes",
-    "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
+    "formats": "names archive unpickle ckpt modelspec tensors checks source folder_config single card folder layouts "
+    "picture_text",
     "training": "precision numbers ema optimizer piecewise tracking settings options state content checkpoint "
     "continuity claim log saver run latents batches class_pictures validation",
 }

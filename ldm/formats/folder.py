@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.errors import InputError
-from ldm.formats import names
+from ldm.formats import card, names
 from ldm.formats.folder_config import config_files, read_config
 from ldm.formats.source import Source, own_metadata
 from ldm.formats.tensors import Tensors, open_part, save_tensors
@@ -65,8 +65,10 @@ def write_folder(path: Path, source: Source) -> list[str]:
     }
     configs = config_files(config, tokenizer.eos_id, tokenizer.bos_id)
     own = {f"{part}/{stem}.safetensors" for part, stem in PARTS.items()} | configs.keys()
-    with replacing(path, own | {f"tokenizer/{name}" for name in Tokenizer.FILES}) as temporary:
+    own |= {f"tokenizer/{name}" for name in Tokenizer.FILES} | card.replaceable(path)
+    with replacing(path, own) as temporary:
         temporary.mkdir()
+        (temporary / card.CARD).write_text(card.model_card(source), encoding="utf-8")
         for name, tree in configs.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

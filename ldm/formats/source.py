@@ -13,11 +13,11 @@ from typing import Any
 
 from ldm.config import SD1, SD2, SD2_V, ModelConfig
 from ldm.errors import InputError, one_line
-from ldm.formats import names
+from ldm.formats import modelspec, names
 from ldm.formats.archive import show
 from ldm.formats.tensors import Tensors, raw_bytes
 from ldm.images import MAX_SIDE
-from ldm.runtime import parse_json
+from ldm.runtime import check_file, parse_json
 from ldm.samplers import SAMPLERS
 from ldm.tokenizer import Tokenizer
 
@@ -29,6 +29,7 @@ PREDICTIONS = ("eps", "v")
 
 # keys in the metadata of the files that we write
 CONFIG_KEY, TOKENIZER_KEY, SAMPLING_KEY = "ldm.config", "ldm.tokenizer", "ldm.sampling"
+TRAINING_KEY = "ldm.training"  # settings of the model's training run, for its card
 
 MAX_GUIDANCE = 100  # a larger one in a file is taken for damage
 
@@ -42,7 +43,7 @@ class Source:
     tensors: Tensors  # the three networks
     extra: Tensors = field(default_factory=dict)  # known, not computed with, saved again in the official layout
     dropped: list[str] = field(default_factory=list)  # names of EMA tensors, which are not saved again
-    metadata: dict[str, str] = field(default_factory=dict)  # where a tuned model comes from: our keys, config aside
+    metadata: dict[str, str] = field(default_factory=dict)  # where a tuned model comes from; see `own_metadata`
     layout: str = "official"
     has_ema: bool = False
     prediction_from: str = "the configuration"  # what told whether the model predicts eps or v
@@ -72,6 +73,13 @@ class Source:
         text = names.to_openclip(names.take_prefixed(tensors, names.TEXT_PREFIX), self.config.text)
         return tensors | {names.OPENCLIP_PREFIX + key: tensor for key, tensor in text.items()}
 
+    def title(self) -> str:
+        """A name for people: that of its file or folder, or else its family's."""
+        if self.path is None:
+            return family(self.config) or "Stable Diffusion"
+        path = self.path.absolute()
+        return path.stem if path.is_file() else path.name
+
     def fingerprint(self) -> str:
         """SHA-256 over names, types, shapes and bytes of the three networks, in the order of their official names.
 
@@ -84,6 +92,14 @@ class Source:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(raw_bytes(tensor))
         return digest.hexdigest()
+
+    def file_hash(self) -> str | None:
+        """SHA-256 of the whole single file, by which other programs know it; None for a folder."""
+        if self.path is None or not self.path.is_file():
+            return None
+        check_file(self.path)
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def sampling(self) -> dict[str, Any]:
         """How the model's training run sampled: any of sampler, steps, guidance_scale and resolution (in pixels).
@@ -121,9 +137,10 @@ class Source:
 
 
 def own_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    """Our own entries of a file's metadata, without those that describe the model itself."""
+    """Our own entries and those of its author in a file's metadata, without those that describe the model itself."""
     described = (CONFIG_KEY, TOKENIZER_KEY)
-    return {key: text for key, text in metadata.items() if key.startswith("ldm.") and key not in described}
+    own = {key: text for key, text in metadata.items() if key.startswith("ldm.") and key not in described}
+    return own | modelspec.kept(metadata)
 
 
 def predicting(config: ModelConfig, prediction: str) -> ModelConfig:

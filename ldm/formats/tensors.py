@@ -3,6 +3,7 @@
 Tensors are memory-mapped where the file allows it: nothing is copied until somebody casts or moves it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.formats import ckpt
+from ldm.formats.modelspec import HASH_KEY
 from ldm.runtime import check_file, list_folder, read_json
 
 Tensors = dict[str, Tensor]
@@ -137,13 +139,19 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None
     """Writes a .safetensors file: the same tensors and metadata always give the same bytes.
 
     The safetensors library can't be used for this: its order of metadata changes from run to run. Tensors that share
-    memory are written one by one. Raises InputError for a type that the format does not have.
+    memory are written one by one. An entry HASH_KEY of the metadata is set to the SHA-256 of all that follows the
+    header. Raises InputError for a type that the format does not have.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in STORED_DTYPES:
             raise InputError(f"{name} holds {tensor.dtype}, which a .safetensors file can't hold")
     rank = {dtype: i for i, dtype in enumerate(STORED_DTYPES)}
     names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    if HASH_KEY in metadata:
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(raw_bytes(tensors[name]))
+        metadata = metadata | {HASH_KEY: "0x" + digest.hexdigest()}
     header, end = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}, 0
     for name in names:
         dtype, shape = tensors[name].dtype, list(tensors[name].shape)

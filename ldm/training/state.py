@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.dreambooth import Trainable
 from ldm.errors import RunError
-from ldm.formats import SAMPLING_KEY, Tensors
+from ldm.formats import SAMPLING_KEY, TRAINING_KEY, Tensors, modelspec
 from ldm.runtime import written
 from ldm.training import optimizer
 from ldm.training.ema import EMA
@@ -146,9 +146,17 @@ class TrainingState:
             "guidance_scale": given.guidance_scale,
             "resolution": given.resolution,
         }
+        training = {
+            "base_model": self.trainable.sd.source.title() if self.trainable.sd.source else None,
+            "learning_rate": given.learning_rate,
+            "prior_loss_weight": given.prior_loss_weight if given.with_prior_preservation else None,
+            "seed": given.seed,
+        }
         lines = {"step": str(self.step), "base": self.base} | prompts
         header = {f"ldm.{name}": text for name, text in lines.items() if text}
-        return header | {SAMPLING_KEY: json.dumps(sampling)}  # sample.py's defaults for this model
+        header |= {SAMPLING_KEY: json.dumps(sampling)}  # sample.py's defaults for this model
+        header |= {TRAINING_KEY: json.dumps(training)}  # for the model's card
+        return header | modelspec.usage(given.instance_prompt) if given.instance_prompt else header
 
     def save_result(self, folder: Path) -> tuple[Path, list[str]]:
         """Writes what the run is for. Returns its path, and the names of tensors that have no place in it."""

@@ -39,15 +39,16 @@ def test_pictures_record_how_they_were_made(run, saved, tmp_path):
     picture = Image.open(tmp_path / "samples" / "00001-42.png")
     assert (picture.size, picture.mode) == ((32, 16), "RGB")
     expected = {
-        "prompt": prompt,
-        "negative_prompt": "fog",
-        "seed": "42",
-        "sampler": "ddim",
-        "eta": "0.0",
-        "steps": "2",
-        "guidance_scale": "7.5",
-        "size": "32x16",
-        "model": StableDiffusion.load(saved["diffusers"]).source_fingerprint(),
+        "ldm.prompt": prompt,
+        "ldm.negative_prompt": "fog",
+        "ldm.seed": "42",
+        "ldm.sampler": "ddim",
+        "ldm.eta": "0.0",
+        "ldm.steps": "2",
+        "ldm.guidance_scale": "7.5",
+        "ldm.width": "32",
+        "ldm.height": "16",
+        "ldm.model": StableDiffusion.load(saved["diffusers"]).source_fingerprint(),
     }
     assert expected.items() <= picture.text.items()
 
@@ -195,7 +196,7 @@ def test_prompts_come_from_flags_and_from_a_file(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\n  snow  \r\n", encoding="utf-8")
     names = run("--prompt", "a dog", "--prompts_file=prompts.txt", "--num-images", "2", "--batch_size", "3")
     texts = [Image.open(tmp_path / "samples" / name).text for name in names]
-    shown = [(text["prompt"], text["seed"]) for text in texts]
+    shown = [(text["ldm.prompt"], text["ldm.seed"]) for text in texts]
     assert shown == [(prompt, seed) for prompt in ("a dog", "a cat", "snow") for seed in ("0", "1")]
 
 
@@ -216,7 +217,7 @@ def test_zero_terminal_snr_is_for_models_that_predict_v_and_changes_their_pictur
     v = ("--prompt", "a dog", "--prediction-type", "v_prediction")
     run(*v), run(*v, "--zero-terminal-snr")
     plain, zero = (tmp_path / "samples" / name for name in ("00000-0.png", "00001-0.png"))
-    assert Image.open(zero).text["zero_terminal_snr"] == "True" and np.abs(pixels(plain) - pixels(zero)).max() > 5
+    assert Image.open(zero).text["ldm.zero_terminal_snr"] == "True" and np.abs(pixels(plain) - pixels(zero)).max() > 5
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def test_sample_py_starts_from_a_picture_of_any_shape(run, sd, image, tmp_path):
     run("--init-image", "wide.jpg", "--strength", "0.6", "--height", "16", "--width", "48", "--sampler", "heun")
     made = Image.open(tmp_path / "samples" / "00000-0.png")
     assert made.size == (48, 16)
-    assert {"init_image": "wide.jpg", "strength": "0.6", "sampler": "heun"}.items() <= made.text.items()
+    assert {"ldm.init_image": "wide.jpg", "ldm.strength": "0.6", "ldm.sampler": "heun"}.items() <= made.text.items()
     start = images.to_tensor(images.fit("wide.jpg", 48, 16))
     expected = sd.generate("a cat", steps=5, init_image=start, strength=0.6, sampler="heun")
     assert np.array_equal(np.asarray(made), np.asarray(expected[0]))
