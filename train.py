@@ -14,6 +14,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,7 +79,10 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.t)
     with run.precision.autocast():
         prediction = model(noisy, batch.t, batch.prompts)
-    target = schedule.target(batch.latents, batch.noise, batch.t)
+        target = schedule.target(batch.latents, batch.noise, batch.t)
+        if settings.predicts_prior:  # the base model's own prediction takes the place of class pictures
+            rows = batch.class_rows
+            target = target.index_copy(0, rows, state.trainable.base(noisy[rows], batch.t[rows]).float())
     weight = None
     if settings.snr_gamma is not None:
         weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
@@ -125,7 +129,7 @@ def load(run: Run) -> StableDiffusion:
 def plan_class_pictures(run: Run, sd: StableDiffusion, base: str) -> ClassPictures | None:
     """The class pictures that the run needs; None without the prior term. base: the base model's fingerprint."""
     settings = run.settings
-    if not settings.with_prior_preservation:
+    if not settings.with_prior_preservation or settings.predicts_prior:
         return None
     guidance = settings.class_guidance_scale
     recipe = {
@@ -151,12 +155,15 @@ def prepare(
         if class_pictures is not None:
             kinds.append(("class", settings.class_prompt, class_pictures.read(run)))
         rows = [training.make_rows(run, sd, *kind) for kind in kinds]
+    if settings.predicts_prior:
+        state.trainable.keep_base(settings.class_prompt, run.precision.dtype)
+        rows.append(replace(rows[0], prompt=settings.class_prompt, is_class=True))  # the same noisy latents
     if settings.random_crop:
         sd.freeze(sd.vae, torch.float32)
     else:
         sd.forget_encoder()
         sd.freeze(sd.vae, run.precision.dtype)
-    state.trainable.prepare(tuple(dict.fromkeys(prompt for _, prompt, _ in kinds)), run.precision.dtype)
+    state.trainable.prepare(tuple(dict.fromkeys(part.prompt for part in rows)), run.precision.dtype)
     return Batches(rows, settings, run.world)
 
 

@@ -1,6 +1,7 @@
 """DreamBooth (Ruiz et al. 2023): the loss, the batch that it is computed on, and the parameters that train."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ class Batch:
     t: Tensor  # (B,) steps, int64
     prompts: Prompts  # B, one a row
     is_class: Tensor  # (B,) bool, True for rows of the class prior
+    class_rows: Tensor  # the places of those rows, int64
     last: bool = True  # whether this is the last batch whose gradients the step accumulates
 
 
@@ -126,6 +128,20 @@ class Trainable(nn.Module):
     @property
     def text_encoder_trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.sd.text_encoder.parameters())
+
+    def keep_base(self, prompt: str, dtype: torch.dtype) -> None:
+        """Called once before training if `base` will be: keeps a frozen copy of the UNet in `dtype`."""
+        with torch.no_grad():
+            context = self.sd.encode_prompt(prompt)  # (1, L, D)
+        unet = deepcopy(self.sd.unet).requires_grad_(False).to(dtype)
+        self._base = [unet, context]  # in a list, since no submodule of this one should be frozen
+
+    @torch.no_grad()
+    def base(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """What the base model predicts for the prompt of `keep_base`. noisy: (B, 4, h, w); t: (B,)."""
+        unet, context = self._base
+        dtype = next(unet.parameters()).dtype
+        return unet(noisy.to(dtype), t, context.to(dtype).expand(len(noisy), -1, -1))
 
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
         """Called once before training: a frozen text encoder encodes the prompts, and is then stored in `dtype`."""

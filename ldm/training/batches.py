@@ -88,10 +88,7 @@ class Rows:
     device: torch.device
     latents: Latents | None = None
     encode: Encode | None = None
-
-    @property
-    def is_class(self) -> bool:
-        return self.draws.kind == "class"
+    is_class: bool = False
 
     def sample(self, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
         """Columns of B rows -> latents and noise, (B, C, h, w), and t, (B,), on the device."""
@@ -110,11 +107,12 @@ def make_rows(run: Run, sd: StableDiffusion, kind: str, prompt: str, pictures: S
     common = (settings.seed, kind, len(pictures), shape, sd.schedule.timesteps)
     if settings.random_crop:
         draws = CropDraws(*common, tuple(pictures), settings.resolution, settings.random_flip)
-        return Rows(prompt, draws, device, encode=partial(encode, sd))
+        return Rows(prompt, draws, device, encode=partial(encode, sd), is_class=kind == "class")
     title = f"encoding {kind} pictures"
     with progress_bar(run.stop, title, len(pictures), "picture", show=run.world.main) as progress:
         latents = encode_pictures(sd, pictures, settings.resolution, settings.random_flip, progress)
-    return Rows(prompt, LatentDraws(*common, views=latents.mean.shape[1]), device, latents)
+    draws = LatentDraws(*common, views=latents.mean.shape[1])
+    return Rows(prompt, draws, device, latents, is_class=kind == "class")
 
 
 class Batches:
@@ -127,6 +125,9 @@ class Batches:
         self.workers = max(1, min(4, torch.get_num_threads() // len(rows))) if settings.random_crop else 0
         is_class = [part.is_class for part in rows for _ in range(self.size)]
         self.is_class = torch.tensor(is_class, device=world.device)
+        self.class_rows = torch.tensor(
+            [i for i, row in enumerate(is_class) if row], dtype=torch.long, device=world.device
+        )
         self.prompts = tuple(part.prompt for part in rows for _ in range(self.size))
         self._next: int | None = None
 
@@ -140,7 +141,8 @@ class Batches:
                 self._sample(rows, columns) for rows, columns in zip(self.rows, next(self._columns), strict=True)
             ]
             latents, noise, t = (torch.cat(column) for column in zip(*sampled, strict=True))
-            yield Batch(latents, noise, t, self.prompts, self.is_class, last=part == self.parts - 1)
+            last = part == self.parts - 1
+            yield Batch(latents, noise, t, self.prompts, self.is_class, self.class_rows, last)
 
     def _sample(self, rows: Rows, columns: Columns | InputError) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(columns, InputError):

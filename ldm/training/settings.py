@@ -76,6 +76,12 @@ class Settings:
     )
     class_prompt: str | None = setting(None, 'prompt that names the class of the subject: "a photo of a dog"')
     with_prior_preservation: bool = setting(True, "train on class pictures as well as photographs")
+    prior: str = setting(
+        "pictures",
+        "target of the prior term: class pictures, or the base model's own prediction for the class prompt on the "
+        "photographs' noisy latents, which needs no class pictures",
+        choices=("pictures", "prediction"),
+    )
     prior_loss_weight: float = setting(1.0, "weight of the prior-preservation term, lambda in eq. 2 of the paper")
     num_class_images: int = setting(200, "number of class pictures; missing ones are generated", type=cli.positive)
     resolution: int = setting(
@@ -147,6 +153,11 @@ class Settings:
         "none", "also send the metrics to this tracker; needs the tracking extra", choices=TRACKERS, may_change=True
     )
     device: str | None = setting(None, "cuda, cpu, ...; if not given, cuda if available, else cpu", may_change=True)
+
+    @property
+    def predicts_prior(self) -> bool:
+        """Whether the base model's own prediction is the target of the prior term."""
+        return self.with_prior_preservation and self.prior == "prediction"
 
     def may_change(self, name: str) -> bool:
         """Whether a resumed run may have another value of this setting, or of this part of its identity."""
