@@ -30,6 +30,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from damage import damage_bytes, damage_json, damage_safetensors  # noqa: E402
 from PIL import Image, features  # noqa: E402
+from PIL.PngImagePlugin import PngInfo  # noqa: E402
 
 import sample  # noqa: E402
 import train  # noqa: E402
@@ -295,8 +296,40 @@ def pictures(folder: Path) -> Iterator[Case]:
         yield damaged_file(path, damage_bytes, read)
 
 
+def picture_text(folder: Path) -> Iterator[Case]:
+    """The text of a PNG file, ours and A1111's form alone."""
+    facts = {
+        "prompt": 'a "cat", red:\n夜',
+        "negative_prompt": "fog",
+        "seed": 3,
+        "sampler": "dpmpp_2m_karras",
+        "steps": 5,
+    }
+    facts |= {"guidance_scale": 2.0, "eta": 0.0, "width": 32, "height": 32, "model_name": "a, b", "dtype": "bf16"}
+    text = formats.picture_text.to_text(facts)
+    for name, entries in {"ours": text, "theirs": {"parameters": text["parameters"]}}.items():
+        info, path = PngInfo(), folder / f"{name}.png"
+
+        def damage(rng: random.Random, content: bytes, entries: dict[str, str] = entries) -> bytes:
+            info, stream = PngInfo(), io.BytesIO()
+            for key, value in entries.items():
+                changed = damage_bytes(rng, value.encode()).decode(errors="replace") * rng.choice([1, 1, 1, 9999])
+                info.add_text(key, rng.choice([value, changed, rng.choice(VALUES)]), zip=rng.random() < 0.2)
+            Image.new("RGB", (8, 8)).save(stream, format="PNG", pnginfo=info)
+            return damage_bytes(rng, stream.getvalue()) if rng.random() < 0.3 else stream.getvalue()
+
+        for key, value in entries.items():
+            info.add_text(key, value)
+        Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+        def read(rng: random.Random, path: Path = path) -> None:
+            formats.picture_text.read_text(path)
+
+        yield damaged_file(path, damage, read)
+
+
 READERS = {reader.__name__: reader for reader in (single, ckpt, diffusers, shards, tokenizer, checkpoints)}
-READERS |= {reader.__name__: reader for reader in (run_config, toml, prompts, manifest, pictures)}
+READERS |= {reader.__name__: reader for reader in (run_config, toml, prompts, manifest, pictures, picture_text)}
 
 # Watching
 

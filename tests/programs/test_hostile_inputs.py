@@ -17,7 +17,7 @@ SEED, COUNT = os.environ.get("LDM_FUZZ_SEED", "0"), int(os.environ.get("LDM_FUZZ
 # In two processes that take about the same time.
 HALVES = (
     "single diffusers".split(),
-    "shards ckpt tokenizer checkpoints run_config toml prompts manifest pictures".split(),
+    "shards ckpt tokenizer checkpoints run_config toml prompts manifest pictures picture_text".split(),
 )
 
 
