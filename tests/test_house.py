@@ -20,7 +20,7 @@ WINGS = {
     "runtime": "streams cli files reading memory threads signals progress processes",
     "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
     "training": "precision numbers ema optimizer tracking settings options state content checkpoint continuity claim "
-    "log saver run latents batches class_pictures validation",
+    "log saver run latents batches class_pictures validation ledger memory",
 }
 
 
