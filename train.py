@@ -107,6 +107,7 @@ def begin(
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
     checkpoint = run.begin(state, photographs, own)
     world.print_main(sd.summary)
+    training.tell_memory(run, sd, tuning)
     if checkpoint is not None:
         world.print_main(f"resuming from {checkpoint}")
     elif settings.resume_from_checkpoint is not None:

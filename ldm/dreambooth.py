@@ -98,6 +98,7 @@ class Trainable(nn.Module):
             if any(parameter.requires_grad for parameter in getattr(sd, name).parameters()):
                 setattr(self, name, getattr(sd, name).to(TRAIN_TYPES[settings.train_dtype]))
         sd.unet.checkpointing = sd.text_encoder.text_model.checkpointing = settings.gradient_checkpointing
+        self._base: list[Any] = []  # see `keep_base`
         self._ids: dict[Prompts, Tensor] = {}
         self._rows: dict[Prompts, Tensor] = {}  # (B,) places of a batch's prompts among its distinct ones
         self._contexts: dict[Prompts, Tensor] = {}  # while the text encoder is frozen
@@ -142,6 +143,10 @@ class Trainable(nn.Module):
         unet, context = self._base
         dtype = next(unet.parameters()).dtype
         return unet(noisy.to(dtype), t, context.to(dtype).expand(len(noisy), -1, -1))
+
+    def base_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the copy that `keep_base` has made, if it has."""
+        return list(self._base[0].parameters()) if self._base else []
 
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
         """Called once before training: a frozen text encoder encodes the prompts, and is then stored in `dtype`."""

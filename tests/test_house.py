@@ -21,7 +21,7 @@ WINGS = {
     "formats": "names archive unpickle ckpt modelspec tensors checks source folder_config single card folder layouts "
     "picture_text",
     "training": "precision numbers ema optimizer piecewise tracking settings options state content checkpoint "
-    "continuity claim log saver run latents batches class_pictures validation",
+    "continuity claim log saver run latents batches class_pictures validation ledger memory",
 }
 
 

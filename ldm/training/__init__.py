@@ -16,6 +16,7 @@ continuity      checks that a resumed run has the same settings, model and photo
 claim           chooses a run's folder and locks it
 log             writes metrics.jsonl and sends metrics to the tracker
 saver           writes checkpoints and keeps disk space for them
+ledger, memory  predict how much memory the run needs
 run             the objects that the parts of a training program share
 validation      sheets of pictures, before and after
 tracking        TensorBoard and Weights & Biases
@@ -24,6 +25,7 @@ tracking        TensorBoard and Weights & Biases
 from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.class_pictures import ClassPictures
 from ldm.training.latents import encode, encode_pictures
+from ldm.training.memory import Memory, predict, tell_memory
 from ldm.training.options import parse
 from ldm.training.precision import set_exactness
 from ldm.training.run import Run
@@ -36,6 +38,7 @@ __all__ = [
     "ClassPictures",
     "CropDraws",
     "LatentDraws",
+    "Memory",
     "Rows",
     "Run",
     "Settings",
@@ -46,6 +49,8 @@ __all__ = [
     "make_rows",
     "make_sheet",
     "parse",
+    "predict",
     "set_exactness",
     "sheet_path",
+    "tell_memory",
 ]

@@ -133,7 +133,8 @@ class TrainingState:
                 raise Diverged(f"{name} is not finite after step {self.step}, and was not saved; lower --learning-rate")
 
     def averaged(self) -> AbstractContextManager:
-        """Inside, the model's weights are their averages, if the run keeps averages."""
+        """Inside, the model's weights are their averages, if the run keeps averages. Frees the gradients first."""
+        self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     def metadata(self) -> dict[str, str]:

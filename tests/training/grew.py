@@ -1,0 +1,92 @@
+"""Trains a few steps in this process, and prints by how many bytes it grew at its peak, one line for each case.
+
+python tests/training/grew.py MODEL CASES       MODEL: a model's path or sd1; CASES: a JSON list of changed settings
+
+Each case has a process of its own, which trains on the smallest pictures first, so that code of the libraries and
+tables do not count.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ldm import StableDiffusion
+from ldm.config import SD1
+from ldm.dreambooth import FullTuning, dreambooth_loss
+from ldm.training import Settings
+from ldm.training.ema import EMA
+from ldm.training.optimizer import adamw
+from ldm.training.precision import Precision
+
+BASE = Path(__file__).resolve().parents[2] / "weights" / "tiny" / "base"
+SETTINGS = Settings(instance_prompt="a photo of sks monster", class_prompt="a photo of a monster", resolution=64)
+
+
+def memory(key: str) -> int:
+    """VmRSS, or VmHWM, the largest so far."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[key].split()[0])
+
+
+def load(model: str) -> StableDiffusion:
+    if model != "sd1":
+        return StableDiffusion.load(model, mapped=False)
+    with torch.device("meta"):
+        sd = StableDiffusion(SD1)
+    for network in sd.networks().values():
+        network.to_empty(device="cpu")
+        for parameter in network.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
+    return sd
+
+
+def train(model: str, settings: Settings, steps: int = 2) -> None:
+    """The steps of train.py, on random latents."""
+    sd = load(model)
+    precision, trainable = Precision(settings.mixed_precision, torch.device("cpu")), FullTuning(sd, settings)
+    parameters = trainable.named_parameters_saved()
+    optimizer = adamw(trainable.parameter_groups(settings), settings.use_8bit_adam)
+    ema = EMA(parameters, settings.ema_decay) if settings.use_ema else None
+    prompts = [p for p in (settings.instance_prompt, settings.class_prompt) for _ in range(settings.train_batch_size)]
+    is_class = torch.tensor([prompt == settings.class_prompt for prompt in prompts])
+    sd.forget_encoder()
+    sd.freeze(sd.vae, precision.dtype)
+    trainable.prepare(tuple(dict.fromkeys(prompts)), precision.dtype)
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(settings.gradient_accumulation_steps):
+            noisy = torch.randn(len(prompts), *sd.latent_shape(settings.resolution, settings.resolution))
+            with precision.autocast():
+                prediction = trainable(noisy, torch.randint(1000, (len(prompts),)), prompts)
+            precision.backward(dreambooth_loss(prediction, noisy, is_class, 1.0).total)
+            del prediction
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
+        optimizer.step()
+        if ema is not None:
+            ema.update()
+
+
+def main(model: str, cases: str) -> None:
+    torch.set_num_threads(1)
+    for case in json.loads(cases):
+        if (child := os.fork()) == 0:
+            train(str(BASE), replace(SETTINGS, **case | {"resolution": 16, "train_batch_size": 1}), 1)
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # free memory in the heap would hide growth
+            before = memory("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+            train(model, replace(SETTINGS, **case))
+            print(memory("VmHWM") - before, flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
