@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import LATEST, SMALL, call, command, losses, pixels, run, weights
+
+from ldm.errors import RunError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -53,3 +56,104 @@ def test_the_peak_of_a_training_step_is_within_15_percent_of_the_prediction(flag
         torch.nn.utils.clip_grad_norm_(list(trainable.trained.values()), settings.max_grad_norm)
         optimizer.step()
     assert predicted == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)
+
+
+# Training
+
+
+@pytest.fixture
+def base(saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, "--max-train-steps", 6)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_losses_equal_those_of_the_cpu(precision, base, tmp_path):
+    flags = (*base, "--mixed-precision", precision, "--use-ema")
+    for device in ("cpu", "cuda"):
+        call(*flags, "--device", device, "--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / device)
+    mine, theirs = losses(tmp_path / "cuda"), losses(tmp_path / "cpu")
+    assert mine == pytest.approx(theirs, rel={"no": 1e-3, "bf16": 3e-2, "fp16": 1e-2}[precision])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--mixed-precision", "fp16"),
+        ("--train-dtype", "bf16", "--fused-backward", "--max-grad-norm", 0),
+        ("--prior", "prediction", "--mixed-precision", "bf16"),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_a_deterministic_run_resumes_to_the_same_bits(flags, base, tmp_path):
+    flags = [str(flag) for flag in (*base, *flags, "--device", "cuda", "--deterministic", "--checkpointing-steps", 3)]
+    for folder, stops in (("whole", [6]), ("parts", [3, 6])):
+        for last in stops:
+            more = ("--max-train-steps", last, "--output-dir", tmp_path / folder, *LATEST)
+            done = run(command([*flags, *more]), tmp_path)
+            assert done.status == 0, done.err
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_step_does_not_wait_for_the_device(base, tmp_path):
+    """torch warns of each operation that waits; numbers are read through an event, which is none."""
+    from ldm.training import Run, TrainingState
+
+    update, seen = TrainingState.update, []
+
+    def noted(run, state):
+        seen.append(state.step)
+        if state.step == 6:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def watched(state, numbers):
+        if state.step == 3:  # the first steps move tables and compile kernels
+            torch.cuda.set_sync_debug_mode("error")
+        return update(state, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingState, "update", watched)
+        patch.setattr(Run, "save_if_due", noted)
+        try:
+            call(*base, "--device", "cuda", "--output-dir", tmp_path / "run")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_class_pictures_are_those_of_any_batch(precision, base, tmp_path):
+    """Files that are missing are made again; on a GPU their bits may depend on the batch, and their look does not."""
+    flags = (*base, "--mixed-precision", precision, "--device", "cuda", "--max-train-steps", 1)
+    call(*flags, "--class-data-dir", tmp_path / "two", "--output-dir", tmp_path / "run-two")
+    one = ("--sample-batch-size", 1, "--class-data-dir", tmp_path / "one", "--output-dir", tmp_path / "run-one")
+    call(*flags, *one)
+    for path in sorted((tmp_path / "one").glob("*.png")):
+        first, second = (pixels(tmp_path / folder / path.name) for folder in ("one", "two"))
+        assert abs(first - second).mean() < 2.0
+
+
+def test_out_of_memory_is_one_line(base, tmp_path):
+    taken = torch.cuda.mem_get_info()[0]
+    flags = (*base, "--device", "cuda", "--train-batch-size", 4096, "--resolution", 512, "--num-class-images", 1)
+    with pytest.raises(RunError, match="ran out of memory") as error:
+        with torch.cuda.device(0):
+            torch.cuda.set_per_process_memory_fraction(min(1.0, 4e9 / taken))
+            try:
+                call(*flags, "--output-dir", tmp_path / "run")
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "\n" not in str(error.value)
+
+
+def test_as_many_processes_as_gpus_train_as_one(base, tmp_path):
+    count = torch.cuda.device_count()
+    if count < 2:
+        pytest.skip("needs two GPUs")
+    flags = (*base, "--device", "cuda", "--class-data-dir", tmp_path / "class")
+    call(*flags, "--train-batch-size", count, "--output-dir", tmp_path / "one")
+    done = run(command([*flags, "--output-dir", tmp_path / "all"], count), tmp_path)
+    assert done.status == 0, done.err
+    assert losses(tmp_path / "all") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
