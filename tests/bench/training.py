@@ -19,6 +19,7 @@ their losses must agree.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows of the subject, and as many of the class")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in both")
     parser.add_argument("--use-8bit-adam", action="store_true", help="in both; needs bitsandbytes")
+    parser.add_argument("--ours", default="", help="more flags of train.py, for ours alone, in one string")
 
 
 def make_pictures(folder: Path, size: int) -> None:
@@ -101,7 +103,7 @@ def make_pictures(folder: Path, size: int) -> None:
 
 def check(folder: Path, data: Path, args: argparse.Namespace) -> None:
     """Ends the script unless both sides have the same losses on the same rows, in fp32."""
-    plain = argparse.Namespace(**vars(args) | {"use_8bit_adam": False, "gradient_checkpointing": False})
+    plain = argparse.Namespace(**vars(args) | {"use_8bit_adam": False, "gradient_checkpointing": False, "ours": ""})
     ours = Ours(folder, data, plain, "fp32", exact=True)
     batches = ours.record(CHECKED)
     theirs = Script(folder, data, plain, "default")
@@ -168,8 +170,9 @@ def arguments(folder: Path, data: Path, args: argparse.Namespace, dtype: str) ->
         "sample-steps": 1,
         "device": args.device,
     }
+    more = shlex.split(args.ours)
     switches = ["allow-tf32"] + [name for name in ("gradient-checkpointing", "use-8bit-adam") if switched(args, name)]
-    return [f"--{name}={value}" for name, value in flags.items()] + [f"--{name}" for name in switches]
+    return [*(f"--{name}={value}" for name, value in flags.items()), *(f"--{name}" for name in switches), *more]
 
 
 def switched(args: argparse.Namespace, name: str) -> bool:

@@ -49,8 +49,8 @@ def check_times(record: dict) -> None:
     assert record["sides"].keys() == {"ours", "diffusers"} and record["ratio"] > 0 and record["device"]
 
 
-def flop_by_layer(unet: nn.Module) -> int:
-    """Twice the multiplications of one evaluation on two rows, from the shapes of the layers' inputs and outputs."""
+def flop_by_layer(unet: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Twice the multiplications of one evaluation, from the shapes of the layers' inputs and outputs."""
     total = []
 
     def layer(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -60,12 +60,16 @@ def flop_by_layer(unet: nn.Module) -> int:
         x, context = inputs
         total.append(2 * 2 * x.numel() * context.shape[1])  # q times k, then weights times v, over all heads
 
+    hooks = []
     for module in unet.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(layer)
+            hooks.append(module.register_forward_hook(layer))
         elif type(module).__name__ == "CrossAttention":
-            module.register_forward_hook(attention)
-    unet(torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, 32, 128))
+            hooks.append(module.register_forward_hook(attention))
+    with torch.no_grad():
+        unet(*inputs)
+    for hook in hooks:
+        hook.remove()
     return sum(total)
 
 
@@ -80,16 +84,14 @@ def test_sampling_is_timed_beside_diffusers(bench, tmp_path, capsys):
     assert "of peak rate" in table and f"{record['ratio']:.3f} of the time of diffusers" in table
 
 
-@torch.no_grad()
 def test_flop_are_those_of_the_layers(bench):
     measure = bench("measure")
-    sd = measure.StableDiffusion.load(measure.TINY / "base")
-    latents = torch.zeros(1, 4, 16, 16)
-    two, three = (
-        measure.flop_of(lambda n=steps: sd.generate("a cat", latents=latents, steps=n, output="latent"))
-        for steps in (2, 3)
-    )
-    assert three - two == flop_by_layer(sd.unet)  # guidance makes two rows of one picture
+    unet = measure.StableDiffusion.load(measure.TINY / "base").unet
+    inputs = torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, 32, 128)
+    forward = measure.flop_of(lambda: unet(*inputs))
+    assert forward == flop_by_layer(unet, inputs)
+    both = measure.flop_of(lambda: unet(*inputs).sum().backward())
+    assert 2.9 * forward < both <= 3 * forward  # a gradient for each of the two factors, but none of the first input
 
 
 def test_a_training_step_is_timed_beside_that_of_the_script(bench, tmp_path):
