@@ -74,30 +74,16 @@ class StableDiffusion:
     def without_weights(cls, source: formats.Source) -> "StableDiffusion":
         """The model that a source describes, on the meta device. Raises InputError if such a model can't run."""
         try:
+            source.config.check_fits()
+            text, tokenizer = source.config.text, source.tokenizer
+            if tokenizer.context_length != text.context_length or max(tokenizer.vocab.values()) >= text.vocab_size:
+                raise ValueError("the tokenizer does not belong to the text encoder")
             with torch.device("meta"):
-                sd = cls(source.config, source.tokenizer)
-                sd.rehearse()
+                sd = cls(source.config, tokenizer)
         except Exception as error:
             raise InputError(f"{source.path}: its configuration describes no model that can run: {error}") from None
         sd.source = source.without_tensors()
         return sd
-
-    @torch.no_grad()
-    def rehearse(self) -> None:
-        """Runs the three networks once on a small picture, to check that they fit each other and the tokenizer.
-
-        Raises any error that comes up. Official sizes are known to fit. On the meta device only shapes are computed.
-        """
-        text, tokenizer = self.config.text, self.tokenizer
-        if tokenizer.context_length != text.context_length or max(tokenizer.vocab.values()) >= text.vocab_size:
-            raise ValueError("the tokenizer does not belong to the text encoder")
-        if formats.family(self.config) is not None:
-            return
-        context = self.text_encoder(torch.zeros(1, text.context_length, dtype=torch.long))
-        image = torch.zeros(1, 3, self.config.vae.factor, self.config.vae.factor)
-        z = self.vae.encode(image).mode() * self.config.vae.scale_factor
-        if self.unet(z, torch.zeros(1), context).shape != z.shape or self.vae.decode(z).shape != image.shape:
-            raise ValueError("its networks return latents or pictures of another size than they are given")
 
     def check_finite(self) -> None:
         """Raises InputError, which names the tensors, if weights are NaN or infinity. Reads all of them."""
