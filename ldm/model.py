@@ -112,9 +112,11 @@ class StableDiffusion:
         return next(self.unet.parameters()).device
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> context (B, L, D), what the UNet is conditioned on."""
+        """Prompts -> context (B, L, D), what the UNet is conditioned on. Equal prompts are encoded once."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        context = self.text_encoder(self.tokenizer(list(distinct)).to(self.device))
+        return context.index_select(0, torch.tensor([distinct[prompt] for prompt in prompts]).to(self.device))
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents: a sample if a generator is given, else the mode."""
