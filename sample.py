@@ -34,6 +34,7 @@ from ldm.runtime import (
     check_path,
     check_writable,
     cli,
+    compile_blocks,
     list_folder,
     out_of_memory_named,
     processes,
@@ -43,6 +44,7 @@ from ldm.runtime import (
     written,
 )
 from ldm.tokenizer import check_prompt
+from ldm.unet import ResBlock, TransformerBlock
 
 MAX_PICTURES, MAX_BATCH = 100_000, 4096  # in one call, and computed at once
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -113,6 +115,12 @@ def load(args: Namespace, device: torch.device) -> StableDiffusion:
     sd.check_finite()
     if args.zero_terminal_snr:
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
+    if device.type == "cuda":
+        for network in (sd.unet, sd.vae):
+            network.to(memory_format=torch.channels_last)  # in which a GPU computes convolutions
+    if args.compile:
+        compile_blocks(sd.unet, ResBlock, TransformerBlock)
+    sd.tiling = args.vae_tiling
     return sd
 
 
@@ -186,7 +194,9 @@ def make(
     progress: Callable[[], object],
 ) -> list[Image.Image]:
     """The pictures of a batch of jobs. Raises RunError if the device has too little memory for the batch."""
-    with out_of_memory_named(sd.device, "while it made pictures", "lower --batch-size, or give --dtype bf16"):
+    with out_of_memory_named(
+        sd.device, "while it made pictures", "lower --batch-size, or give --dtype bf16 or --vae-tiling"
+    ):
         return sd.generate(
             [job.prompt for job in batch],
             negative_prompt=args.negative_prompt,
@@ -250,6 +260,14 @@ def parser() -> cli.Parser:
     p.add_argument("--batch-size", type=cli.positive, default=4, help="pictures computed at once")
     p.add_argument("--device", help="cuda, cpu, ...; the best one on this machine if not given")
     p.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="type that the networks compute in")
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the UNet first: takes seconds to minutes, pays for many pictures",
+    )
+    p.add_argument(
+        "--vae-tiling", action="store_true", help="decode one picture at a time, in strips: less memory for large ones"
+    )
     p.add_argument("--output-dir", default="samples", help="folder for the pictures; no file in it is overwritten")
     p.add_argument("--grid", action="store_true", help="also write one sheet: a row per prompt, a column per seed")
     return p

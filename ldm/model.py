@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import formats, samplers
+from ldm import formats, samplers, tiling
 from ldm.clip import TextEncoder
 from ldm.config import ModelConfig
 from ldm.errors import InputError
@@ -36,6 +36,7 @@ class StableDiffusion:
         self.tokenizer = tokenizer or Tokenizer.clip(config.text.context_length, config.text.pad_id)
         self.schedule = Schedule(config.schedule)
         self.source: formats.Source | None = None
+        self.tiling = False  # decode one picture at a time and in strips, which needs less memory
         self._frozen: formats.Tensors = {}  # weights from before `freeze` cast them
 
     # Load
@@ -152,9 +153,9 @@ class StableDiffusion:
         noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU.
         height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None. latents:
         (B, 4, h, w) standard normal noise to start from instead of the seeds' noise, for B pictures.
-        init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: fraction of the
-        sampling steps to run: 0 returns the picture, 1 ignores it (SDEdit, Meng et al. 2022). progress: called after
-        each evaluation of the UNet; `Sampler.evaluations` gives their number.
+        init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: fraction of the steps
+        to run: 0 returns the picture, 1 ignores it (SDEdit, Meng et al. 2022). progress: called after each evaluation
+        of the UNet; `Sampler.evaluations` gives their number.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
         Raises InputError for impossible arguments, and RunError if a picture for PIL is NaN or infinity.
         """
@@ -162,8 +163,7 @@ class StableDiffusion:
         prompts, seeds = pair_up(prompts, seeds, 1 if latents is None else len(latents))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
-        chosen = samplers.find(sampler)
-        times = chosen.times(self.schedule, steps)
+        times = (chosen := samplers.find(sampler)).times(self.schedule, steps)
         noise = SeededNoise(seeds, shape, self.device)
         picture = self._samples(init_image, noise.generators) if init_image is not None else None  # draws before x
         x = noise() if latents is None else latents.to(self.device, torch.float32)
@@ -173,6 +173,7 @@ class StableDiffusion:
         context = self.encode_prompt(([negative_prompt] * len(prompts) if guidance != 1.0 else []) + prompts)
         denoise = denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress)
         z = chosen.loop(denoise, x, self.schedule, times, eta=eta, noise=noise)
+        del denoise  # frees the recording's memory before the autoencoder needs it
         if output == "latent":
             return z
         images = self.decode_latents(z).float()
@@ -227,10 +228,11 @@ class StableDiffusion:
         In fp16, also under autocast, SD's autoencoder can overflow to NaN: an fp32 copy decodes such latents again.
         """
         z = z / self.config.vae.scale_factor
-        images = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+        decode = tiling.decode if self.tiling else Autoencoder.decode
+        images = decode(self.vae, z.to(next(self.vae.parameters()).dtype))
         if z.isfinite().all() and not images.isfinite().all():
             with torch.autocast(self.device.type, enabled=False):
-                images = deepcopy(self.vae).float().decode(z.float())
+                images = decode(deepcopy(self.vae).float(), z.float())
         return images
 
     # Save
