@@ -35,6 +35,7 @@ from ldm.runtime import (
     check_path,
     check_writable,
     cli,
+    compile_blocks,
     list_folder,
     out_of_memory_named,
     processes,
@@ -44,6 +45,7 @@ from ldm.runtime import (
     written,
 )
 from ldm.tokenizer import check_prompt
+from ldm.unet import ResBlock, TransformerBlock
 
 MAX_PICTURES, MAX_BATCH = 100_000, 4096  # in one call, and computed at once
 MAX_COPIES = 64  # of one picture, computed at once only for the same bits
@@ -121,6 +123,12 @@ def load(args: Namespace, device: torch.device) -> StableDiffusion:
     sd.check_finite()
     if args.zero_terminal_snr:
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
+    if device.type == "cuda":
+        for network in (sd.unet, sd.vae):
+            network.to(memory_format=torch.channels_last)  # in which a GPU computes convolutions
+    if args.compile:
+        compile_blocks(sd.unet, ResBlock, TransformerBlock)
+    sd.tiling = args.vae_tiling
     return sd
 
 
@@ -224,7 +232,9 @@ def make(
     if len(batch) < place["batch_size"]:
         again = make(args, sd, init_image, batch * place["batch_size"], progress)
         return [again[place["batch_row"]]]
-    with out_of_memory_named(sd.device, "while it made pictures", "lower --batch-size, or give --dtype bf16"):
+    with out_of_memory_named(
+        sd.device, "while it made pictures", "lower --batch-size, or give --dtype bf16 or --vae-tiling"
+    ):
         return sd.generate(
             [job.prompt for job in batch],
             negative_prompt=args.negative_prompt,
@@ -315,6 +325,14 @@ def parser() -> cli.Parser:
     p.add_argument("--batch-size", type=cli.positive, default=4, help="pictures computed at once")
     p.add_argument("--device", help="cuda, cpu, ...; the best one on this machine if not given")
     p.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="type that the networks compute in")
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the UNet first: takes seconds to minutes, pays for many pictures",
+    )
+    p.add_argument(
+        "--vae-tiling", action="store_true", help="decode one picture at a time, in strips: less memory for large ones"
+    )
     p.add_argument("--output-dir", default="samples", help="folder for the pictures; no file in it is overwritten")
     p.add_argument("--grid", action="store_true", help="also write one sheet: a row per prompt, a column per seed")
     return p

@@ -137,6 +137,23 @@ class ModelConfig(Checked):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sample_size: int = 64  # height and width of the latents that the model was trained on
 
+    def check_fits(self) -> None:
+        """Raises ValueError, which says what is wrong, unless the networks can run and take each other's outputs."""
+        unet, vae, text = self.unet, self.vae, self.text
+        sizes = *unet.channels, *vae.channels, text.width, text.mlp_width, vae.latent_channels
+        if 0 in (*sizes, unet.blocks, vae.blocks, text.layers):
+            raise ValueError("a network with an empty layer")
+        if unet.channels[0] % 2:
+            raise ValueError(f"channels[0] {unet.channels[0]} is odd, and half of a step's embedding are cosines")
+        wide = [width for width, attends in zip(unet.channels, unet.attention, strict=False) if attends]
+        for width, heads in (*((w, unet.heads_at(w)) for w in (*wide, unet.channels[-1])), (text.width, text.heads)):
+            if heads == 0 or width % heads:
+                raise ValueError(f"width {width} does not divide into {heads} heads")
+        if not unet.in_channels == unet.out_channels == vae.latent_channels:
+            raise ValueError("the UNet's latents do not have the channels of the autoencoder's")
+        if unet.context_dim != text.width:
+            raise ValueError(f"context_dim {unet.context_dim} is not the text encoder's width {text.width}")
+
     @property
     def resolution(self) -> int:
         """Height and width in pixels of the pictures that the model was trained on."""

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.runtime import captured
 from ldm.samplers import Denoise
 from ldm.schedule import Schedule
+from ldm.unet import UNet
 
 
 def guided(without: Tensor, with_prompt: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
@@ -26,7 +28,7 @@ def guided(without: Tensor, with_prompt: Tensor, scale: float, rescale: float = 
 
 
 def denoiser(
-    unet: nn.Module,
+    unet: UNet,
     schedule: Schedule,
     context: Tensor,
     scale: float,
@@ -39,11 +41,13 @@ def denoiser(
     (B, L, D), prompts alone: no guidance, at half the cost. progress: called after each evaluation of the UNet.
     """
     dtype = next(unet.parameters()).dtype
+    text = unet.keys_values(context)  # once for all steps
+    predict = captured(lambda rows, steps: unet(rows, steps, text), context.device)
 
     def denoise(x: Tensor, t: float) -> Tensor:
         rows = x.repeat(len(context) // len(x), 1, 1, 1)
         steps = torch.full((len(rows),), round(t), device=x.device)  # the UNet was trained on whole steps
-        prediction = unet(rows.to(dtype), steps, context).to(x.dtype)
+        prediction = predict(rows.to(dtype), steps).to(x.dtype)
         if len(rows) > len(x):
             prediction = guided(*prediction.chunk(2), scale, rescale)
         if progress is not None:
@@ -64,7 +68,11 @@ class SeededNoise:
         self.shape, self.device = shape, device
 
     def __call__(self) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        # from pinned memory, so that a step does not wait until a GPU has copied its noise
+        noise = torch.empty(len(self.generators), *self.shape, pin_memory=self.device.type == "cuda")
+        for row, generator in zip(noise, self.generators, strict=True):
+            torch.randn(self.shape, generator=generator, out=row)
+        return noise.to(self.device, non_blocking=True)
 
 
 def pair_up(prompts: str | Sequence[str], seeds: Sequence[int], latents: int) -> tuple[list[str], list[int]]:

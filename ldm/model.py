@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import formats, samplers
+from ldm import formats, samplers, tiling
 from ldm.clip import TextEncoder
 from ldm.config import ModelConfig
 from ldm.errors import InputError
@@ -36,6 +36,7 @@ class StableDiffusion:
         self.tokenizer = tokenizer or Tokenizer.clip(config.text.context_length, config.text.pad_id)
         self.schedule = Schedule(config.schedule)
         self.source: formats.Source | None = None
+        self.tiling = False  # decode one picture at a time and in strips, which needs less memory
         self._frozen: formats.Tensors = {}  # weights from before `freeze` cast them
 
     # Load
@@ -74,30 +75,16 @@ class StableDiffusion:
     def without_weights(cls, source: formats.Source) -> "StableDiffusion":
         """The model that a source describes, on the meta device. Raises InputError if such a model can't run."""
         try:
+            source.config.check_fits()
+            text, tokenizer = source.config.text, source.tokenizer
+            if tokenizer.context_length != text.context_length or max(tokenizer.vocab.values()) >= text.vocab_size:
+                raise ValueError("the tokenizer does not belong to the text encoder")
             with torch.device("meta"):
-                sd = cls(source.config, source.tokenizer)
-                sd.rehearse()
+                sd = cls(source.config, tokenizer)
         except Exception as error:
             raise InputError(f"{source.path}: its configuration describes no model that can run: {error}") from None
         sd.source = source.without_tensors()
         return sd
-
-    @torch.no_grad()
-    def rehearse(self) -> None:
-        """Runs the three networks once on a small picture, to check that they fit each other and the tokenizer.
-
-        Raises any error that comes up. Official sizes are known to fit. On the meta device only shapes are computed.
-        """
-        text, tokenizer = self.config.text, self.tokenizer
-        if tokenizer.context_length != text.context_length or max(tokenizer.vocab.values()) >= text.vocab_size:
-            raise ValueError("the tokenizer does not belong to the text encoder")
-        if formats.family(self.config) is not None:
-            return
-        context = self.text_encoder(torch.zeros(1, text.context_length, dtype=torch.long))
-        image = torch.zeros(1, 3, self.config.vae.factor, self.config.vae.factor)
-        z = self.vae.encode(image).mode() * self.config.vae.scale_factor
-        if self.unet(z, torch.zeros(1), context).shape != z.shape or self.vae.decode(z).shape != image.shape:
-            raise ValueError("its networks return latents or pictures of another size than they are given")
 
     def check_finite(self) -> None:
         """Raises InputError, which names the tensors, if weights are NaN or infinity. Reads all of them."""
@@ -126,9 +113,11 @@ class StableDiffusion:
         return next(self.unet.parameters()).device
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
-        """Prompts -> context (B, L, D), what the UNet is conditioned on."""
+        """Prompts -> context (B, L, D), what the UNet is conditioned on. Equal prompts are encoded once."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        context = self.text_encoder(self.tokenizer(list(distinct)).to(self.device))
+        return context.index_select(0, torch.tensor([distinct[prompt] for prompt in prompts]).to(self.device))
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents: a sample if a generator is given, else the mode."""
@@ -164,9 +153,9 @@ class StableDiffusion:
         noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU.
         height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None. latents:
         (B, 4, h, w) standard normal noise to start from instead of the seeds' noise, for B pictures.
-        init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: fraction of the
-        sampling steps to run: 0 returns the picture, 1 ignores it (SDEdit, Meng et al. 2022). progress: called after
-        each evaluation of the UNet; `Sampler.evaluations` gives their number.
+        init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: fraction of the steps
+        to run: 0 returns the picture, 1 ignores it (SDEdit, Meng et al. 2022). progress: called after each evaluation
+        of the UNet; `Sampler.evaluations` gives their number.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
         Raises InputError for impossible arguments, and RunError if a picture for PIL is NaN or infinity.
         """
@@ -174,8 +163,7 @@ class StableDiffusion:
         prompts, seeds = pair_up(prompts, seeds, 1 if latents is None else len(latents))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
-        chosen = samplers.find(sampler)
-        times = chosen.times(self.schedule, steps)
+        times = (chosen := samplers.find(sampler)).times(self.schedule, steps)
         noise = SeededNoise(seeds, shape, self.device)
         picture = self._samples(init_image, noise.generators) if init_image is not None else None  # draws before x
         x = noise() if latents is None else latents.to(self.device, torch.float32)
@@ -185,6 +173,7 @@ class StableDiffusion:
         context = self.encode_prompt(([negative_prompt] * len(prompts) if guidance != 1.0 else []) + prompts)
         denoise = denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress)
         z = chosen.loop(denoise, x, self.schedule, times, eta=eta, noise=noise)
+        del denoise  # frees the recording's memory before the autoencoder needs it
         if output == "latent":
             return z
         images = self.decode_latents(z).float()
@@ -239,10 +228,11 @@ class StableDiffusion:
         In fp16, also under autocast, SD's autoencoder can overflow to NaN: an fp32 copy decodes such latents again.
         """
         z = z / self.config.vae.scale_factor
-        images = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+        decode = tiling.decode if self.tiling else Autoencoder.decode
+        images = decode(self.vae, z.to(next(self.vae.parameters()).dtype))
         if z.isfinite().all() and not images.isfinite().all():
             with torch.autocast(self.device.type, enabled=False):
-                images = deepcopy(self.vae).float().decode(z.float())
+                images = decode(deepcopy(self.vae).float(), z.float())
         return images
 
     # Save

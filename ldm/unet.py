@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.config import UNetConfig
 
+KeysValues = dict["TransformerBlock", tuple[Tensor, Tensor]]  # see `UNet.keys_values`
+
 
 class UNet(nn.Module):
     """Noisy latents, a step and the text -> the noise in the latents (or v), of the same size.
@@ -67,11 +69,11 @@ class UNet(nn.Module):
             norm(width, config.norm_groups), nn.SiLU(), zero(nn.Conv2d(width, config.out_channels, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | KeysValues) -> Tensor:
         """Predicts the noise (or v) in noisy latents.
 
         x: (B, 4, h, w), any h and w; t: (B,) steps in [0, 1000), integer or float;
-        context: (B, L, D), the text encoder's output. Returns (B, 4, h, w).
+        context: (B, L, D), the text encoder's output, or its `keys_values`. Returns (B, 4, h, w).
         """
         emb = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B, 4C)
         h, skips = x, []
@@ -85,7 +87,12 @@ class UNet(nn.Module):
             h = self._run(block, h, emb, context, size)
         return self.out(h)
 
-    def _run(self, stage: "Stage", *inputs: Tensor | torch.Size | None) -> Tensor:
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """The keys and values of a text in every block: a sampler needs them at each step, and they never change."""
+        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        return {block: block.attn2.keys_values(context) for block in blocks}
+
+    def _run(self, stage: "Stage", *inputs: Tensor | KeysValues | torch.Size | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(stage, *inputs, use_reentrant=False)
         return stage(*inputs)
@@ -94,10 +101,10 @@ class UNet(nn.Module):
 class Stage(nn.Sequential):
     """Layers in a row. Each also gets the timestep embedding, the context or the target size if it takes one.
 
-    h: (B, C, H, W); emb: (B, 4C); context: (B, L, D); size: (H, W) after an Upsample.
+    h: (B, C, H, W); emb: (B, 4C); context: (B, L, D) or its keys and values; size: (H, W) after an Upsample.
     """
 
-    def forward(self, h: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, context: Tensor | KeysValues, size: torch.Size | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 h = layer(h, emb)
@@ -136,7 +143,7 @@ class ResBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Flattens the picture to a sequence of positions, which attend to each other and to the text.
 
-    x: (B, C, H, W); context: (B, L, D) -> (B, C, H, W).
+    x: (B, C, H, W); context: (B, L, D) or its keys and values -> (B, C, H, W).
     """
 
     def __init__(self, width: int, config: UNetConfig):
@@ -147,14 +154,14 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config)])
         self.proj_out = zero(nn.Linear(width, width) if self.linear else nn.Conv2d(width, width, 1))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
         h = self.norm(x)
         if self.linear:
             h = self.proj_in(h.flatten(2).transpose(1, 2))  # (B, H*W, C)
         else:
             h = self.proj_in(h).flatten(2).transpose(1, 2)  # (B, H*W, C)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context[block] if isinstance(context, dict) else context)
         if self.linear:
             h = self.proj_out(h).transpose(1, 2).reshape(x.shape)
         else:
@@ -165,7 +172,7 @@ class SpatialTransformer(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a feed-forward network, each with a residual connection.
 
-    x: (B, N, C); context: (B, L, D) -> (B, N, C).
+    x: (B, N, C); context: (B, L, D) or its keys and values in this block -> (B, N, C).
     """
 
     def __init__(self, width: int, config: UNetConfig):
@@ -178,7 +185,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), context)
@@ -197,15 +204,20 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: (B, N, C); context: (B, M, D) -> (B, N, C)."""
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(context)), self.split(self.to_v(context))
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """x: (B, N, C); context: (B, M, D), or its keys and values -> (B, N, C)."""
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
+        q = self.split(self.to_q(x))
         if self.upcast and q.dtype == torch.float16:
             with torch.autocast(q.device.type, enabled=False):
                 h = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         else:
             h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C/heads)
         return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, C)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context: (B, M, D) -> two of (B, heads, M, C/heads)."""
+        return self.split(self.to_k(context)), self.split(self.to_v(context))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C/heads)

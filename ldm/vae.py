@@ -177,7 +177,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C)
+        # made contiguous, so that torch takes a kernel that never holds all of Q K^T, (H*W)^2 numbers
+        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())  # (B, 1, H*W, C)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 

@@ -5,6 +5,8 @@ files       writes files and folders whole or not at all
 streams     output that never raises
 reading     reads untrusted files, folders, text and JSON, within limits
 memory      reports out of memory in one line
+graphs      records the kernels of a function once, and replays them
+compiling   compiles the repeated blocks of a network
 threads     all cores, same bits for any number
 signals     stops cleanly on a signal
 progress    a progress bar for work that a signal ends
@@ -12,7 +14,9 @@ processes   a small interface to torch.distributed
 """
 
 from ldm.runtime import cli, processes
+from ldm.runtime.compiling import compile_blocks
 from ldm.runtime.files import check_writable, locked, replacing, written
+from ldm.runtime.graphs import captured
 from ldm.runtime.memory import out_of_memory_named
 from ldm.runtime.processes import World
 from ldm.runtime.progress import progress_bar
@@ -26,10 +30,12 @@ __all__ = [
     "Stopped",
     "World",
     "at_once",
+    "captured",
     "check_file",
     "check_path",
     "check_writable",
     "cli",
+    "compile_blocks",
     "exists",
     "dropped_output",
     "list_folder",

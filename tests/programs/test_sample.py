@@ -186,9 +186,8 @@ def test_running_out_of_memory_gives_one_line(run, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(StableDiffusion, "generate", full)
-    with pytest.raises(
-        RunError, match="^cpu ran out of memory while it made pictures; lower --batch-size, or give --dtype bf16$"
-    ):
+    advice = "lower --batch-size, or give --dtype bf16 or --vae-tiling"
+    with pytest.raises(RunError, match=f"^cpu ran out of memory while it made pictures; {advice}$"):
         run("--prompt", "a")
 
 

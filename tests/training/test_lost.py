@@ -35,6 +35,7 @@ from runs import (
 import train
 from ldm import StableDiffusion
 from ldm.clip import TextEncoder
+from ldm.config import ModelConfig
 from ldm.dreambooth import FullTuning
 from ldm.runtime import Stop, Stopped
 from ldm.training import TrainingState, class_pictures, parse
@@ -341,7 +342,7 @@ def test_a_signal_is_not_taken_for_a_damaged_file(saved, monkeypatch):
         with stop.at_once():
             stop._note(signal.SIGTERM, None)
 
-    monkeypatch.setattr(StableDiffusion, "rehearse", stopped)
+    monkeypatch.setattr(ModelConfig, "check_fits", stopped)
     with pytest.raises(Stopped):
         StableDiffusion.load(saved["official"])
 
