@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import formats, images, samplers
+from ldm import formats, images, samplers, tokens
 from ldm.errors import InputError, RunError, one_line
 from ldm.model import StableDiffusion
 from ldm.runtime import (
@@ -121,6 +121,7 @@ def load(args: Namespace, device: torch.device) -> StableDiffusion:
     source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
     sd = StableDiffusion.load(args.model or TINY / "base", device, cli.DTYPES[args.dtype], **source)
     sd.check_finite()
+    args.tokens = [tokens.add_embedding(sd, path) for path in args.embedding]
     if args.zero_terminal_snr:
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
     if device.type == "cuda":
@@ -183,6 +184,8 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
     }
     if args.init_image is not None:
         how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
+    if args.tokens:
+        how["tokens"] = " ".join(args.tokens)
     return how
 
 
@@ -274,13 +277,15 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         said = formats.picture_text.read_text(args.from_picture)
     except InputError as error:
         raise InputError(f"--from-picture {error}") from None
-    flags = vars(args).keys() - {"prompt", "init_image", "model"}
+    flags = vars(args).keys() - {"prompt", "init_image", "model", "tokens"}
     p.set_defaults(picture=said, **{name: value for name, value in said.items() if name in flags})
     args = p.parse_args(argv)
     if not args.prompt and args.prompts_file is None:
         args.prompt = [said["prompt"]]
     if "init_image" in said and args.init_image is None:
         raise InputError(f"{args.from_picture} was made from a picture {said['init_image']}: give it as --init-image")
+    if "tokens" in said and not args.embedding:
+        raise InputError(f"{args.from_picture} was made with learned tokens {said['tokens']}: give their --embedding")
     return args
 
 
@@ -291,6 +296,14 @@ def parser() -> cli.Parser:
         "--model", help="official .safetensors or .ckpt file or diffusers folder; the embedded tiny model if not given"
     )
     cli.add_source_flags(p)
+    p.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="learned token to add, of this or any other program; repeatable. Its word in a prompt is the name in a "
+        "file of diffusers, and the name of the file itself in those of A1111 and kohya",
+    )
     p.add_argument("--prompt", action="append", default=[], help="text that the picture should show; repeatable")
     p.add_argument("--prompts-file", help="text file with one prompt per line")
     p.add_argument("--negative-prompt", default="", help="text that the picture should not show")

@@ -4,6 +4,8 @@ The attributes spell the Hugging Face names, as the SD1 checkpoint does under `c
 of OpenCLIP in SD2 checkpoints are a table in formats/names.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +17,11 @@ from ldm.config import TextConfig
 class TextEncoder(nn.Module):
     """Token ids (B, L) -> context (B, L, D): a vector for each token, which the UNet is conditioned on."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, learned: Sequence[int] = ()):
+        """learned: how many vectors each learned token has; see `Embeddings`."""
         super().__init__()
         self.config = config
-        self.text_model = TextTransformer(config)
+        self.text_model = TextTransformer(config, learned)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.text_model(ids)
@@ -27,10 +30,10 @@ class TextEncoder(nn.Module):
 class TextTransformer(nn.Module):
     """Embeddings, `layers` blocks and a final norm: ids (B, L) -> (B, L, D)."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, learned: Sequence[int] = ()):
         super().__init__()
         self.checkpointing = False  # as in the UNet
-        self.embeddings = Embeddings(config)
+        self.embeddings = Embeddings(config, learned)
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_layer_norm = nn.LayerNorm(config.width)
@@ -46,16 +49,30 @@ class TextTransformer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """One vector for the token and one for its position, added: ids (B, L) -> (B, L, D)."""
+    """One vector for the token and one for its position, added: ids (B, L) -> (B, L, D).
 
-    def __init__(self, config: TextConfig):
+    learned: a matrix (N, D) for each learned token (ldm/tokens.py). Its N ids follow those of the table and of the
+    matrices before it. They are parameters of their own, so that they can train while the table does not.
+    """
+
+    def __init__(self, config: TextConfig, learned: Sequence[int] = ()):
         super().__init__()
         self.token_embedding = embedding(config.vocab_size, config.width, std=0.02)  # as CLIP was initialised
         self.position_embedding = embedding(config.context_length, config.width, std=0.01)
+        self.learned = nn.ParameterList(nn.Parameter(torch.zeros(count, config.width)) for count in learned)
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.token_embedding(ids) + self.position_embedding(positions)
+        return self.vectors(ids) + self.position_embedding(positions)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """The tokens' vectors: ids (B, L) -> (B, L, D)."""
+        if not len(self.learned):
+            return self.token_embedding(ids)
+        beyond = ids - self.token_embedding.num_embeddings  # from 0 on for learned tokens
+        learned = F.embedding(beyond.clamp(min=0), torch.cat(list(self.learned)))
+        known = self.token_embedding(ids.clamp(max=self.token_embedding.num_embeddings - 1))
+        return torch.where(beyond[..., None] >= 0, learned.to(known.dtype), known)
 
 
 def embedding(rows: int, width: int, std: float) -> nn.Embedding:

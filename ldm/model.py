@@ -32,8 +32,8 @@ class StableDiffusion:
         self.config = config
         self.unet = UNet(config.unet)
         self.vae = Autoencoder(config.vae)
-        self.text_encoder = TextEncoder(config.text)
         self.tokenizer = tokenizer or Tokenizer.clip(config.text.context_length, config.text.pad_id)
+        self.text_encoder = TextEncoder(config.text, self.tokenizer.added.values())
         self.schedule = Schedule(config.schedule)
         self.source: formats.Source | None = None
         self.tiling = False  # decode one picture at a time and in strips, which needs less memory

@@ -6,6 +6,7 @@ end, the 48,894 merges of vocab/clip_merges.txt.gz, start-of-text and end-of-tex
 """
 
 import gzip
+import itertools
 import json
 import os
 import warnings
@@ -32,6 +33,7 @@ WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 
 MAX_PROMPT = 10_000  # letters; a model reads about 300
 MAX_TOKENS = 1 << 20
+MAX_ADDED, MAX_LETTERS = 256, 100  # vectors of all added tokens; letters of one token
 
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # that a damaged tokenizer can raise
 
@@ -41,12 +43,17 @@ class Tokenizer:
 
     A row is start-of-text, the words, end-of-text, then `pad_id` up to `context_length`. Words that do not fit are cut
     off before the end-of-text, with a warning that names them. What the vocabulary cannot spell becomes end-of-text.
-    Raises InputError if vocabulary and merges do not make a tokenizer.
+
+    added: further tokens, and how many ids each becomes. The ids follow the vocabulary's. "[V]" of three vectors is the
+    tokens "[V]", "[V]_1" and "[V]_2" of diffusers and transformers, and a prompt's "[V]" becomes all three.
+    Raises InputError if vocabulary and merges do not make a tokenizer, or a token can't be added.
     """
 
-    FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")  # that `save` writes
+    FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
-    def __init__(self, vocab: Vocab, merges: Merges, context_length: int, pad_id: int):
+    def __init__(
+        self, vocab: Vocab, merges: Merges, context_length: int, pad_id: int, added: dict[str, int] | None = None
+    ):
         _check_types(vocab, context_length)
         if not {BOS, EOS} <= vocab.keys() or pad_id not in vocab.values():
             raise InputError(
@@ -66,11 +73,43 @@ class Tokenizer:
         # A prompt may contain these two. SD2's padding, "!" with id 0, is not special: a prompt's "!" is "!</w>", 256,
         # as in OpenCLIP, which SD2 was trained with (transformers makes it 0, huggingface/diffusers#4153).
         self._bpe.add_special_tokens([AddedToken(token, normalized=True) for token in (BOS, EOS)])
+        self.added: dict[str, int] = {}
+        self._ids: dict[int, list[int]] = {}  # first id of an added token -> its ids
+        for token, count in (added or {}).items():
+            self._add(token, count)
 
     @classmethod
     def clip(cls, context_length: int = 77, pad_id: int = 49407) -> "Tokenizer":
         """CLIP's own vocabulary. SD1 pads with end-of-text, 49407, SD2 with 0."""
         return cls(*clip_vocabulary(), context_length, pad_id)
+
+    def plus(self, token: str, count: int = 1) -> "Tokenizer":
+        """The same tokenizer with one more token, of `count` ids. Raises InputError if there is such a token."""
+        added = {**self.added, token: count}
+        if token in self.added:
+            raise InputError(f"there is a token {token} already; give another name")
+        return Tokenizer(self.vocab, self.merges, self.context_length, self.pad_id, added)
+
+    def added_ids(self) -> Vocab:
+        """The added tokens, one for each id, as diffusers names them."""
+        names = [name for token, count in self.added.items() for name in spelled(token, count)]
+        return {name: len(self.vocab) + i for i, name in enumerate(names)}
+
+    def _add(self, token: str, count: int) -> None:
+        check_token(token)
+        first = len(self.vocab) + len(self.added_ids())
+        if max(self.vocab.values()) >= len(self.vocab):
+            raise InputError("the tokenizer's vocabulary has gaps: no token can be added to it")
+        if type(count) is not int or not 1 <= count <= MAX_ADDED - (first - len(self.vocab)):
+            raise InputError(f"token {token} has {count} vectors; 1 to {MAX_ADDED} are possible for all added tokens")
+        known = self._bpe.get_vocab()
+        for name in spelled(token, count):
+            if {name, name.lower(), f"{name.lower()}</w>"} & known.keys():
+                raise InputError(f"there is a token {name} already; give another name")
+        names = [AddedToken(name, normalized=True) for name in spelled(token, count)]  # as transformers' add_tokens
+        self._bpe.add_tokens(names)
+        self._ids[first] = list(range(first, first + count))
+        self.added[token] = count
 
     def __call__(self, prompts: list[str]) -> Tensor:
         if isinstance(prompts, str):
@@ -81,17 +120,28 @@ class Tokenizer:
             if dropped := self.dropped(prompt):
                 said = f"prompt too long for {self.context_length} tokens, dropped: {dropped}"
                 warnings.warn(one_line(said), stacklevel=2)
-            ids = self._encode(prompt).ids[:room]
+            ids = self.ids(prompt)[:room]
             rows.append([self.bos_id, *ids, self.eos_id] + [self.pad_id] * (room - len(ids)))
         return torch.tensor(rows, dtype=torch.long).view(-1, self.context_length)
 
     def dropped(self, prompt: str) -> str:
         """The end of the prompt that is cut off, from the first word that loses a token; "" if all of it fits."""
         encoding, room = self._encode(prompt), self.context_length - 2
-        if len(encoding) <= room:
+        ends = itertools.accumulate(len(ids) for ids in self._expanded(encoding))
+        lost = next((i for i, end in enumerate(ends) if end > room), None)
+        if lost is None:
             return ""
-        start, _ = encoding.word_to_chars(encoding.token_to_word(room))
+        word = encoding.token_to_word(lost)
+        start, _ = encoding.offsets[lost] if word is None else encoding.word_to_chars(word)
         return prompt[start:].strip()
+
+    def ids(self, words: str) -> list[int]:
+        """The ids of some words, without start, end and padding."""
+        return [id for ids in self._expanded(self._encode(words)) for id in ids]
+
+    def _expanded(self, encoding: tokenizers.Encoding) -> list[list[int]]:
+        """The ids of each token: those of all its vectors for an added one, else one."""
+        return [self._ids.get(id, [id]) for id in encoding.ids]
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         return self._bpe.encode(prompt, add_special_tokens=False)
@@ -113,7 +163,8 @@ class Tokenizer:
                 model = read_json(folder / "tokenizer.json")["model"]
                 vocab, merges = model["vocab"], [_pair(merge) for merge in model["merges"]]
             pad, length = _padding_and_length(folder)
-            return cls(vocab, merges, context_length or length, vocab[pad] if pad_id is None else pad_id)
+            added = _added_tokens(folder, vocab)
+            return cls(vocab, merges, context_length or length, vocab[pad] if pad_id is None else pad_id, added)
         except DAMAGED as error:
             raise InputError(f"{folder}: no readable tokenizer (vocab.json, merges.txt): {error}") from error
 
@@ -125,12 +176,16 @@ class Tokenizer:
         special = dict(bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=tokens[self.pad_id])
         flags = dict(lstrip=False, normalized=True, rstrip=False, single_word=False, special=True)
         added = {str(self.vocab[token]): dict(content=token, **flags) for token in (BOS, EOS)}
+        own = self.added_ids()
+        added |= {str(id): dict(content=token, **flags | {"special": False}) for token, id in own.items()}
         config = dict(added_tokens_decoder=added, model_max_length=self.context_length, tokenizer_class="CLIPTokenizer")
         merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
         (folder / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
         _write_json(folder / "vocab.json", self.vocab)
         _write_json(folder / "tokenizer_config.json", config | special)
         _write_json(folder / "special_tokens_map.json", special)
+        if own:
+            _write_json(folder / "added_tokens.json", own)
 
     def to_metadata(self) -> str:
         """One line of JSON for a safetensors header. CLIP's own vocabulary is named, not written out."""
@@ -138,6 +193,7 @@ class Tokenizer:
         if (self.vocab, self.merges) == clip_vocabulary():
             vocab, merges = "clip", []
         tree = dict(vocab=vocab, merges=merges, context_length=self.context_length, pad_id=self.pad_id)
+        tree |= {"added": self.added} if self.added else {}
         return json.dumps(tree, ensure_ascii=False)
 
     @classmethod
@@ -147,7 +203,7 @@ class Tokenizer:
             tree = parse_json(text, "it")
             known = tree["vocab"] == "clip"
             vocab, merges = clip_vocabulary() if known else (tree["vocab"], [_pair(merge) for merge in tree["merges"]])
-            return cls(vocab, merges, tree["context_length"], tree["pad_id"])
+            return cls(vocab, merges, tree["context_length"], tree["pad_id"], dict(tree.get("added", {})))
         except DAMAGED as error:
             raise InputError(f"the tokenizer in the file's metadata is damaged: {error}") from error
 
@@ -160,6 +216,38 @@ def check_prompt(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError(f"a prompt is no text that can be written as UTF-8: {prompt}") from None
+
+
+def check_token(token: str) -> None:
+    """Raises InputError for a text that can't be a token and a file's name, such as one with a space or a slash."""
+    if not token or len(token) > MAX_LETTERS or not token.isprintable() or set(token) & set(" /\\") or token[0] in ".-":
+        said = one_line(token, MAX_LETTERS)
+        raise InputError(f"{said!r} can't be a token; take one word, such as [V], that no . or - begins")
+
+
+def spelled(token: str, count: int) -> list[str]:
+    """The names of a token's vectors, as in diffusers: "[V]", "[V]_1", "[V]_2"."""
+    return [token, *(f"{token}_{i}" for i in range(1, count))]
+
+
+def _added_tokens(folder: Path, vocab: Vocab) -> dict[str, int]:
+    """The tokens that the files of a tokenizer/ folder add to the vocabulary, and how many ids each has."""
+    paths = [folder / name for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")]
+    whole, config, simple = (read_json(path) if os.path.lexists(path) else {} for path in paths)
+    found = {entry["content"]: entry["id"] for entry in whole.get("added_tokens", [])}
+    found |= {entry["content"]: int(id) for id, entry in config.get("added_tokens_decoder", {}).items()}
+    found = {token: id for token, id in (found | simple).items() if token not in vocab}
+    tokens = sorted(found, key=found.__getitem__)
+    if [found[token] for token in tokens] != list(range(len(vocab), len(vocab) + len(tokens))):
+        raise InputError(f"{folder}: its added tokens, {', '.join(tokens[:3])}, do not follow the vocabulary")
+    added: dict[str, int] = {}
+    for token in tokens:
+        first = next(reversed(added), None)
+        if first is not None and token == f"{first}_{added[first]}":
+            added[first] += 1
+        else:
+            added[token] = 1
+    return added
 
 
 def _check_types(vocab: Vocab, context_length: int) -> None:

@@ -7,6 +7,7 @@
     modelspec      the header entries by which other programs know a model file
     tensors        .safetensors files, pickles and shards by name; writes .safetensors
     checks         what is wrong with a model's tensors, in words
+    embedding      the file of a learned token
     source         `Source`: what a model file or folder holds
     folder_config  the JSON files of a diffusers folder <-> `ModelConfig`
     single         the official single file
@@ -22,14 +23,16 @@ tensor files, `differences`, `not_finite` and `abbreviate` to tell what is wrong
 from ldm.formats import modelspec, picture_text
 from ldm.formats.card import illustrate
 from ldm.formats.checks import abbreviate, differences, not_finite
+from ldm.formats.embedding import kind_of, read_embedding, write_embedding
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
-from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
+from ldm.formats.names import LEARNED, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
 from ldm.formats.source import SAMPLING_KEY, TRAINING_KEY, Source, family
 from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
 
 __all__ = [
     "CHECKPOINT_MODEL",
     "LAYOUTS",
+    "LEARNED",
     "PICKLE_SUFFIXES",
     "SAMPLING_KEY",
     "TEXT_PREFIX",
@@ -42,12 +45,15 @@ __all__ = [
     "differences",
     "family",
     "illustrate",
+    "kind_of",
     "modelspec",
     "not_finite",
     "open_tensors",
     "picture_text",
     "read",
+    "read_embedding",
     "save_tensors",
     "unused_text",
     "write",
+    "write_embedding",
 ]

@@ -1,8 +1,10 @@
 """The diffusers folder: a file for each network, JSON that describes them, and a tokenizer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ldm.errors import InputError
@@ -40,6 +42,7 @@ def read_folder(path: Path, variant: str | None = None) -> Source:
     for key, tensor in open_part(path / "text_encoder", PARTS["text_encoder"], variant)[0].items():
         if not key.endswith("position_ids"):
             tensors[names.TEXT_PREFIX + (key if key.startswith("text_model.") else "text_model." + key)] = tensor
+    _split_table(tensors, tokenizer)
     about = {"metadata": own_metadata(metadata), "prediction_from": "the scheduler's JSON"}
     return Source(config, tokenizer, tensors, layout="diffusers", **about)
 
@@ -51,8 +54,9 @@ def write_folder(path: Path, source: Source) -> list[str]:
     """
     if path.is_file():
         raise InputError(f"{path} is a file, and a diffusers model is a folder; give another name")
-    config, tokenizer = source.config, source.tokenizer
-    tensors, prefixes = dict(source.tensors), (names.UNET_PREFIX, names.VAE_PREFIX, names.TEXT_PREFIX)
+    tokenizer, tensors = source.tokenizer, _whole_table(source)
+    text = replace(source.config.text, vocab_size=len(tensors[names.TABLE]))
+    config, prefixes = replace(source.config, text=text), (names.UNET_PREFIX, names.VAE_PREFIX, names.TEXT_PREFIX)
     unet, vae, text = (names.take_prefixed(tensors, prefix) for prefix in prefixes)
     unet_table, vae_table = names.unet_table(config.unet), names.vae_table(config.vae)
     parts = {
@@ -77,6 +81,24 @@ def write_folder(path: Path, source: Source) -> list[str]:
             save_tensors(file, part_tensors, {"format": "pt"} | source.metadata)
         tokenizer.save(temporary / "tokenizer")
     return sorted([*source.dropped, *source.extra])
+
+
+def _split_table(tensors: Tensors, tokenizer: Tokenizer) -> None:
+    """Moves the table's last rows, of the tokens that the tokenizer adds, into tensors of their own."""
+    table = tensors.get(names.TABLE)
+    if not tokenizer.added or table is None or table.ndim != 2:
+        return
+    tensors[names.TABLE], rest = table[: len(tokenizer.vocab)], table[len(tokenizer.vocab) :]
+    if len(rest) == sum(tokenizer.added.values()):  # else the loader finds that they are missing
+        rows = rest.split(list(tokenizer.added.values()))
+        tensors |= {names.LEARNED.format(i): row for i, row in enumerate(rows)}
+
+
+def _whole_table(source: Source) -> Tensors:
+    """The source's tensors, with those of learned tokens as the last rows of the table."""
+    tensors = dict(source.tensors)
+    learned = [tensors.pop(name) for name in source.learned_names().values()]
+    return tensors | {names.TABLE: torch.cat([tensors[names.TABLE], *learned])} if learned else tensors
 
 
 def _is_matrix(name: str, tensor: Tensor) -> bool:

@@ -73,7 +73,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, Tokenizer]:
             scale_factor=vae.get("scaling_factor", 0.18215),  # files before 2023 do not say it
         ),
         text=TextConfig(
-            vocab_size=text["vocab_size"],
+            vocab_size=text["vocab_size"] - sum(tokenizer.added.values()),
             context_length=text["max_position_embeddings"],
             width=text["hidden_size"],
             mlp_width=text["intermediate_size"],

@@ -17,6 +17,12 @@ Table = dict[str, str]
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 OPENCLIP_PREFIX = "cond_stage_model.model."  # the text encoder in SD2's files
 
+TABLE = TEXT_PREFIX + "text_model.embeddings.token_embedding.weight"
+# The vectors of the i-th learned token. Single files name them by the token, as other programs do that put embeddings
+# into another file (A1111, OneTrainer); the table of a diffusers folder holds them as its last rows.
+LEARNED = TEXT_PREFIX + "text_model.embeddings.learned.{}"
+BUNDLED = "bundle_emb.{}.string_to_param.*"
+
 EMA_PREFIX = "model_ema."  # averages of the UNet in a full training checkpoint: never written
 
 # diffusers has had two schemes for the autoencoder's attention: the older one -> today's

@@ -1,8 +1,8 @@
 """How a picture was made <-> the text in its PNG file, as A1111's web UI writes it and as ours.
 
-The facts are a dictionary whose keys are the flags of sample.py, and width, height, model, model_name, model_hash,
-batch_size and batch_row. A file holds them twice: exactly, each under "ldm." and its name, and under "parameters" in
-the form that A1111, ComfyUI, Forge, Civitai and others show:
+The facts are a dictionary whose keys are the flags of sample.py, and tokens (the learned ones), model, model_name,
+model_hash, batch_size and batch_row. A file holds them twice: exactly, each under "ldm." and its name, and under
+"parameters" in the form that A1111, ComfyUI, Forge, Civitai and others show:
 
     a photo of sks dog
     Negative prompt: fog
@@ -200,9 +200,10 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+TEXTS = ("prompt", "negative_prompt", "sampler", "init_image", "tokens", "model", "model_name", "model_hash")
 # How a fact is read from its text. A parser raises ValueError, whose message says what the text should be.
 PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "sampler", "init_image", "model", "model_name", "model_hash"), str),
+    **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(("seed", "steps", "width", "height", "batch_row"), _whole),
     "batch_size": _positive,
     **dict.fromkeys(("guidance_scale", "guidance_rescale", "eta", "strength"), _number),

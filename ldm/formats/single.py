@@ -54,7 +54,9 @@ def read_single(path: Path, ema: bool = False, prediction: str | None = None) ->
         text = names.from_openclip(names.take_prefixed(tensors, names.OPENCLIP_PREFIX), config.text)
         tensors |= {names.TEXT_PREFIX + key: tensor for key, tensor in text.items()}
     about = {"metadata": own_metadata(metadata), "has_ema": has_ema, "prediction_from": prediction_from}
-    return Source(config, tokenizer, tensors, extra, dropped, **about)
+    source = Source(config, tokenizer, tensors, extra, dropped, **about)
+    tensors |= {own: tensors.pop(name) for name, own in source.learned_names().items() if name in tensors}
+    return source
 
 
 def _complete_text_names(tensors: Tensors) -> None:

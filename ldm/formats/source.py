@@ -67,11 +67,18 @@ class Source:
 
     def official_tensors(self) -> Tensors:
         """The three networks as an official file of the family names and shapes them."""
-        if not self.config.text.openclip:
-            return self.tensors
         tensors = dict(self.tensors)
+        for official, own in self.learned_names().items():
+            if own in tensors:
+                tensors[official] = tensors.pop(own)
+        if not self.config.text.openclip:
+            return tensors
         text = names.to_openclip(names.take_prefixed(tensors, names.TEXT_PREFIX), self.config.text)
         return tensors | {names.OPENCLIP_PREFIX + key: tensor for key, tensor in text.items()}
+
+    def learned_names(self) -> dict[str, str]:
+        """The tensors of learned tokens: name in an official file -> name in `tensors`."""
+        return {names.BUNDLED.format(token): names.LEARNED.format(i) for i, token in enumerate(self.tokenizer.added)}
 
     def title(self) -> str:
         """A name for people: that of its file or folder, or else its family's."""
