@@ -18,9 +18,11 @@ from ldm.formats import (
     read,
     save_tensors,
     unused_text,
+    write_embedding,
 )
 from ldm.model import StableDiffusion
 from ldm.runtime import replacing
+from ldm.tokens import LearnedToken
 
 Prompts = tuple[str, ...]
 TRAIN_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,10 +87,16 @@ class Trainable(nn.Module):
 
     weights_file = "trained.safetensors"  # name of the file that `save` writes in a checkpoint folder
 
-    def __init__(self, sd: StableDiffusion, settings: Any, trained: dict[str, nn.Parameter]):
-        """settings: those of the run, `ldm.training.Settings`."""
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        settings: Any,
+        trained: dict[str, nn.Parameter],
+        token: LearnedToken | None = None,
+    ):
+        """settings: those of the run, `ldm.training.Settings`. token: a learned token that is among what trains."""
         super().__init__()
-        self.sd, self.trained = sd, trained
+        self.sd, self.trained, self.token = sd, trained, token
         for parameter in sd.parameters().values():
             parameter.requires_grad_(False)
         for parameter in trained.values():
@@ -161,6 +169,11 @@ class Trainable(nn.Module):
         params = list(self.trained.values())
         return [{"name": "trained", "params": params, "lr": settings.learning_rate, "stop": None}]
 
+    def after_update(self) -> None:
+        """Called after each update of the parameters."""
+        if self.token is not None and self.token.vectors.requires_grad:
+            self.token.keep_norm()
+
     def named_parameters_saved(self) -> dict[str, nn.Parameter]:
         """The parameters that a checkpoint holds, by name."""
         return self.trained
@@ -209,13 +222,15 @@ class FullTuning(Trainable):
 
     weights_file = CHECKPOINT_MODEL  # a whole model, so that sample.py takes a checkpoint folder as --model
 
-    def __init__(self, sd: StableDiffusion, settings: Any):
+    def __init__(self, sd: StableDiffusion, settings: Any, token: LearnedToken | None = None):
+        """token: one to train too."""
         networks = (UNET_PREFIX, TEXT_PREFIX) if settings.train_text_encoder else (UNET_PREFIX,)
-        super().__init__(sd, settings, {n: p for n, p in sd.parameters().items() if n.startswith(networks)})
+        trained = {n: p for n, p in sd.parameters().items() if n.startswith(networks)}
+        super().__init__(sd, settings, trained | ({token.name: token.vectors} if token else {}), token)
 
     def parameter_groups(self, settings: Any) -> list[dict[str, Any]]:
         unet, text = (
-            [parameter for name, parameter in self.trained.items() if name.startswith(prefix)]
+            [p for name, p in self.trained.items() if name.startswith(prefix) and not self._is_token(p)]
             for prefix in (UNET_PREFIX, TEXT_PREFIX)
         )
         rate = settings.learning_rate
@@ -223,7 +238,12 @@ class FullTuning(Trainable):
         if text:
             rate, stop = settings.text_encoder_learning_rate or rate, settings.text_encoder_stop_step
             groups.append({"name": "text encoder", "params": text, "lr": rate, "stop": stop})
+        if self.token is not None:
+            groups.append(self.token.group(settings, settings.text_encoder_stop_step))
         return groups
+
+    def _is_token(self, parameter: nn.Parameter) -> bool:
+        return self.token is not None and parameter is self.token.vectors
 
     def bytes_saved(self) -> int:
         extra = self.sd.source.extra.values() if self.sd.source is not None else ()
@@ -244,6 +264,8 @@ class FullTuning(Trainable):
         return folder / RESULTS[settings.layout]
 
     def result(self, path: Path, settings: Any, metadata: dict[str, str]) -> list[str]:
+        if self.token is not None:  # beside the model: for programs that know the token only by its file
+            write_embedding(path.with_name(self.token.file), self.token.token, self.token.vectors, metadata)
         return self.sd.save(path, settings.layout, metadata=metadata)
 
 

@@ -28,6 +28,11 @@ class LearnedToken:
     vectors: nn.Parameter  # (N, D)
     norms: Tensor
 
+    @property
+    def file(self) -> str:
+        """The name of its file: the token's own, from which A1111 and ComfyUI take it."""
+        return f"{self.token}.safetensors"
+
     def group(self, settings: Any, stop: int | None = None) -> dict[str, Any]:
         """The optimizer's group; see `Trainable.parameter_groups`."""
         return {"name": "token", "params": [self.vectors], "lr": settings.token_learning_rate, "stop": stop}

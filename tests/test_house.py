@@ -20,8 +20,8 @@ WINGS = {
     "runtime": "streams cli files reading memory graphs compiling threads signals progress processes",
     "formats": "names archive unpickle ckpt modelspec tensors checks embedding source folder_config single card folder "
     "layouts picture_text",
-    "training": "precision numbers ema optimizer piecewise tracking settings options state content checkpoint "
-    "continuity claim log saver run latents batches class_pictures validation ledger memory",
+    "training": "precision numbers ema optimizer piecewise tracking settings token_tuning tuning options state "
+    "content checkpoint continuity claim log saver run latents batches class_pictures validation ledger memory",
 }
 
 

@@ -6,6 +6,8 @@ latents         encodes the pictures once
 batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
+tuning          which parameters train: the choice that the settings make
+token_tuning    the vectors of a learned token alone
 optimizer, ema  AdamW and its learning rate; the average of the weights
 piecewise       small memory: weights in bf16, updates inside the backward pass
 state           everything that changes during training
@@ -31,6 +33,8 @@ from ldm.training.precision import set_exactness
 from ldm.training.run import Run
 from ldm.training.settings import Settings
 from ldm.training.state import TrainingState
+from ldm.training.token_tuning import TokenTuning
+from ldm.training.tuning import tuning_of
 from ldm.training.validation import make_comparison, make_sheet, sheet_path
 
 __all__ = [
@@ -42,6 +46,7 @@ __all__ = [
     "Rows",
     "Run",
     "Settings",
+    "TokenTuning",
     "TrainingState",
     "encode",
     "encode_pictures",
@@ -53,4 +58,5 @@ __all__ = [
     "set_exactness",
     "sheet_path",
     "tell_memory",
+    "tuning_of",
 ]

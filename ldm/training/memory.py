@@ -88,7 +88,7 @@ class Twin(StableDiffusion):
 
     def __init__(self, sd: StableDiffusion):
         with torch.device("meta"):
-            super().__init__(sd.config, sd.tokenizer)
+            super().__init__(sd.config, sd.source.tokenizer if sd.source else sd.tokenizer)  # `tuning` adds its token
         self.source = sd.source
         self.originals: list[Tensor] = []  # weights from before a cast, which stay on the CPU
         for module in self.unet.modules():

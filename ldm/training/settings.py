@@ -106,6 +106,17 @@ class Settings:
         None, "learning rate of the text encoder; the UNet's if not given", type=float
     )
     text_encoder_stop_step: int | None = setting(None, "freeze the text encoder after this step", type=cli.positive)
+    placeholder_token: str | None = setting(
+        None, 'new token that the prompts name the subject by, "[V]"; it is trained, and saved also by itself'
+    )
+    initializer_token: str | None = setting(None, "known word or words whose vectors the new token begins with")
+    num_vectors: int | None = setting(
+        None, "vectors of the new token; as many as the initializer has if not given", type=cli.positive
+    )
+    token_learning_rate: float = setting(5e-3, "learning rate of the new token's vectors")
+    train: str = setting(
+        "all", "what trains; token: only the new token's vectors, without class pictures", choices=("all", "token")
+    )
     max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it; 0: any")
     snr_gamma: float | None = setting(None, "min-SNR weighting of the loss; 5 is usual", type=float)
     use_ema: bool = setting(False, "save the average of the weights instead of the last ones")
@@ -154,6 +165,10 @@ class Settings:
     )
     device: str | None = setting(None, "cuda, cpu, ...; if not given, cuda if available, else cpu", may_change=True)
 
+    def __post_init__(self):
+        if self.train == "token":  # the prior term has no gradient then: see `TokenTuning`
+            object.__setattr__(self, "with_prior_preservation", False)
+
     @property
     def predicts_prior(self) -> bool:
         """Whether the base model's own prediction is the target of the prior term."""
@@ -182,7 +197,7 @@ class Settings:
         folders = [Path(folder).resolve() for folder in (self.class_data_dir, self.instance_data_dir) if folder]
         if self.with_prior_preservation and len(set(folders)) < len(folders):
             return f"--class-data-dir {self.class_data_dir} is --instance-data-dir too; give class pictures their own"
-        for name in ("learning_rate", "text_encoder_learning_rate", "snr_gamma"):
+        for name in ("learning_rate", "text_encoder_learning_rate", "token_learning_rate", "snr_gamma"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 return f"--{name.replace('_', '-')} {value} is not a positive number"

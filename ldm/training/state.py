@@ -104,6 +104,7 @@ class TrainingState:
             self.optimizer.found_inf = numbers.found_inf
         if not self.skipped:
             scaler.step(self.optimizer)
+            self.trainable.after_update()
         scaler.update()
         self.taken += 1
         self.overflows = self.overflows + 1 if self.skipped else 0
