@@ -113,7 +113,7 @@ class Settings:
     num_vectors: int | None = setting(
         None, "vectors of the new token; as many as the initializer has if not given", type=cli.positive
     )
-    token_learning_rate: float = setting(5e-3, "learning rate of the new token's vectors")
+    token_learning_rate: float = setting(2e-3, "learning rate of the new token's vectors")
     train: str = setting(
         "all", "what trains; token: only the new token's vectors, without class pictures", choices=("all", "token")
     )

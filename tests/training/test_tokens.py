@@ -46,7 +46,7 @@ def test_only_the_new_vectors_get_a_gradient(saved):
     assert [p for p in sd.parameters().values() if p.grad is not None] == [tuning.token.vectors]
     assert tuning.token.vectors.grad.abs().min(1).values.min() > 0
     (group,) = tuning.parameter_groups(Settings())
-    assert group["params"] == [tuning.token.vectors] and group["lr"] == 5e-3
+    assert group["params"] == [tuning.token.vectors] and group["lr"] == 2e-3
 
 
 def test_the_gradient_is_that_of_the_table_s_rows(saved):
