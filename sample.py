@@ -123,9 +123,7 @@ def load(args: Namespace, device: torch.device) -> StableDiffusion:
     sd.check_finite()
     if args.zero_terminal_snr:
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
-    if device.type == "cuda":
-        for network in (sd.unet, sd.vae):
-            network.to(memory_format=torch.channels_last)  # in which a GPU computes convolutions
+    sd.prefer_device_layout()
     if args.compile:
         compile_blocks(sd.unet, ResBlock, TransformerBlock)
     sd.tiling = args.vae_tiling

@@ -120,6 +120,7 @@ def load(run: Run) -> StableDiffusion:
     settings = run.settings
     source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
     sd = StableDiffusion.load(settings.model, run.world.device, **source, mapped=False)
+    sd.prefer_device_layout()
     sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.check_steps(settings.sample_steps)
     if run.world.main:

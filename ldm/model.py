@@ -106,6 +106,12 @@ class StableDiffusion:
             return self._snapshot(None).fingerprint()
         return formats.read(self.source.path, **self.source.options).fingerprint()
 
+    def prefer_device_layout(self) -> None:
+        """Stores the convolutions' weights in the order in which a GPU computes; their values and names stay."""
+        if self.device.type == "cuda":
+            for network in (self.unet, self.vae):
+                network.to(memory_format=torch.channels_last)
+
     # Encode
 
     @property

@@ -121,6 +121,9 @@ class Settings:
         False, "less memory, a third more time: activations are computed twice", may_change=True
     )
     use_8bit_adam: bool = setting(False, "AdamW with 8-bit moments; needs the bitsandbytes extra")
+    compile: bool = setting(
+        False, "compile the networks block by block: faster steps after some minutes; needs a C++ compiler"
+    )
     allow_tf32: bool = setting(False, "faster, coarser fp32 matrix products on NVIDIA GPUs")
     deterministic: bool = setting(False, "the same bits each time on a GPU too; slower")
     checkpointing_steps: int = setting(500, "number of steps between checkpoints", type=cli.positive, may_change=True)
