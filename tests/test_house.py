@@ -14,11 +14,12 @@ LDM = ROOT / "ldm"
 
 # In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae unet schedule samplers guidance images
-formats model dreambooth training __main__""".split()
+formats lora model dreambooth training __main__""".split()
 
 WINGS = {
     "runtime": "streams cli files reading memory threads signals progress processes",
-    "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts",
+    "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts lora_names "
+    "lora_file",
     "training": "precision ema optimizer tracking settings options state content checkpoint continuity claim log saver "
     "run latents batches class_pictures validation",
 }
