@@ -15,6 +15,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from ldm import images, samplers
 from ldm.errors import InputError, RunError
+from ldm.formats import Adapter
 from ldm.model import StableDiffusion
 from ldm.runtime import (
     Stop,
@@ -78,7 +80,8 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
     """Makes all pictures; every process its share. Raises Stopped when a signal comes, with no picture half-written."""
     with world.agreed(), stop.at_once():
         sd = load(args, world.device)
-        from_run = fill_in(args, sd)
+        adapters = [sd.apply_lora(path, scale) for path, scale in args.lora]
+        from_run = fill_in(args, sd, adapters)
         if args.grid:
             images.check_sheet(len(prompts), args.num_images, args.width, args.height)
         init_image = load_init_image(args, sd)
@@ -116,8 +119,9 @@ def load(args: Namespace, device: torch.device) -> StableDiffusion:
     return sd
 
 
-def fill_in(args: Namespace, sd: StableDiffusion) -> list[str]:
-    """Fills in the flags that were not given: as in the model's training run if it is known, else the usual values.
+def fill_in(args: Namespace, sd: StableDiffusion, adapters: Sequence[Adapter]) -> list[str]:
+    """Fills in the flags that were not given: as in the training run of the model, or of its first LoRA that says it,
+    else the usual values.
 
     Returns what was taken from the training run, in words. Raises InputError for values that do not suit the model.
     """
@@ -125,7 +129,8 @@ def fill_in(args: Namespace, sd: StableDiffusion) -> list[str]:
     if args.model is None:  # the embedded model is best at other values
         tiny = read_toml(TINY / "train.toml")
         values |= {"steps": tiny["sample_steps"], "guidance_scale": tiny["guidance_scale"]}
-    run, from_run = sd.source.sampling(), []
+    sources = [sd.source, *(replace(sd.source, metadata=adapter.metadata, path=adapter.path) for adapter in adapters)]
+    run, from_run = next(filter(None, (source.sampling() for source in sources)), {}), []
     words = {"sampler": "{}", "steps": "{} steps", "guidance_scale": "guidance {}", "resolution": "{} px"}
     for name, value in (values | run).items():
         flags = ("height", "width") if name == "resolution" else (name,)
@@ -161,6 +166,8 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
         "zero_terminal_snr": sd.config.schedule.zero_terminal_snr,
         "model": sd.source_fingerprint(),
     }
+    if args.lora:
+        how["lora"] = ", ".join(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)
     if args.init_image is not None:
         how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
     return how
@@ -223,6 +230,14 @@ def parser() -> cli.Parser:
         "--model", help="official .safetensors or .ckpt file or diffusers folder; the embedded tiny model if not given"
     )
     cli.add_source_flags(p)
+    p.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=cli.scaled_path,
+        metavar="FILE[:SCALE]",
+        help="LoRA to apply, of this or any other program, and how much of it, 1 if not given; repeatable",
+    )
     p.add_argument("--prompt", action="append", default=[], help="text that the picture should show; repeatable")
     p.add_argument("--prompts-file", help="text file with one prompt per line")
     p.add_argument("--negative-prompt", default="", help="text that the picture should not show")

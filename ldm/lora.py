@@ -174,17 +174,18 @@ def extract(changes: dict[str, Tensor], rank: int | None, energy: float) -> tupl
     """
     pairs, kept, total = {}, 0.0, 0.0
     for name, change in changes.items():
+        if not change.any():
+            continue
         matrix = change.double().flatten(1)  # (out, in)
-        values, vectors = torch.linalg.eigh(matrix.T @ matrix)  # ascending; the squares of the singular values
-        values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
-        whole = values.sum()
-        if whole > 0:
-            enough = int((values.cumsum(0) < energy * whole).sum()) + 1
-            count = min(rank or enough, *matrix.shape)
-            down = vectors[:, :count].T  # (rank, in)
-            up = (matrix @ down.T).view(-1, count, *[1] * (change.ndim - 2))
-            pairs[name] = down.reshape(count, *change.shape[1:]).float(), up.float()
-            kept, total = kept + values[:count].sum().item(), total + whole.item()
+        is_wide = matrix.shape[0] < matrix.shape[1]
+        values, vectors = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)
+        values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)  # squares of the singular values, largest first
+        count = rank or int((values.cumsum(0) < energy * values.sum()).sum()) + 1
+        best = vectors[:, : min(count, len(values))]  # singular vectors: left ones if wide, else right ones
+        down, up = (best.T @ matrix, best) if is_wide else (best.T, matrix @ best)
+        up = up.view(*up.shape, *[1] * (change.ndim - 2))
+        pairs[name] = down.reshape(-1, *change.shape[1:]).float(), up.float()
+        kept, total = kept + values[: len(down)].sum().item(), total + values.sum().item()
     if not pairs:
         raise InputError("no weight that a LoRA can hold differs between the two models")
     # Programs expect one alpha for all pairs, so `up` makes up for the pairs of other ranks.

@@ -20,8 +20,8 @@ WINGS = {
     "runtime": "streams cli files reading memory threads signals progress processes",
     "formats": "names archive unpickle ckpt tensors checks source folder_config single folder layouts lora_names "
     "lora_file",
-    "training": "precision ema optimizer tracking settings options state content checkpoint continuity claim log saver "
-    "run latents batches class_pictures validation",
+    "training": "precision ema optimizer tracking settings tuning options state content checkpoint continuity claim "
+    "log saver run latents batches class_pictures validation",
 }
 
 

@@ -22,7 +22,7 @@ wrong with tensors, and the constants.
 from ldm.formats.checks import abbreviate, differences, not_finite
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
 from ldm.formats.lora_file import MAX_RANK, Adapter, Pair, kohya_metadata, read_lora, write_lora
-from ldm.formats.lora_names import official_to_kohya
+from ldm.formats.lora_names import LORA_TEXT, LORA_UNET, official_to_kohya
 from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
 from ldm.formats.source import SAMPLING_KEY, Source, family
 from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
@@ -30,6 +30,8 @@ from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_ten
 __all__ = [
     "CHECKPOINT_MODEL",
     "LAYOUTS",
+    "LORA_TEXT",
+    "LORA_UNET",
     "MAX_RANK",
     "PICKLE_SUFFIXES",
     "SAMPLING_KEY",

@@ -16,7 +16,7 @@ from functools import lru_cache
 from ldm.config import MAX_COUNTS, MAX_LEVELS, UNetConfig
 from ldm.formats.names import TEXT_PREFIX, UNET_PREFIX, Table, invert, rename, unet_table
 
-UNET, TEXT = "lora_unet_", "lora_te_"  # how kohya's module names begin
+LORA_UNET, LORA_TEXT = "lora_unet_", "lora_te_"  # how kohya's module names begin
 
 # A UNet that has every module that one within the limits can have: diffusers' names do not depend on anything else.
 LARGEST = UNetConfig(channels=(1,) * MAX_LEVELS, attention=(True,) * MAX_LEVELS, blocks=MAX_COUNTS["blocks"])
@@ -80,7 +80,7 @@ def _diffusers_names() -> Table:
             names.append(f"unet.{module}")
     blocks = [f"text_encoder.text_model.encoder.layers.{i}" for i in range(MAX_COUNTS["layers"])]
     names += [f"{block}.{part}" for block in blocks for part in TEXT_BLOCK]
-    begin = {"unet": UNET, "text_encoder": TEXT}
+    begin = {"unet": LORA_UNET, "text_encoder": LORA_TEXT}
     return {
         begin[head] + rest.replace(".", "_"): f"{head}.{rest}" for head, _, rest in (n.partition(".") for n in names)
     }
@@ -95,9 +95,9 @@ def _schemes(config: UNetConfig) -> Table:
         written = [kohya, name, inner]
         if network == "unet":
             if ours := rename(inner, official):
-                written += [UNET_PREFIX + ours, "diffusion_model." + ours, UNET + ours.replace(".", "_")]
+                written += [UNET_PREFIX + ours, "diffusion_model." + ours, LORA_UNET + ours.replace(".", "_")]
         else:
             short = inner.removeprefix("text_model.")  # transformers 5 has dropped this level
-            written += [short, f"text_encoder.{short}", TEXT_PREFIX + inner, kohya.replace(TEXT, "lora_te1_", 1)]
+            written += [short, f"text_encoder.{short}", TEXT_PREFIX + inner, kohya.replace(LORA_TEXT, "lora_te1_", 1)]
         table |= dict.fromkeys(written, kohya)
     return table

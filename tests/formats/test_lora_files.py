@@ -197,7 +197,7 @@ BAD = {
     "alpha twice": (GOOD | {ALPHA: torch.ones(2)}, r"alpha of .* is \(2,\), and should be one number"),
     "whole numbers": (GOOD | {UP: torch.ones(128, 2, dtype=torch.int8)}, "holds torch.int8"),
     "dora": (GOOD | {f"{NAME}.dora_scale": torch.ones(1)}, f"{NAME}.dora_scale is no part of a LoRA"),
-    "twice": (GOOD | {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora.up.weight": GOOD[UP] * 2}, "twice"),
+    "twice": (GOOD | {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora.up.weight": GOOD[UP] * 2}, "twice"),
     "a model": ({"model.diffusion_model.out.2.bias": torch.ones(4)}, "out.2.bias is no part of a LoRA"),
     "nothing": ({}, "holds no LoRA"),
 }  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 import torch
 from runs import (
     LATEST,
+    LORA,
     SMALL,
     check_same,
     checkpoints,
@@ -35,9 +36,9 @@ from ldm.training import checkpoint
 PLAIN = ("--no-with-prior-preservation", "--no-train-text-encoder")
 
 
-@pytest.fixture
-def base(saved, photographs) -> tuple:
-    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+@pytest.fixture(params=[(), pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
+def base(request, saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, *request.param)
 
 
 def logged(run: Path) -> int:
