@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldm.dreambooth import FullTuning, Prompts, Trainable
-from ldm.formats import LORA_TEXT, LORA_UNET, Adapter, Tensors, kohya_metadata, write_lora
+from ldm.formats import LORA_TEXT, LORA_UNET, Adapter, Tensors, kohya_metadata, not_finite, write_lora
 from ldm.lora import LoRA, attach, chosen
 from ldm.model import StableDiffusion
 from ldm.training.settings import Settings
@@ -61,18 +61,24 @@ class LoRATuning(Trainable):
         """The LoRA as it is now, on the CPU."""
         return Adapter({name: lora.pair() for name, lora in self.adapters.items()})
 
-    def save(self, path: Path, metadata: dict[str, str], **names: str) -> list[str]:
-        """Writes the LoRA under kohya's names. names: other entries of kohya's metadata."""
-        adapter = self.adapter()
-        names = {"sd_model_name": self.base_name} | names
-        write_lora(path, adapter.tensors(), metadata | kohya_metadata(self.sd.config, adapter, **names))
+    def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
+        self._write(path, metadata, self.adapter())
         return []
+
+    def _write(self, path: Path, metadata: dict[str, str], adapter: Adapter, **names: str) -> None:
+        """names: more entries of kohya's metadata."""
+        about = kohya_metadata(self.sd.config, adapter, sd_model_name=self.base_name, **names)
+        write_lora(path, adapter.tensors(), metadata | about)
 
     def expected(self) -> Tensors:
         return self.adapter().tensors()
 
     def result(self, path: Path, settings: Settings, metadata: dict[str, str]) -> list[str]:
-        return self.save(path, metadata, output_name=path.parent.name)
+        """Writes the LoRA in fp16, half the size of a checkpoint's; in fp32 if a number is too large for fp16."""
+        half = self.adapter().to(torch.float16)
+        adapter = self.adapter() if not_finite(half.tensors()) else half
+        self._write(path, metadata, adapter, output_name=path.parent.name)
+        return []
 
 
 def tuning_of(sd: StableDiffusion, settings: Settings) -> Trainable:
