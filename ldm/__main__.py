@@ -148,6 +148,8 @@ def convert(args: Namespace) -> None:
         adapter = sd.merge_lora(path, scale)
         metadata = {key: text for key, text in adapter.metadata.items() if key == formats.SAMPLING_KEY} | metadata
         print(f"added {scale:g} x {path}: {len(adapter.pairs)} modules")
+    if args.lora and (bad := formats.not_finite(sd.state())):
+        raise InputError(f"{bad[0]} becomes too large for its type with the LoRA; take a lower scale")
     with written(output):
         left_out = sd.save(output, layout, cli.DTYPES[args.dtype] if args.dtype else None, metadata)
     print(f"wrote {output}")

@@ -58,7 +58,7 @@ class LoRATuning(Trainable):
         return groups
 
     def adapter(self) -> Adapter:
-        """The LoRA as it is now, on the CPU."""
+        """The LoRA as it is now."""
         return Adapter({name: lora.pair() for name, lora in self.adapters.items()})
 
     def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
