@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ldm import images, training
-from ldm.dreambooth import Batch, FullTuning, Losses, Trainable, dreambooth_loss, min_snr_weight
+from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, min_snr_weight
 from ldm.formats import abbreviate, illustrate
 from ldm.images import Picture
 from ldm.model import StableDiffusion
@@ -31,9 +31,9 @@ TINY = Path(__file__).resolve().parent / "weights" / "tiny" / "train.toml"
 
 
 def main(
-    argv: Sequence[str] | None = None, tuning: Callable[[StableDiffusion, Settings], Trainable] = FullTuning
+    argv: Sequence[str] | None = None, tuning: Callable[[StableDiffusion, Settings], Trainable] = training.tuning_of
 ) -> None:
-    """tuning: what trains; see `Trainable`."""
+    """tuning: what trains; see `Trainable`. The settings decide between the whole networks and a LoRA."""
     settings = training.parse(argv, TINY)
     world = processes.start(settings.device)
     training.set_exactness(settings.allow_tf32, settings.deterministic)

@@ -14,13 +14,13 @@ LDM = ROOT / "ldm"
 
 # In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae tiling unet schedule samplers guidance images
-formats model dreambooth training __main__""".split()
+formats lora model dreambooth training __main__""".split()
 
 WINGS = {
     "runtime": "streams cli files reading memory graphs compiling threads signals progress processes",
     "formats": "names archive unpickle ckpt modelspec tensors checks source folder_config single card folder layouts "
-    "picture_text",
-    "training": "precision numbers ema optimizer piecewise tracking settings options state content checkpoint "
+    "picture_text lora_names lora_file",
+    "training": "precision numbers ema optimizer piecewise tracking settings tuning options state content checkpoint "
     "continuity claim log saver run latents batches class_pictures validation ledger memory",
 }
 

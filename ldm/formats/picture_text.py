@@ -202,7 +202,9 @@ def _one_of(*words: str) -> Callable[[str], str]:
 
 # How a fact is read from its text. A parser raises ValueError, whose message says what the text should be.
 PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "sampler", "init_image", "model", "model_name", "model_hash"), str),
+    **dict.fromkeys(
+        ("prompt", "negative_prompt", "sampler", "init_image", "lora", "model", "model_name", "model_hash"), str
+    ),
     **dict.fromkeys(("seed", "steps", "width", "height", "batch_row"), _whole),
     "batch_size": _positive,
     **dict.fromkeys(("guidance_scale", "guidance_rescale", "eta", "strength"), _number),

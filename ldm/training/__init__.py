@@ -6,6 +6,7 @@ latents         encodes the pictures once
 batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
+tuning          which parameters train: a LoRA, or the whole networks
 optimizer, ema  AdamW and its learning rate; the average of the weights
 piecewise       small memory: weights in bf16, updates inside the backward pass
 state           everything that changes during training
@@ -31,6 +32,7 @@ from ldm.training.precision import set_exactness
 from ldm.training.run import Run
 from ldm.training.settings import Settings
 from ldm.training.state import TrainingState
+from ldm.training.tuning import LoRATuning, tuning_of
 from ldm.training.validation import make_comparison, make_sheet, sheet_path
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "CropDraws",
     "LatentDraws",
     "Memory",
+    "LoRATuning",
     "Rows",
     "Run",
     "Settings",
@@ -53,4 +56,5 @@ __all__ = [
     "set_exactness",
     "sheet_path",
     "tell_memory",
+    "tuning_of",
 ]
