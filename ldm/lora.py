@@ -74,9 +74,8 @@ class LoRA(nn.Module):
         return self
 
     def pair(self) -> Pair:
-        """The weights on the CPU, for a file."""
-        down, up = (part.weight.detach().cpu() for part in (self.lora_down, self.lora_up))
-        return Pair(down, up, self.alpha)
+        """The weights, detached, for a file."""
+        return Pair(self.lora_down.weight.detach(), self.lora_up.weight.detach(), self.alpha)
 
 
 def attach(layer: Layer, lora: LoRA, scale: float = 1.0) -> RemovableHandle:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def tiny() -> StableDiffusion:
     return StableDiffusion.load(TINY)
 
 
+@lru_cache
 def on_meta(config) -> StableDiffusion:
     with torch.device("meta"):
         return StableDiffusion(config)
