@@ -16,6 +16,7 @@ import re
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from ldm import formats, images, samplers, tokens
 from ldm.errors import InputError, RunError, one_line
+from ldm.formats import Adapter
 from ldm.model import StableDiffusion
 from ldm.runtime import (
     Stop,
@@ -86,7 +88,8 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
     """Makes all pictures; every process its share. Raises Stopped when a signal comes, with no picture half-written."""
     with world.agreed(), stop.at_once():
         sd = load(args, world.device)
-        from_run = fill_in(args, sd)
+        adapters = [sd.apply_lora(path, scale) for path, scale in args.lora]
+        from_run = fill_in(args, sd, adapters)
         if args.grid:
             images.check_sheet(len(prompts), args.num_images, args.width, args.height)
         init_image = load_init_image(args, sd)
@@ -124,17 +127,16 @@ def load(args: Namespace, device: torch.device) -> StableDiffusion:
     args.tokens = [tokens.add_embedding(sd, path) for path in args.embedding]
     if args.zero_terminal_snr:
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
-    if device.type == "cuda":
-        for network in (sd.unet, sd.vae):
-            network.to(memory_format=torch.channels_last)  # in which a GPU computes convolutions
+    sd.prefer_device_layout()
     if args.compile:
         compile_blocks(sd.unet, ResBlock, TransformerBlock)
     sd.tiling = args.vae_tiling
     return sd
 
 
-def fill_in(args: Namespace, sd: StableDiffusion) -> list[str]:
-    """Fills in the flags that were not given: as in the model's training run if it is known, else the usual values.
+def fill_in(args: Namespace, sd: StableDiffusion, adapters: Sequence[Adapter]) -> list[str]:
+    """Fills in the flags that were not given: as in the training run of the model, or of its first LoRA that says it,
+    else the usual values.
 
     Returns what was taken from the training run, in words. Raises InputError for values that do not suit the model.
     """
@@ -142,7 +144,8 @@ def fill_in(args: Namespace, sd: StableDiffusion) -> list[str]:
     if args.model is None:  # the embedded model is best at other values
         tiny = read_toml(TINY / "train.toml")
         values |= {"steps": tiny["sample_steps"], "guidance_scale": tiny["guidance_scale"]}
-    run, from_run = sd.source.sampling(), []
+    sources = [sd.source, *(replace(sd.source, metadata=adapter.metadata, path=adapter.path) for adapter in adapters)]
+    run, from_run = next(filter(None, (source.sampling() for source in sources)), {}), []
     words = {"sampler": "{}", "steps": "{} steps", "guidance_scale": "guidance {}", "resolution": "{} px"}
     for name, value in (values | run).items():
         flags = ("height", "width") if name == "resolution" else (name,)
@@ -182,6 +185,8 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
         "model_name": sd.source.title(),
         "model_hash": sd.source.file_hash(),
     }
+    if args.lora:
+        how["lora"] = ", ".join(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)
     if args.init_image is not None:
         how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
     if args.tokens:
@@ -277,13 +282,15 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         said = formats.picture_text.read_text(args.from_picture)
     except InputError as error:
         raise InputError(f"--from-picture {error}") from None
-    flags = vars(args).keys() - {"prompt", "init_image", "model", "tokens"}
+    flags = vars(args).keys() - {"prompt", "init_image", "lora", "model", "tokens"}
     p.set_defaults(picture=said, **{name: value for name, value in said.items() if name in flags})
     args = p.parse_args(argv)
     if not args.prompt and args.prompts_file is None:
         args.prompt = [said["prompt"]]
     if "init_image" in said and args.init_image is None:
         raise InputError(f"{args.from_picture} was made from a picture {said['init_image']}: give it as --init-image")
+    if "lora" in said and not args.lora:
+        raise InputError(f"{args.from_picture} was made with {said['lora']}: give it as --lora")
     if "tokens" in said and not args.embedding:
         raise InputError(f"{args.from_picture} was made with learned tokens {said['tokens']}: give their --embedding")
     return args
@@ -296,6 +303,14 @@ def parser() -> cli.Parser:
         "--model", help="official .safetensors or .ckpt file or diffusers folder; the embedded tiny model if not given"
     )
     cli.add_source_flags(p)
+    p.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=cli.scaled_path,
+        metavar="FILE[:SCALE]",
+        help="LoRA to apply, of this or any other program, and how much of it, 1 if not given; repeatable",
+    )
     p.add_argument(
         "--embedding",
         action="append",

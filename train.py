@@ -33,7 +33,7 @@ TINY = Path(__file__).resolve().parent / "weights" / "tiny" / "train.toml"
 def main(
     argv: Sequence[str] | None = None, tuning: Callable[[StableDiffusion, Settings], Trainable] = training.tuning_of
 ) -> None:
-    """tuning: what trains; see `Trainable`. The settings decide if it is not given."""
+    """tuning: what trains; see `Trainable`. The settings decide between the whole networks, a LoRA and a token."""
     settings = training.parse(argv, TINY)
     world = processes.start(settings.device)
     training.set_exactness(settings.allow_tf32, settings.deterministic)
@@ -120,6 +120,7 @@ def load(run: Run) -> StableDiffusion:
     settings = run.settings
     source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
     sd = StableDiffusion.load(settings.model, run.world.device, **source, mapped=False)
+    sd.prefer_device_layout()
     sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.check_steps(settings.sample_steps)
     if run.world.main:

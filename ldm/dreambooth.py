@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.clip import Block
 from ldm.formats import (
     CHECKPOINT_MODEL,
     TEXT_PREFIX,
@@ -21,8 +22,9 @@ from ldm.formats import (
     write_embedding,
 )
 from ldm.model import StableDiffusion
-from ldm.runtime import replacing
+from ldm.runtime import compile_blocks, replacing
 from ldm.tokens import LearnedToken
+from ldm.unet import ResBlock, TransformerBlock
 
 Prompts = tuple[str, ...]
 TRAIN_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,6 +107,7 @@ class Trainable(nn.Module):
         for name in ("unet", "text_encoder"):
             if any(parameter.requires_grad for parameter in getattr(sd, name).parameters()):
                 setattr(self, name, getattr(sd, name).to(TRAIN_TYPES[settings.train_dtype]))
+        self._compiles = settings.compile
         sd.unet.checkpointing = sd.text_encoder.text_model.checkpointing = settings.gradient_checkpointing
         self._base: list[Any] = []  # see `keep_base`
         self._ids: dict[Prompts, Tensor] = {}
@@ -157,7 +160,12 @@ class Trainable(nn.Module):
         return list(self._base[0].parameters()) if self._base else []
 
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
-        """Called once before training: a frozen text encoder encodes the prompts, and is then stored in `dtype`."""
+        """Called once before training: a frozen text encoder encodes the prompts, and is then stored in `dtype`.
+
+        If the settings say so, torch compiles the networks that train when they first run.
+        """
+        if self._compiles:
+            compile_blocks(self, ResBlock, TransformerBlock, Block)
         if not self.text_encoder_trains:
             self.context(prompts)
             self.sd.freeze(self.sd.text_encoder, dtype)

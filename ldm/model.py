@@ -16,13 +16,14 @@ from ldm.config import ModelConfig
 from ldm.errors import InputError
 from ldm.guidance import SeededNoise, denoiser, pair_up
 from ldm.images import to_pil
+from ldm.lora import Adaptable
 from ldm.schedule import Schedule
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import Autoencoder
 
 
-class StableDiffusion:
+class StableDiffusion(Adaptable):
     """unet, vae, text_encoder, tokenizer and schedule of one `ModelConfig`; random weights until loaded.
 
     source: what the model was loaded from, without the networks' tensors; None if it was made in code.
@@ -105,6 +106,12 @@ class StableDiffusion:
         if self.source is None:
             return self._snapshot(None).fingerprint()
         return formats.read(self.source.path, **self.source.options).fingerprint()
+
+    def prefer_device_layout(self) -> None:
+        """Stores the convolutions' weights in the order in which a GPU computes; their values and names stay."""
+        if self.device.type == "cuda":
+            for network in (self.unet, self.vae):
+                network.to(memory_format=torch.channels_last)
 
     # Encode
 
@@ -256,8 +263,7 @@ class StableDiffusion:
 
     def _snapshot(self, dtype: torch.dtype | None) -> formats.Source:
         """The model as it is now, ready to be written."""
-        state = self.state() | self._frozen
-        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
+        tensors = {name: t.detach().to("cpu", dtype) for name, t in (self.state() | self._frozen).items()}
         source = self.source or formats.Source(self.config, self.tokenizer, {})
         return replace(source, config=self.config, tokenizer=self.tokenizer, tensors=tensors, dtypes=())
 

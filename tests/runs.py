@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = """--instance-prompt=a sks dog|--class-prompt=a dog|--resolution=16|--sample-steps=1|--guidance-scale=1
 --num-validation-images=1|--num-class-images=4|--sample-batch-size=2|--learning-rate=1e-4|--max-train-steps=4"""
 SMALL = tuple(SMALL.replace("\n", "|").split("|"))
+LORA = ("--lora-rank", 2)
 LATEST = ("--resume-from-checkpoint", "latest")
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -142,15 +143,25 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
+def result(run: Path) -> Path:
+    """The file that a run, or a checkpoint, has its weights in: a model or a LoRA."""
+    found = [run / name for name in ("model.safetensors", "lora.safetensors") if (run / name).exists()]
+    assert len(found) == 1, found
+    return found[0]
+
+
 def weights(run: Path) -> dict:
-    return load_file(run / "model.safetensors")
+    return load_file(result(run))
 
 
 def check_same(a: Path, b: Path) -> None:
     """Checks that two runs have the same losses, weights and before/after sheets, bit for bit."""
     assert losses(a) == losses(b)
-    one, other = weights(a), weights(b)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    pairs = [(a, b)]
+    if (steps := checkpoints(a)) and steps[-1] == max(checkpoints(b), default=0):  # with numbers that no file rounds
+        pairs.append(tuple(run / "checkpoints" / f"checkpoint-{steps[-1]:06d}" for run in (a, b)))
+    for one, other in (map(weights, pair) for pair in pairs):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert (a / "sheets" / "before_after.png").read_bytes() == (b / "sheets" / "before_after.png").read_bytes()
 
 

@@ -14,12 +14,12 @@ LDM = ROOT / "ldm"
 
 # In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae tiling unet schedule samplers guidance images
-formats model tokens dreambooth training __main__""".split()
+formats lora model tokens dreambooth training __main__""".split()
 
 WINGS = {
     "runtime": "streams cli files reading memory graphs compiling threads signals progress processes",
     "formats": "names archive unpickle ckpt modelspec tensors checks embedding source folder_config single card folder "
-    "layouts picture_text",
+    "layouts picture_text lora_names lora_file",
     "training": "precision numbers ema optimizer piecewise tracking settings token_tuning tuning options state "
     "content checkpoint continuity claim log saver run latents batches class_pictures validation ledger memory",
 }

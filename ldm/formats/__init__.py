@@ -15,9 +15,12 @@
     folder         the diffusers folder
     layouts        `read` and `write` for both
     picture_text   how a picture was made <-> the text in its PNG file
+    lora_names     the names of a LoRA's tensors, in every program's scheme
+    lora_file      the .safetensors file of a LoRA
 
-Other parts of the package import from here: `read` and `write` for models, `open_tensors` and `save_tensors` for other
-tensor files, `differences`, `not_finite` and `abbreviate` to tell what is wrong with tensors, and the constants.
+Other parts of the package import from here: `read` and `write` for models, `read_lora` and `write_lora` for LoRAs,
+`open_tensors` and `save_tensors` for other tensor files, `differences`, `not_finite` and `abbreviate` to tell what is
+wrong with tensors, and the constants.
 """
 
 from ldm.formats import modelspec, picture_text
@@ -25,6 +28,8 @@ from ldm.formats.card import illustrate
 from ldm.formats.checks import abbreviate, differences, not_finite
 from ldm.formats.embedding import kind_of, read_embedding, write_embedding
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
+from ldm.formats.lora_file import MAX_RANK, Adapter, Pair, kohya_metadata, read_lora, write_lora
+from ldm.formats.lora_names import LORA_TEXT, LORA_UNET, official_to_kohya
 from ldm.formats.names import LEARNED, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
 from ldm.formats.source import SAMPLING_KEY, TRAINING_KEY, Source, family
 from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
@@ -33,12 +38,17 @@ __all__ = [
     "CHECKPOINT_MODEL",
     "LAYOUTS",
     "LEARNED",
+    "LORA_TEXT",
+    "LORA_UNET",
+    "MAX_RANK",
     "PICKLE_SUFFIXES",
     "SAMPLING_KEY",
     "TEXT_PREFIX",
     "TRAINING_KEY",
     "UNET_PREFIX",
     "VAE_PREFIX",
+    "Adapter",
+    "Pair",
     "Source",
     "Tensors",
     "abbreviate",
@@ -47,13 +57,17 @@ __all__ = [
     "illustrate",
     "kind_of",
     "modelspec",
+    "kohya_metadata",
     "not_finite",
+    "official_to_kohya",
     "open_tensors",
     "picture_text",
     "read",
     "read_embedding",
+    "read_lora",
     "save_tensors",
     "unused_text",
     "write",
     "write_embedding",
+    "write_lora",
 ]

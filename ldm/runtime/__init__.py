@@ -14,7 +14,7 @@ processes   a small interface to torch.distributed
 """
 
 from ldm.runtime import cli, processes
-from ldm.runtime.compiling import compile_blocks
+from ldm.runtime.compiling import compile_blocks, uncompiled
 from ldm.runtime.files import check_writable, locked, replacing, written
 from ldm.runtime.graphs import captured
 from ldm.runtime.memory import out_of_memory_named
@@ -49,5 +49,6 @@ __all__ = [
     "read_toml",
     "replacing",
     "side_by_side",
+    "uncompiled",
     "written",
 ]

@@ -18,6 +18,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 MAX_COUNT = 2**31  # the largest number that a counting flag takes
+MAX_SCALE = 100  # the largest scale of a LoRA
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -106,6 +107,18 @@ def positive(text: str) -> int:
     if not 1 <= number <= MAX_COUNT:
         raise argparse.ArgumentTypeError(f"{text} is not {'1 or more' if number < 1 else f'{MAX_COUNT} or less'}")
     return number
+
+
+def scaled_path(text: str) -> tuple[str, float]:
+    """An argparse type: FILE, or FILE:SCALE -> the path, and the scale, 1 if there is none."""
+    path, _, end = text.rpartition(":")
+    try:
+        scale = float(end) if path and not os.path.exists(text) else None
+    except ValueError:  # a colon in the path
+        scale = None
+    if scale is not None and not abs(scale) <= MAX_SCALE:
+        raise argparse.ArgumentTypeError(f"{text}: the scale {end} is not a number from -{MAX_SCALE} to {MAX_SCALE}")
+    return (text, 1.0) if scale is None else (path, scale)
 
 
 def _hyphens(arg: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -24,3 +25,11 @@ def compile_blocks(network: nn.Module, *kinds: type[nn.Module]) -> None:
     for module in network.modules():
         if isinstance(module, kinds):
             module.compile(dynamic=False)
+
+
+def uncompiled(is_compiled: bool) -> AbstractContextManager:
+    """Inside, compiled blocks run as they are written: for few calls, in which compiling new sizes does not pay.
+
+    is_compiled: whether any are; if not, torch's compiler is not even imported.
+    """
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()

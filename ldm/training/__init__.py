@@ -6,7 +6,7 @@ latents         encodes the pictures once
 batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
-tuning          which parameters train: the choice that the settings make
+tuning          which parameters train: a LoRA, or the whole networks
 token_tuning    the vectors of a learned token alone
 optimizer, ema  AdamW and its learning rate; the average of the weights
 piecewise       small memory: weights in bf16, updates inside the backward pass
@@ -34,7 +34,7 @@ from ldm.training.run import Run
 from ldm.training.settings import Settings
 from ldm.training.state import TrainingState
 from ldm.training.token_tuning import TokenTuning
-from ldm.training.tuning import tuning_of
+from ldm.training.tuning import LoRATuning, tuning_of
 from ldm.training.validation import make_comparison, make_sheet, sheet_path
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "CropDraws",
     "LatentDraws",
     "Memory",
+    "LoRATuning",
     "Rows",
     "Run",
     "Settings",

@@ -104,7 +104,7 @@ class Rehearsal:
     """The moments of a run that may need most memory, each without numbers, in the order of the run."""
 
     def __init__(self, sd: StableDiffusion, tuning: Tuning, settings: Settings, device: torch.device):
-        self.settings, self.device = settings, device
+        self.settings, self.device = (settings := replace(settings, compile=False)), device
         self.sd = Twin(sd)
         with torch.device("meta"):
             self.trainable = tuning(self.sd, settings)

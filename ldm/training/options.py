@@ -2,14 +2,15 @@
 
 import argparse
 import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
 from ldm.runtime import check_path, cli, read_toml
-from ldm.training.settings import Settings
+from ldm.training.settings import LORA_RATE, LOW_LORA_RATE, Settings
 
 
 def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
@@ -21,16 +22,17 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     given = vars(_parser().parse_args(argv))
     config = given.pop("config", None)
     from_file = _read_toml(Path(config)) if config else {}
-    settings = Settings()
-    if "model" not in given and "model" not in from_file:
-        settings = replace(settings, **_read_toml(tiny))
+    is_tiny = "model" not in given and "model" not in from_file
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = replace(settings, **{**from_file, **given})
+    settings = Settings(**(_read_toml(tiny) if is_tiny else {}) | from_file | given)
     for f in fields(Settings):
         if f.metadata["path"] and (path := getattr(settings, f.name)) is not None:
             check_path(path, _flag(f.name))
     if problem := settings.problems():
         raise InputError(problem)
+    if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
+        said = f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
+        warnings.warn(said, stacklevel=2)
     return settings
 
 

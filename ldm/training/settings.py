@@ -8,6 +8,8 @@ from typing import Any
 
 from ldm import images, samplers
 from ldm.errors import InputError
+from ldm.formats import MAX_RANK
+from ldm.lora import TARGETS
 from ldm.runtime import cli
 from ldm.tokenizer import check_prompt
 from ldm.training.optimizer import LR_SCHEDULES
@@ -32,6 +34,9 @@ def setting(
     return field(default=default, metadata=known)
 
 
+RATE, LORA_RATE = 2e-6, 1e-4  # learning rates that are usual for all weights, and for a LoRA
+LOW_LORA_RATE = 1e-5  # below it a LoRA hardly learns
+
 # Advice for out of memory.
 SAVES_MEMORY = {
     "training": "give --gradient-checkpointing, --mixed-precision bf16, --use-8bit-adam or a lower --train-batch-size",
@@ -47,6 +52,7 @@ LIMITS = {
     "train_batch_size": 4096,
     "sample_batch_size": 4096,
     "gradient_accumulation_steps": 65_536,
+    "lora_rank": MAX_RANK,
 }
 
 
@@ -98,12 +104,14 @@ class Settings:
     max_train_steps: int = setting(
         800, "optimizer steps", type=cli.positive, may_change=lambda s: s.lr_scheduler == "constant"
     )
-    learning_rate: float = setting(2e-6, "AdamW learning rate")
+    learning_rate: float | None = setting(
+        None, f"AdamW learning rate; if not given, {RATE:g}, and {LORA_RATE:g} with --lora-rank", type=float
+    )
     lr_scheduler: str = setting("constant", "learning rate over the steps", choices=LR_SCHEDULES)
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     train_text_encoder: bool = setting(True, "train the text encoder as well as the UNet")
     text_encoder_learning_rate: float | None = setting(
-        None, "learning rate of the text encoder; the UNet's if not given", type=float
+        None, "learning rate of the text encoder; if not given, the UNet's, and half of it with --lora-rank", type=float
     )
     text_encoder_stop_step: int | None = setting(None, "freeze the text encoder after this step", type=cli.positive)
     placeholder_token: str | None = setting(
@@ -116,6 +124,20 @@ class Settings:
     token_learning_rate: float = setting(2e-3, "learning rate of the new token's vectors")
     train: str = setting(
         "all", "what trains; token: only the new token's vectors, without class pictures", choices=("all", "token")
+    )
+    lora_rank: int | None = setting(
+        None,
+        "train a LoRA of this rank, a small file, instead of all weights; 4 to 32 is usual",
+        flags=("--rank", "--network-dim"),
+        type=cli.positive,
+    )
+    lora_alpha: float | None = setting(
+        None, "the LoRA is scaled by alpha / rank; the rank if not given", flags=("--network-alpha",), type=float
+    )
+    lora_targets: str = setting(
+        "transformer",
+        "layers with a LoRA: attention; transformer: its projections and MLPs too; all: the convolutions too",
+        choices=tuple(TARGETS),
     )
     max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it; 0: any")
     snr_gamma: float | None = setting(None, "min-SNR weighting of the loss; 5 is usual", type=float)
@@ -132,6 +154,9 @@ class Settings:
         False, "less memory, a third more time: activations are computed twice", may_change=True
     )
     use_8bit_adam: bool = setting(False, "AdamW with 8-bit moments; needs the bitsandbytes extra")
+    compile: bool = setting(
+        False, "compile the networks block by block: faster steps after some minutes; needs a C++ compiler"
+    )
     allow_tf32: bool = setting(False, "faster, coarser fp32 matrix products on NVIDIA GPUs")
     deterministic: bool = setting(False, "the same bits each time on a GPU too; slower")
     checkpointing_steps: int = setting(500, "number of steps between checkpoints", type=cli.positive, may_change=True)
@@ -168,6 +193,8 @@ class Settings:
     def __post_init__(self):
         if self.train == "token":  # the prior term has no gradient then: see `TokenTuning`
             object.__setattr__(self, "with_prior_preservation", False)
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", LORA_RATE if self.lora_rank else RATE)
 
     @property
     def predicts_prior(self) -> bool:
@@ -197,7 +224,7 @@ class Settings:
         folders = [Path(folder).resolve() for folder in (self.class_data_dir, self.instance_data_dir) if folder]
         if self.with_prior_preservation and len(set(folders)) < len(folders):
             return f"--class-data-dir {self.class_data_dir} is --instance-data-dir too; give class pictures their own"
-        for name in ("learning_rate", "text_encoder_learning_rate", "token_learning_rate", "snr_gamma"):
+        for name in ("learning_rate", "text_encoder_learning_rate", "lora_alpha", "token_learning_rate", "snr_gamma"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 return f"--{name.replace('_', '-')} {value} is not a positive number"
@@ -206,7 +233,7 @@ class Settings:
         if problem := self._problem_of_small_mode():
             return problem
         for name, most in LIMITS.items():
-            if (value := getattr(self, name)) > most:
+            if (value := getattr(self, name) or 0) > most:
                 return f"--{name.replace('_', '-')} {value} is too much: it should be at most {most}"
         if self.lr_warmup_steps < 0:
             return f"--lr-warmup-steps {self.lr_warmup_steps} is below 0"
@@ -232,6 +259,8 @@ class Settings:
     def _problem_of_small_mode(self) -> str | None:
         if self.train_dtype == "bf16" and self.mixed_precision == "fp16":
             return "--train-dtype bf16 computes in bf16; leave out --mixed-precision fp16"
+        if self.train_dtype == "bf16" and self.lora_rank:
+            return "--train-dtype bf16 is for whole networks; a LoRA is in fp32, its base in --mixed-precision's type"
         if not self.fused_backward:
             return None
         for flag, is_given, reason in (

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ldm import images, samplers
 from ldm.model import StableDiffusion
-from ldm.runtime import progress_bar, replacing, written
+from ldm.runtime import progress_bar, replacing, uncompiled, written
 from ldm.training.run import Run
 
 
@@ -21,7 +21,8 @@ def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
 
     def work() -> None:
         if when == "after" or not sheet_path(run, when).exists():
-            with run.precision.sampling(), run.enough_memory("sampling", f"while it made the sheet {when}"):
+            plain = uncompiled(run.settings.compile)
+            with run.precision.sampling(), plain, run.enough_memory("sampling", f"while it made the sheet {when}"):
                 _save(run, when, images.grid(sample(run, sd, when)))
 
     run.on_main(work)

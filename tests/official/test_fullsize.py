@@ -14,6 +14,7 @@ from bench.load import PRESETS, measure, randomise, write_config, write_random
 from published import published_rows
 from runs import command, losses, run
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_networks import assert_same, theirs_of
 from test_official import FACTS, RECIPES, agree, found
 from test_sd2 import penultimate, tower, towers  # noqa: F401
@@ -273,3 +274,24 @@ def test_a_run_of_two_steps_at_the_official_size_resumes_to_the_same_bits(files,
             assert name.startswith(names.UNET_PREFIX) or torch.equal(a, before)
             changed += not torch.equal(a, before)
     assert changed == 686  # all tensors of the UNet
+
+
+@pytest.mark.slow
+def test_a_lora_run_at_the_official_size_resumes_to_the_same_bits_and_writes_a_small_file(files, photographs, tmp_path):
+    """UNet and text encoder, rank 16, bf16, 128 pixels. The file has 9.4 million numbers in fp16."""
+    how = ["--lora-rank", 16, "--mixed-precision", "bf16", "--resolution", 128, "--no-with-prior-preservation"]
+    how += ["--num-validation-images", 1, "--sample-steps", 1, "--guidance-scale", 1]
+    base = ["--model", files("sd1")[0], "--instance-data-dir", photographs, *how, "--instance-prompt", "a photo of sks"]
+    parts = [*base, "--output-dir", tmp_path / "parts"]
+    for flags in (
+        [*base, "--output-dir", tmp_path / "whole", "--max-train-steps", 2],
+        [*parts, "--max-train-steps", 1, "--checkpointing-steps", 1],
+        [*parts, "--max-train-steps", 2, "--resume-from-checkpoint", "latest"],
+    ):
+        run(command(flags), tmp_path, OMP_NUM_THREADS="2")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    path = tmp_path / "whole" / "lora.safetensors"
+    one, other = load_file(path), load_file(tmp_path / "parts" / "lora.safetensors")
+    assert len(one) == 792 and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert 8e6 < path.stat().st_size < 20e6 and sum(tensor.numel() for tensor in one.values()) == 16 * 589_824 + 264
+    assert one["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"].any()

@@ -38,6 +38,7 @@ from ldm import StableDiffusion, formats, images, training  # noqa: E402
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E402
 from ldm.dreambooth import Trainable  # noqa: E402
 from ldm.errors import MAX_MESSAGE, InputError  # noqa: E402
+from ldm.lora import LoRA  # noqa: E402
 from ldm.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary  # noqa: E402
 from ldm.training import ClassPictures, Settings, TrainingState, checkpoint, continuity  # noqa: E402
 from ldm.training.precision import Precision  # noqa: E402
@@ -328,8 +329,32 @@ def picture_text(folder: Path) -> Iterator[Case]:
         yield damaged_file(path, damage, read)
 
 
+def loras(folder: Path) -> Iterator[Case]:
+    """LoRAs under kohya's names with alpha, and under peft's with what diffusers says of them in the header."""
+    sd = tiny_model()
+    adapter = formats.Adapter({name: LoRA(layer, 2, 2.0).draw(0, name).pair() for name, layer in some(sd).items()})
+    said = json.dumps({"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 2}, "text_encoder.use_rslora": True})
+    for name, tensors, metadata in (
+        ("kohya", adapter.tensors(), formats.kohya_metadata(sd.config, adapter)),
+        ("peft", adapter.tensors_of_diffusers(), {"lora_adapter_metadata": said}),
+    ):
+        path = folder / f"{name}.safetensors"
+        formats.save_tensors(path, tensors, metadata)
+
+        def read(rng: random.Random, path: Path = path) -> None:
+            sd.apply_lora(path)
+            sd.remove_lora()
+
+        yield damaged_file(path, damage_safetensors, read)
+
+
+def some(sd: StableDiffusion) -> dict:
+    """Some of the layers that a LoRA can change, so that the file is small."""
+    return {name: layer for name, layer in sd.lora_layers().items() if "attn2" in name or "mlp" in name}
+
+
 READERS = {reader.__name__: reader for reader in (single, ckpt, diffusers, shards, tokenizer, checkpoints)}
-READERS |= {reader.__name__: reader for reader in (run_config, toml, prompts, manifest, pictures, picture_text)}
+READERS |= {reader.__name__: reader for reader in (run_config, toml, prompts, manifest, pictures, picture_text, loras)}
 
 # Watching
 

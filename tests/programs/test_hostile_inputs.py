@@ -16,7 +16,7 @@ FUZZ = Path(__file__).with_name("fuzz.py")
 SEED, COUNT = os.environ.get("LDM_FUZZ_SEED", "0"), int(os.environ.get("LDM_FUZZ_COUNT", "1000"))
 # In two processes that take about the same time.
 HALVES = (
-    "single diffusers".split(),
+    "single diffusers loras".split(),
     "shards ckpt tokenizer checkpoints run_config toml prompts manifest pictures picture_text".split(),
 )
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from runs import (
     LATEST,
+    LORA,
     SMALL,
     check_same,
     checkpoints,
@@ -35,9 +36,9 @@ from ldm.training import checkpoint
 PLAIN = ("--no-with-prior-preservation", "--no-train-text-encoder")
 
 
-@pytest.fixture
-def base(saved, photographs) -> tuple:
-    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+@pytest.fixture(params=[(), pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
+def base(request, saved, photographs) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, *request.param)
 
 
 def logged(run: Path) -> int:
@@ -236,9 +237,10 @@ def mounted(tmp_path):
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(base, mounted):
-    disk = mounted("size=2m")
+    size = 1 if LORA[0] in base else 2
+    disk = mounted(f"size={size}m")
     done = run(command([*base, *PLAIN, "--output-dir", disk / "run"]), disk.parent, status=1)
-    assert re.search(r"needs \d MB for a save, and its disk has 2 MB left", done.complaint)
+    assert re.search(rf"needs \d MB for a save, and its disk has {size} MB left", done.complaint)
     assert not (disk / "run").exists()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from runs import (
     LATEST,
+    LORA,
     PROCESS,
     ROOT,
     SMALL,
@@ -27,6 +28,7 @@ from runs import (
     metrics,
     photograph,
     refused,
+    result,
     run,
     start,
     until,
@@ -45,9 +47,10 @@ from ldm.training.precision import Precision
 STEPS = ("--max-train-steps", 30, "--checkpointing-steps", 100)
 
 
-@pytest.fixture(scope="module")
-def base(saved, tmp_path_factory) -> tuple:
-    return ("--model", saved["official"], "--instance-data-dir", photograph(tmp_path_factory.mktemp("a") / "b"), *SMALL)
+@pytest.fixture(scope="module", params=[(), pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
+def base(request, saved, tmp_path_factory) -> tuple:
+    folder = photograph(tmp_path_factory.mktemp("a") / "b")
+    return ("--model", saved["official"], "--instance-data-dir", folder, *SMALL, *request.param)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_a_run_killed_after_its_last_step_can_be_finished(base, whole, tmp_path)
     """A kill between the last step and the final model leaves only the checkpoint."""
     assert checkpoints(whole) == [30]
     folder = shutil.copytree(whole, tmp_path / "killed")
-    (folder / "model.safetensors").unlink()
+    result(folder).unlink()
     for name in ("after", "before_after"):
         (folder / "sheets" / f"{name}.png").unlink()
     run(command([*base, *STEPS, "--output-dir", folder, *LATEST]), tmp_path)
@@ -112,7 +115,7 @@ def test_a_run_does_not_depend_on_its_output_streams(watcher, base, whole, tmp_p
 def test_two_processes_do_not_depend_on_their_output_streams(base, tmp_path):
     line = command([*base, *STEPS, "--output-dir", tmp_path / "run"], 2)
     shell(f"{quoted(line)} >/dev/full 2>&1", tmp_path, status=None)
-    assert len(losses(tmp_path / "run")) == 30 and (tmp_path / "run" / "model.safetensors").exists()
+    assert len(losses(tmp_path / "run")) == 30 and result(tmp_path / "run")
 
 
 @pytest.mark.slow

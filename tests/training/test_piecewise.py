@@ -128,6 +128,7 @@ def test_a_loss_that_is_not_finite_ends_a_fused_run_and_is_not_saved(base, tmp_p
         ("--fused-backward --max-grad-norm 0 --gradient-accumulation-steps 2", "needs --gradient-accumulation-steps 1"),
         ("--fused-backward --max-grad-norm 0 --mixed-precision fp16", "needs no --mixed-precision fp16"),
         ("--train-dtype bf16 --mixed-precision fp16", "--train-dtype bf16 computes in bf16"),
+        ("--train-dtype bf16 --lora-rank 4", "--train-dtype bf16 is for whole networks"),
         ("--max-grad-norm -1", "--max-grad-norm -1.0 is not a number from 0"),
     ],
 )

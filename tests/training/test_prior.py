@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from runs import LATEST, SMALL, call, losses, metrics, refused, weights
+from runs import LATEST, SMALL, call, losses, metrics, refused
+from safetensors.torch import load_file
 
 from ldm import StableDiffusion, rng
 from ldm.images import load_picture
@@ -51,14 +52,25 @@ def test_the_loss_is_that_of_the_formula(base, saved, photographs, tmp_path):
     assert line["loss"] == pytest.approx(line["subject_loss"] + 0.5 * line["prior_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [(), ("--mixed-precision", "bf16", "--random-crop", "--no-train-text-encoder")])
+LORA = ("--lora-rank", 2, "--learning-rate", "1e-2")
+
+
+def test_the_base_of_a_lora_is_the_model_without_it(base, tmp_path):
+    """The first prior loss is zero; nothing of the base is copied, and the second loss is that of a copy."""
+    call(*base, *PREDICTION, *LORA, "--output-dir", tmp_path / "run", "--gradient-checkpointing")
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["prior_loss"] < 1e-10 and all(line["prior_loss"] > 1e-8 for line in lines[1:])
+
+
+@pytest.mark.parametrize("flags", [(), LORA, ("--mixed-precision", "bf16", "--random-crop", "--no-train-text-encoder")])
 def test_a_resumed_run_equals_the_run_that_never_stopped(flags, base, tmp_path):
     flags = (*base, *PREDICTION, *flags, "--checkpointing-steps", 2)
     call(*flags, "--max-train-steps", 4, "--output-dir", tmp_path / "whole")
     call(*flags, "--max-train-steps", 2, "--output-dir", tmp_path / "parts")
     call(*flags, "--max-train-steps", 4, "--output-dir", tmp_path / "parts", *LATEST)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    name = "lora.safetensors" if "--lora-rank" in flags else "model.safetensors"
+    one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from runs import (
     LATEST,
+    LORA,
     SMALL,
     call,
     check_same,
@@ -61,6 +62,9 @@ def once(made, tmp_path) -> Path:
             (3, ("--text-encoder-stop-step", 2, "--text-encoder-learning-rate", "1e-3")),  # after that step
             (3, ("--mixed-precision", "fp16", "--no-train-text-encoder")),
             (3, ("--mixed-precision", "bf16", "--random-crop", "--random-flip")),
+            (3, (*LORA, "--train-batch-size", 2, "--gradient-accumulation-steps", 2, *ALL)),
+            (3, (*LORA, "--lora-targets", "all", "--mixed-precision", "fp16", "--gradient-checkpointing")),
+            (3, (*LORA, "--text-encoder-stop-step", 2, "--mixed-precision", "bf16", "--random-crop")),
         ],
     ),
 )
@@ -74,7 +78,11 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(stop, flags, base, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [ALL, ("--mixed-precision", "fp16", *ALL)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "flags",
+    [ALL, ("--mixed-precision", "fp16", *ALL), (*LORA, "--mixed-precision", "fp16", *ALL)],
+    ids=["fp32", "fp16", "lora"],
+)
 def test_a_run_stopped_at_each_of_twelve_steps_equals_the_run_that_never_stopped(flags, base, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(command([*base, *flags, "--max-train-steps", 12, "--output-dir", whole]), tmp_path)
@@ -86,10 +94,19 @@ def test_a_run_stopped_at_each_of_twelve_steps_equals_the_run_that_never_stopped
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "fp16"])
-def test_two_processes_with_accumulation_resume_to_the_same_bits(precision, base, tmp_path):
+@pytest.mark.parametrize(("precision", "tuning"), [("no", ()), ("fp16", ()), ("no", LORA)], ids=["no", "fp16", "lora"])
+def test_two_processes_with_accumulation_resume_to_the_same_bits(precision, tuning, base, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    base = (*base, "--mixed-precision", precision, "--gradient-accumulation-steps", 3, "--checkpointing-steps", 2)
+    base = (
+        *base,
+        *tuning,
+        "--mixed-precision",
+        precision,
+        "--gradient-accumulation-steps",
+        3,
+        "--checkpointing-steps",
+        2,
+    )
     run(command([*base, "--output-dir", whole], 2), tmp_path)
     run(command([*base, "--output-dir", parts, "--max-train-steps", 2], 2), tmp_path)
     shutil.copytree(parts, tmp_path / "alone")

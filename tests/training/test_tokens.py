@@ -135,6 +135,7 @@ def test_diffusers_loads_the_token_of_a_run(base, saved, tmp_path):
         ((*WORDS, "--instance-prompt", "a sks dog"), r"does not hold the placeholder token \[V\]"),
         ((*WORDS, "--placeholder-token", "the", "--instance-prompt", "the dog"), "there is a token the already"),
         ((*WORDS, "--placeholder-token", "[V]/x", "--instance-prompt", "a [V]/x dog"), "can't be a token"),
+        ((*WORDS, "--lora-rank", 4), "does not go with --lora-rank"),
         ((*WORDS, "--num-vectors", 300), "300 vectors"),
         ((*WORDS, "--initializer-token", " "), "has no token to begin with"),
         ((*WORDS, "--token-learning-rate", 0), "is not a positive number"),

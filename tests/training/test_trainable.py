@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from ldm import InputError, StableDiffusion
 from ldm.dreambooth import FullTuning, Trainable
+from ldm.training import Settings
 
 
 class KeysAndValues(Trainable):
@@ -52,8 +53,7 @@ def test_a_run_of_keys_and_values_alone_resumes_to_the_same_bits_and_writes_only
 def test_only_keys_and_values_get_a_gradient(base, saved):
     """The gradient of the prediction reaches the keys and values, and no other parameter."""
     sd = StableDiffusion.load(saved["official"])
-    settings = type("Settings", (), {"gradient_checkpointing": False})
-    trainable = KeysAndValues(sd, settings)
+    trainable = KeysAndValues(sd, Settings())
     trainable(torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), ["a dog", "a sks dog"]).square().mean().backward()
     assert {name for name, p in sd.parameters().items() if p.grad is not None} == trainable.trained.keys()
 
