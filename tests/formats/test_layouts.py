@@ -133,7 +133,7 @@ LAYOUTS = (
 @pytest.mark.parametrize(
     "layout, dtype",
     slow_after(
-        4,
+        2,
         [(layout, "fp16" if "variant" in layout.__name__ else "fp32") for layout in LAYOUTS]
         + [(safetensors, "bf16"), (ckpt_bare, "fp16"), (ckpt_full, "bf16")],
     ),
@@ -157,7 +157,7 @@ def test_any_layout_converts_into_any_other_and_back_bit_for_bit(family, layout,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("safe", slow_after(1, [True, False]), ids=["safetensors", "bin"])
 def test_folders_that_diffusers_writes_in_shards_are_read(safe, family, narrow, there):
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     original = narrow(family)
@@ -395,7 +395,7 @@ def test_a_file_that_is_not_safetensors_is_refused(content, tmp_path):
     ],
     ids=["nan", "inf", "fp8", "int", "complex", "shape", "scalar", "empty"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, None], ids=["fp32", "as stored"])
+@pytest.mark.parametrize("dtype", slow_after(1, [torch.float32, None]), ids=["fp32", "as stored"])
 def test_a_tensor_of_a_wrong_type_shape_or_value_is_refused_by_name(value, said, dtype, narrow, there):
     tensors = official_tensors(narrow("sd1"), there)
     name = "model.diffusion_model.input_blocks.0.0.bias"
@@ -404,7 +404,7 @@ def test_a_tensor_of_a_wrong_type_shape_or_value_is_refused_by_name(value, said,
         StableDiffusion.load(there / "a.safetensors", dtype=dtype).check_finite()
 
 
-@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
+@pytest.mark.parametrize("suffix", slow_after(1, [".ckpt", ".bin"]))
 @pytest.mark.parametrize("key", [1, ("a", "b"), None, b"unet", "a\nb", "\x1b[2J", "a\udc80", "a" * 2000], ids=ascii)
 def test_a_tensor_whose_name_is_not_plain_text_is_refused(key, suffix, narrow, there):
     tensors = official_tensors(narrow("sd1"), there)

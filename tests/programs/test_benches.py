@@ -94,6 +94,7 @@ def test_flop_are_those_of_the_layers(bench):
     assert 2.9 * forward < both <= 3 * forward  # a gradient for each of the two factors, but none of the first input
 
 
+@pytest.mark.slow
 def test_a_training_step_is_timed_beside_that_of_the_script(bench, tmp_path):
     bench("training").main([*SMALL, "--rows", "1", "--steps", "1", "--peer", "best", "--results", str(tmp_path)])
     check_times(last_line(tmp_path, "training"))

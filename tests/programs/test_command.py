@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from runs import slow_after
 from safetensors.torch import load_file, save_file
 
 from ldm import InputError, StableDiffusion, __main__
@@ -118,7 +119,9 @@ def test_convert_replaces_nothing_without_overwrite(run, file):
     assert len(contents(file.parent / "empty")) == len(contents(folder))
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "unet/notes.txt", "safety_checker/a.bin", "unet/a.fp16.safetensors"])
+@pytest.mark.parametrize(
+    "name", slow_after(2, ["thesis.txt", "unet/notes.txt", "safety_checker/a.bin", "unet/a.fp16.safetensors"])
+)
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["", "overwrite"])
 def test_convert_deletes_no_file_that_it_does_not_write(name, flags, run, file):
     folder = file.parent / "folder"

@@ -296,6 +296,7 @@ def test_sample_py_without_a_prompt_is_refused(refused, tmp_path):
     refused(sample, "--prompts-file prompts.txt", "nothing to show: give --prompt", "--prompt dog")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, words",
     [

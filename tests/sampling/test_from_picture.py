@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import slow_after
 
 import sample
 from ldm import InputError, images, samplers
@@ -85,7 +86,7 @@ def test_zero_terminal_snr_and_guidance_rescale_equal_those_of_diffusers(sampler
 
 # Without plms: diffusers starts it at the wrong step, because its list contains one step twice and is cut by count.
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "plms"])
-@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("strength", slow_after(1, [0.3, 0.8, 1.0]))
 def test_pictures_from_a_picture_equal_those_of_diffusers(strength, sampler, sd, with_diffusers, image):
     theirs = with_diffusers(
         "StableDiffusionImg2ImgPipeline",

@@ -18,6 +18,7 @@ def pictures(folder: Path) -> dict[str, str]:
     return {path.name: digest(path) for path in folder.glob("class-*.png")}
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(base, tmp_path):
     call(*base, *LONG, "--train-batch-size", 4, "--output-dir", tmp_path / "one")
     call(*base, *LONG, "--gradient-accumulation-steps", 4, "--output-dir", tmp_path / "four")

@@ -62,7 +62,11 @@ def loop(base, random_model, tmp_path, monkeypatch):
     return go
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-train-text-encoder",)], ids=["text encoder too", "unet alone"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param((), marks=pytest.mark.slow), ("--no-train-text-encoder",)],
+    ids=["text encoder too", "unet alone"],
+)
 def test_a_step_reads_nothing_from_the_device(flags, loop):
     assert [line["step"] for line in loop(*flags)] == [1, 2]  # that of the third step is still on its way
 

@@ -30,6 +30,7 @@ from runs import (
     refused,
     result,
     run,
+    slow_after,
     start,
     until,
 )
@@ -99,9 +100,7 @@ WATCHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "watcher", [pytest.param(name, marks=[] if name == "head" else pytest.mark.slow) for name in WATCHERS]
-)
+@pytest.mark.parametrize("watcher", slow_after(0, WATCHERS))
 def test_a_run_does_not_depend_on_its_output_streams(watcher, base, whole, tmp_path):
     line = command([*base, *STEPS, "--output-dir", tmp_path / "run"])
     shell(WATCHERS[watcher].format(line=quoted(line)), tmp_path, status=None)

@@ -127,6 +127,7 @@ def test_random_flips_and_crops_change_the_losses_a_little(flag, base, tmp_path)
     assert same < 8 and plain == pytest.approx(views, rel=0.2)
 
 
+@pytest.mark.slow
 def test_crops_are_a_function_of_seed_and_index(base, saved, photographs, tmp_path):
     """They do not depend on the split of the batch, the loader's processes or the other pictures of the batch."""
     base = (*base, "--random-crop", "--random-flip", "--max-train-steps", 6)

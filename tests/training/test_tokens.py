@@ -61,7 +61,15 @@ def test_the_gradient_is_that_of_the_table_s_rows(saved):
     torch.testing.assert_close(tuning.token.vectors.grad[0], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max())
 
 
-@pytest.mark.parametrize("flags", [(), ("--use-ema", "--mixed-precision", "fp16", "--gradient-accumulation-steps", 2)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        pytest.param(
+            ("--use-ema", "--mixed-precision", "fp16", "--gradient-accumulation-steps", 2), marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_a_run_of_the_token_alone_resumes_to_the_same_bits_and_writes_only_it(flags, base, saved, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     base = (*base, *ALONE, *flags)
@@ -114,6 +122,7 @@ def test_a_token_trains_with_the_unet_alone(base, saved, tmp_path):
     assert changed and all(name.startswith("model.diffusion_model.") for name in changed)
 
 
+@pytest.mark.slow
 def test_diffusers_loads_the_token_of_a_run(base, saved, tmp_path):
     """In small letters: of "[V]" with two vectors diffusers 0.42 takes only the first (`maybe_convert_prompt`)."""
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
