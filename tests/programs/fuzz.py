@@ -143,7 +143,7 @@ def shards(folder: Path) -> Iterator[Case]:
 
 
 def tokenizer(folder: Path) -> Iterator[Case]:
-    good = tiny_model().tokenizer
+    good = tiny_model().tokenizer.plus("[V]", 2)
     good.save(folder / "old")
     (folder / "new").mkdir()
     merges = [list(pair) for pair in good.merges]

@@ -76,6 +76,7 @@ def quoted(words: list) -> str:
 # The last step
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_step_can_be_finished(base, whole, tmp_path):
     """A kill between the last step and the final model leaves only the checkpoint."""
     assert checkpoints(whole) == [30]

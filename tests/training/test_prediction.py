@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from grew import BASE, SETTINGS
-from runs import ROOT, SMALL, call, run
+from runs import ROOT, SMALL, call, run, slow_after
 from torch import nn
 
 from ldm import StableDiffusion
@@ -52,7 +52,7 @@ EMBEDDED = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "fp32" else pytest.mark.slow) for c in EMBEDDED])
+@pytest.mark.parametrize("case", slow_after(0, EMBEDDED))
 def test_the_process_grows_by_the_prediction_on_the_embedded_model(case, tmp_path):
     check_growth(str(BASE), StableDiffusion.load(BASE), [EMBEDDED[case]], tmp_path)
 

@@ -42,6 +42,7 @@ def changed(a: dict, b: dict) -> set[str]:
     return {prefix for prefix in (UNET, VAE, TEXT) if any(name.startswith(prefix) for name in different)}
 
 
+@pytest.mark.slow
 def test_a_command_line_of_the_diffusers_script_works(saved, photographs, root, tmp_path):
     command = f"""{sys.executable} {root}/train.py --pretrained_model_name_or_path={saved["diffusers"]}
         --instance_data_dir={photographs} --output_dir=out --with_prior_preservation --prior_loss_weight=0.5
