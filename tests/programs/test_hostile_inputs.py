@@ -40,7 +40,7 @@ def check(reports: list[dict], readers: list[str], count: int) -> None:
 
 def test_some_damaged_files_of_each_kind_are_read_or_refused_in_one_line():
     readers = [reader for half in HALVES for reader in half]
-    check(fuzz(readers, 12), readers, 12)
+    check(fuzz(readers, 20), readers, 20)
 
 
 @pytest.mark.slow
