@@ -162,13 +162,18 @@ class Trainable(nn.Module):
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
         """Called once before training: a frozen text encoder encodes the prompts, and is then stored in `dtype`.
 
-        If the settings say so, torch compiles the networks that train when they first run.
+        If the settings say so, torch compiles UNet and text encoder when they first run.
         """
-        if self._compiles:
-            compile_blocks(self, ResBlock, TransformerBlock, Block)
+        self.compile_networks()
         if not self.text_encoder_trains:
             self.context(prompts)
             self.sd.freeze(self.sd.text_encoder, dtype)
+
+    def compile_networks(self) -> None:
+        """Makes torch compile UNet and text encoder block by block, if the settings say so."""
+        if self._compiles:
+            for network in (self.sd.unet, self.sd.text_encoder):
+                compile_blocks(network, ResBlock, TransformerBlock, Block)
 
     # What the optimizer and a checkpoint see
 

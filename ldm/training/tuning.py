@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.dreambooth import FullTuning, Prompts, Trainable
-from ldm.formats import LORA_TEXT, LORA_UNET, Adapter, Tensors, kohya_metadata, not_finite, write_lora
+from ldm.formats import LORA_TEXT, LORA_UNET, Adapter, Tensors, kohya_metadata, modelspec, not_finite, write_lora
 from ldm.lora import LoRA, attach, chosen, disabled
 from ldm.model import StableDiffusion
 from ldm.training.settings import Settings
@@ -41,6 +41,7 @@ class LoRATuning(Trainable):
         return any(p.requires_grad for name, p in self.trained.items() if name.startswith(LORA_TEXT))
 
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
+        self.compile_networks()
         if not self.text_encoder_trains:
             self.context(prompts)
         for network in (self.sd.unet, self.sd.text_encoder):
@@ -78,7 +79,8 @@ class LoRATuning(Trainable):
     def _write(self, path: Path, metadata: dict[str, str], adapter: Adapter, **names: str) -> None:
         """names: more entries of kohya's metadata."""
         about = kohya_metadata(self.sd.config, adapter, sd_model_name=self.base_name, **names)
-        write_lora(path, adapter.tensors(), metadata | about)
+        about |= modelspec.describe(self.sd.config, f"LoRA for {self.base_name or 'a Stable Diffusion'}", "lora")
+        write_lora(path, adapter.tensors(), about | metadata)  # the metadata's title says more
 
     def expected(self) -> Tensors:
         return self.adapter().tensors()
