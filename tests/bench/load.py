@@ -73,11 +73,11 @@ def measure(who: str, file: Path, config: Path) -> dict[str, float]:
 
 def load(who: str, file: Path, config: Path) -> dict[str, float]:
     loader = LOADERS[who]()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     loader(file, config)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return {"seconds": seconds, "peak": peak}
+    return {"seconds": seconds, "busy": busy, "peak": peak}
 
 
 def ours():
