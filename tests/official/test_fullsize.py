@@ -252,6 +252,7 @@ def test_a_run_of_two_steps_at_the_official_size_resumes_to_the_same_bits(files,
     how += ["--instance-prompt", "a photo of sks dog", "--class-prompt", "a photo of a dog"]
     base = ["--model", files("sd1")[0], "--instance-data-dir", photographs, *how]
     parts = ["--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / "parts"]
+    parts += ["--checkpoints-total-limit", 1]
     for flags in (
         ["--class-data-dir", tmp_path / "class", "--output-dir", tmp_path / "whole", "--max-train-steps", 2],
         [*parts, "--max-train-steps", 1, "--checkpointing-steps", 1],
@@ -261,6 +262,7 @@ def test_a_run_of_two_steps_at_the_official_size_resumes_to_the_same_bits(files,
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         print(f"peak memory so far: {peak / 1e9:.1f} GB")
         assert peak < 20e9
+        shutil.rmtree(tmp_path / "whole" / "checkpoints", ignore_errors=True)  # 11 GB that are compared no more
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     changed = 0
     with (
