@@ -59,7 +59,7 @@ def strips(layer: Layer, x: Tensor, factor: int = 1, onto: Tensor | None = None)
 
 def _normed(norm: nn.GroupNorm, x: Tensor, convolution: nn.Conv2d) -> Layer:
     """The function convolution(silu(norm(part))) of some rows of x, normalised as all of x (1, C, H, W)."""
-    groups = x.view(norm.num_groups, -1)
+    groups = x[0].unflatten(0, (norm.num_groups, -1))  # a view, whatever the strides are
     moments = [torch.var_mean(group.float(), correction=0) for group in groups]  # one by one: in fp16 a copy is made
     var, mean = (torch.stack(m).repeat_interleave(x.shape[1] // len(groups)) for m in zip(*moments, strict=True))
     scale = norm.weight * (var + norm.eps).rsqrt()  # (C,)

@@ -5,6 +5,7 @@ to run them, and a CUDA graph starts them all in one call.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -16,15 +17,15 @@ def captured(function: Callable[..., Tensor], device: torch.device) -> Callable[
     The function must not read values from the device, and all that it uses besides its arguments must stay where it is:
     it is called for the same shapes with the same weights. The memory of the recording is freed with the result.
     """
-    return Captured(function) if device.type == "cuda" else function
+    return Captured(function, device) if device.type == "cuda" else function
 
 
 class Captured:
     """A function, recorded for the shapes of its second call. Calls with other shapes, or gradients, run plainly."""
 
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function = function
-        self.stream = torch.cuda.Stream()
+    def __init__(self, function: Callable[..., Tensor], device: torch.device):
+        self.function, self.device = function, device
+        self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.shapes: list[tuple[torch.Size, torch.dtype]] | None = None
 
@@ -34,9 +35,11 @@ class Captured:
             return self.function(*inputs)
         if self.shapes is None:
             self.shapes = shapes
-            return self._warm_up(*inputs)
+            with torch.cuda.device(self.device), self._without_cache():
+                return self._warm_up(*inputs)
         if self.graph is None:
-            self._record(*inputs)
+            with torch.cuda.device(self.device), self._without_cache():
+                self._record(*inputs)
         for static, tensor in zip(self.inputs, inputs, strict=True):
             static.copy_(tensor)
         self.graph.replay()
@@ -54,10 +57,16 @@ class Captured:
     def _record(self, *inputs: Tensor) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile. Autocast must not keep casts of weights beyond the recording.
-        kind = inputs[0].device.type
-        with (
-            torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False),
-            torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"),
-        ):
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.output = self.function(*self.inputs)
+
+    def _without_cache(self) -> AbstractContextManager:
+        """Inside, autocast keeps no casts of weights beyond the recording.
+
+        The warm-up runs in it as well: a compiled function would be compiled again for a change of this setting.
+        """
+        kind = self.device.type
+        return torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+        )

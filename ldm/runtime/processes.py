@@ -139,6 +139,8 @@ def start(device: str | None) -> World:
     if size > 1 and torch.cuda.is_available():  # before the choice is tried out: not all of them on the first GPU
         torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     chosen = cli.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # streams, events and recordings belong to the current one
     if size == 1:
         return World(0, 1, chosen)
     if absent := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:

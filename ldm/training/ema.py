@@ -22,8 +22,12 @@ class EMA:
         """Moves the averages toward the weights, faster at first. Call it after each step of the optimizer."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = [self.averages[name] for name in self.parameters]
-        torch._foreach_lerp_(averages, [p.float() for p in self.parameters.values()], 1.0 - decay)
+        averages, weights = [self.averages[name] for name in self.parameters], list(self.parameters.values())
+        if all(weight.dtype == torch.float32 for weight in weights):
+            torch._foreach_lerp_(averages, weights, 1.0 - decay)
+            return
+        for average, weight in zip(averages, weights, strict=True):  # one fp32 copy at a time
+            average.lerp_(weight.float(), 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -235,7 +235,7 @@ def moment_bytes_8bit(parameter: Tensor) -> int:
 # The flags that save memory, and what they change
 
 
-def savers(settings: Settings, device: torch.device) -> dict[str, Settings]:
+def savers(settings: Settings, device: torch.device, processes: int = 1) -> dict[str, Settings]:
     """The settings with each flag that may save memory, by the flag."""
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
     changes = {
@@ -244,9 +244,10 @@ def savers(settings: Settings, device: torch.device) -> dict[str, Settings]:
         "--no-train-text-encoder": {"train_text_encoder": False},
         "--no-use-ema": {"use_ema": False},
     }
-    if settings.train_dtype == "fp32" and has_bf16:
+    is_full = settings.lora_rank is None and settings.train == "all"
+    if settings.train_dtype == "fp32" and has_bf16 and is_full and settings.mixed_precision != "fp16":
         changes["--train-dtype bf16"] = {"train_dtype": "bf16", "mixed_precision": "no"}
-    if settings.gradient_accumulation_steps == 1 and settings.mixed_precision != "fp16":
+    if settings.gradient_accumulation_steps == 1 and settings.mixed_precision != "fp16" and processes == 1:
         changes["--fused-backward --max-grad-norm 0"] = {"fused_backward": True, "max_grad_norm": 0.0}
     if settings.mixed_precision == "no" and settings.train_dtype == "fp32":
         half = "bf16" if has_bf16 else "fp16"
@@ -271,7 +272,7 @@ def tell_memory(run: Run, sd: StableDiffusion, tuning: Tuning) -> None:
 def advice(run: Run, sd: StableDiffusion, tuning: Tuning, without: int) -> str:
     """The flags that help, from the one that saves most: "--use-8bit-adam saves 5.2 GB, ...". without: bytes so far."""
     saved = {}
-    for flag, settings in savers(run.settings, run.world.device).items():
+    for flag, settings in savers(run.settings, run.world.device, run.world.size).items():
         saved[flag] = without - predict(sd, tuning, settings, run.world.device, run.world.size).total
     helpful = sorted((flag for flag in saved if saved[flag] > 0.01 * without), key=lambda flag: -saved[flag])
     return ", ".join(f"{flag} saves {gigabytes(saved[flag])} GB" for flag in helpful) or "no flag saves much"

@@ -19,7 +19,7 @@ class Numbers:
         self._copy = to_host(values)
         self._copied = torch.cuda.Event() if values.is_cuda else None
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> dict[str, float]:
         """loss, subject_loss, prior_loss: means over processes and parts; grad_norm; signals: how many have come."""
@@ -39,4 +39,4 @@ class Numbers:
 
 def to_host(values: Tensor) -> Tensor:
     """Begins to copy from the device. The copy of a GPU's tensor lies in pinned memory and is not complete yet."""
-    return values.to("cpu", non_blocking=True)
+    return values.to("cpu", non_blocking=values.is_cuda)

@@ -68,7 +68,7 @@ class Piecewise(torch.optim.Optimizer):
         """From now on the backward pass updates each parameter as soon as its gradient is complete, and frees that.
 
         The norm over all gradients is known only afterwards: see `norm`. A gradient that is not finite leaves its own
-        parameter as it is.
+        parameter as it is, but not with 8-bit AdamW.
         """
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -81,6 +81,11 @@ class Piecewise(torch.optim.Optimizer):
         self.found_inf = square.isfinite().logical_not().float()
         self._update(parameter, group["lr"])
         parameter.grad = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the backward pass of this step has updated a parameter."""
+        return bool(self._squares)
 
     def norm(self) -> Tensor:
         """The norm of all gradients of this step, a scalar on the device."""

@@ -50,7 +50,7 @@ class TrainingState:
         self.ema = EMA(self.parameters, settings.ema_decay) if settings.use_ema else None
         self.step = self.taken = self.overflows = 0
         self.skipped = False
-        self.is_whole = True  # False while an update is under way: such a state is never saved
+        self._updating = False
         self._wrapped = False
         # Whether the host decides on each update, and waits for the numbers; fused AdamW decides on the device.
         self.waits = precision.scaler.is_enabled() or settings.use_8bit_adam
@@ -62,6 +62,11 @@ class TrainingState:
         moments = copies * sum(4 * p.numel() for p in self.parameters.values())
         metrics = 400 * min(self.settings.max_train_steps, 20_000)
         return self.trainable.bytes_saved() + moments + metrics + 2**20
+
+    @property
+    def is_whole(self) -> bool:
+        """False while an update is under way, from its first parameter on. Such a state is never saved."""
+        return not self._updating and not (self.settings.fused_backward and self.optimizer.has_begun)
 
     # One step
 
@@ -79,7 +84,6 @@ class TrainingState:
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(self.optimizer, Piecewise):
             self.optimizer.begin(step)
-        self.is_whole = not given.fused_backward
         return changed
 
     def clip_gradients(self) -> Tensor:
@@ -97,9 +101,9 @@ class TrainingState:
         overflowed, the step is done again on new rows with a lower scale. Raises Diverged if that never helps.
         """
         step, scaler = self.step + 1, self.precision.scaler
-        metrics = {"step": step, "lr": self.settings.learning_rate * self.lr_factor, "seconds": self._began}
+        metrics = {"step": step, "lr": self.optimizer.param_groups[0]["lr"], "seconds": self._began}
         self.skipped = self.waits and not numbers.are_finite
-        self.is_whole = False
+        self._updating = True
         if not self.waits:
             self.optimizer.found_inf = numbers.found_inf
         if not self.skipped:
@@ -116,7 +120,9 @@ class TrainingState:
             metrics |= {"grad_norm": None, "skipped": True, "scale": scaler.get_scale()}
             if self.overflows == MAX_OVERFLOWS:
                 raise Diverged(f"fp16 overflowed {self.overflows} times in a row at step {step}; take bf16")
-        self.is_whole = True
+        if self.settings.fused_backward:
+            self.optimizer.begin(self.step + 1)
+        self._updating = False
         return metrics
 
     # Saving

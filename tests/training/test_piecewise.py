@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from runs import LATEST, SMALL, call, losses, metrics, refused, slow_after, weights
+from runs import LATEST, SMALL, call, checkpoints, losses, metrics, refused, slow_after, weights
 
 import train
+from ldm.dreambooth import FullTuning
 from ldm.errors import InputError, RunError
 from ldm.runtime.processes import World
 from ldm.training import Run, parse
@@ -140,3 +141,18 @@ def test_several_processes_are_refused_for_updates_in_the_backward_pass(base):
     settings = parse([str(flag) for flag in (*base, *FUSED)], train.TINY)
     with pytest.raises(InputError, match="--fused-backward trains in one process"):
         Run(settings, World(0, 2, torch.device("cpu")))
+
+
+def test_an_error_before_the_first_update_of_a_step_saves_the_step_before(base, tmp_path):
+    """With updates inside the backward pass a step is whole until the first of them."""
+
+    class Failing(FullTuning):
+        def forward(self, noisy, t, prompts):
+            self.calls = getattr(self, "calls", 0) + (0 if noisy.is_meta else 1)
+            if self.calls == 3:
+                raise OSError("a photograph is gone")
+            return super().forward(noisy, t, prompts)
+
+    with pytest.warns(match="step 2 is saved"), pytest.raises(OSError, match="gone"):
+        call(*base, *FUSED, "--output-dir", tmp_path / "run", tuning=Failing)
+    assert checkpoints(tmp_path / "run") == [2]
