@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).with_name("fuzz.py")
-SEED, COUNT = os.environ.get("LDM_FUZZ_SEED", "0"), int(os.environ.get("LDM_FUZZ_COUNT", "1000"))
+SEED, COUNT = os.environ.get("LDM_FUZZ_SEED", "0"), int(os.environ.get("LDM_FUZZ_COUNT", "5000"))
 # In two processes that take about the same time.
 HALVES = (
     "single diffusers loras".split(),
