@@ -206,8 +206,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """x: (B, N, C); context: (B, M, D), or its keys and values -> (B, N, C)."""
-        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         q = self.split(self.to_q(x))
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         if self.upcast and q.dtype == torch.float16:
             with torch.autocast(q.device.type, enabled=False):
                 h = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)

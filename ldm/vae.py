@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ldm.config import VAEConfig
 
+LARGE = 1024  # positions of a map whose attention should not be held as a matrix
+
 
 class DiagonalGaussian:
     """The encoder's output: an independent normal distribution for each number of the latent.
@@ -177,8 +179,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        # made contiguous, so that torch takes a kernel that never holds all of Q K^T, (H*W)^2 numbers
-        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())  # (B, 1, H*W, C)
+        if q.shape[2] > LARGE:  # of contiguous ones torch never holds all of Q K^T, (H*W)^2 numbers
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
