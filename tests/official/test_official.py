@@ -307,7 +307,7 @@ def thin(narrow, id: str) -> StableDiffusion:
     return sd
 
 
-@pytest.mark.parametrize("id", slow_after(4, FACTS))
+@pytest.mark.parametrize("id", slow_after(2, FACTS))
 def test_a_recipe_runs_and_distinguishes_another_model_from_the_official_one(id, narrow):
     fact, rows = FACTS[id], found(id, thin(narrow, id))
     with pytest.raises(AssertionError, match="times the tolerance"):

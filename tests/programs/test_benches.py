@@ -73,6 +73,7 @@ def flop_by_layer(unet: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     return sum(total)
 
 
+@pytest.mark.slow
 def test_sampling_is_timed_beside_diffusers(bench, tmp_path, capsys):
     flags = ("--pictures", "2", "--steps", "2", "--dtype", "bf16", "--results", str(tmp_path))
     bench("sampling").main([*SMALL, *flags])

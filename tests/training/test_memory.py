@@ -26,9 +26,8 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "phase", [pytest.param(p, marks=[] if "sheet before" in p else pytest.mark.slow) for p in PHASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
 def test_out_of_memory_is_reported_with_the_phase_and_the_flags_that_help(phase, saved, photographs, tmp_path):
     flags, advice = PHASES[phase]
     flags = ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, *flags)

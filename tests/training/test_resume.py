@@ -301,6 +301,7 @@ DIFFERENCES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_with_the_differences(once, base, tmp_path):
     last = once / "checkpoints" / "checkpoint-000004"
     for flags, difference in DIFFERENCES:

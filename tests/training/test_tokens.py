@@ -96,6 +96,7 @@ def test_a_run_of_the_token_alone_resumes_to_the_same_bits_and_writes_only_it(fl
         torch.testing.assert_close(a["[V]"].norm(dim=1), before.norm(dim=1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_a_token_trains_with_the_networks_and_is_in_the_model(base, saved, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     base = (*base, *WORDS)

@@ -135,6 +135,7 @@ def encoded(sd_mean_std, paths: list[Path], kind: str, seed: int = 0) -> Rows:
     return latent_rows(kind, mean, std, seed)
 
 
+@pytest.mark.slow
 def test_training_lowers_both_losses(run, saved, photographs):
     out = run("--max-train-steps 60 --learning-rate 2e-3 --train-batch-size 2")
     losses = []
