@@ -67,14 +67,6 @@ class World:
         """Wraps a backward pass. now: average the gradients over all processes; else only add them to this one's."""
         return nullcontext() if now or self.size == 1 else module.no_sync()
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all processes, in float64; every process gets the same sums."""
-        if self.size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
     def gather(self, values: Tensor) -> Tensor:
         """The values (n,) of every process, (size, n), in all processes. The host does not wait for a GPU."""
         if self.size == 1:
@@ -82,10 +74,6 @@ class World:
         rows = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(rows, values)
         return torch.stack(rows)
-
-    def any(self, condition: bool) -> bool:
-        """Whether the condition holds in any process. Every process must call it."""
-        return bool(self.sum([float(condition)])[0])
 
     def share(self, value: Any) -> Any:
         """The main process's value, in all processes."""

@@ -79,8 +79,8 @@ class TrainingState:
         self._began, step, given = time.perf_counter(), self.step + 1, self.settings
         changed = optimizer.freeze_stopped(self.optimizer, step) or not self._wrapped
         self._wrapped = True
-        self.lr_factor = optimizer.lr_factor(given.lr_scheduler, step, given.lr_warmup_steps, given.max_train_steps)
-        optimizer.set_lr(self.optimizer, self.lr_factor)
+        factor = optimizer.lr_factor(given.lr_scheduler, step, given.lr_warmup_steps, given.max_train_steps)
+        optimizer.set_lr(self.optimizer, factor)
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(self.optimizer, Piecewise):
             self.optimizer.begin(step)
