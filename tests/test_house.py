@@ -16,12 +16,70 @@ LDM = ROOT / "ldm"
 FLOORS = """errors runtime rng config tokenizer clip vae tiling unet schedule samplers guidance images
 formats lora model tokens dreambooth training __main__""".split()
 
+# One room a line, in the order of imports.
 WINGS = {
-    "runtime": "streams cli files reading memory graphs compiling threads signals progress processes",
-    "formats": "names archive unpickle ckpt modelspec tensors checks embedding source folder_config single card folder "
-    "layouts picture_text lora_names lora_file",
-    "training": "precision numbers ema optimizer piecewise tracking settings token_tuning tuning options state "
-    "content checkpoint continuity claim log saver run latents batches class_pictures validation ledger memory",
+    "runtime": """
+        streams
+        cli
+        files
+        reading
+        memory
+        graphs
+        compiling
+        threads
+        signals
+        progress
+        processes
+    """,
+    "formats": """
+        names
+        archive
+        unpickle
+        ckpt
+        modelspec
+        tensors
+        checks
+        embedding
+        source
+        folder_config
+        single
+        card
+        folder
+        layouts
+        picture_text
+        lora_names
+        lora_file
+    """,
+    "training": """
+        precision
+        numbers
+        ema
+        optimizer
+        piecewise
+        tracking
+        setting
+        settings_data
+        settings_training
+        settings_output
+        settings
+        token_tuning
+        tuning
+        options
+        state
+        content
+        checkpoint
+        continuity
+        claim
+        log
+        saver
+        run
+        latents
+        batches
+        class_pictures
+        validation
+        ledger
+        memory
+    """,
 }
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from ldm.errors import InputError
 from ldm.runtime import check_path, cli, read_toml
-from ldm.training.settings import LORA_RATE, LOW_LORA_RATE, Settings
+from ldm.training.setting import flag
+from ldm.training.settings import Settings
+from ldm.training.settings_training import LORA_RATE, LOW_LORA_RATE
 
 
 def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
@@ -27,7 +29,7 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     settings = Settings(**(_read_toml(tiny) if is_tiny else {}) | from_file | given)
     for f in fields(Settings):
         if f.metadata["path"] and (path := getattr(settings, f.name)) is not None:
-            check_path(path, _flag(f.name))
+            check_path(path, flag(f.name))
     if problem := settings.problems():
         raise InputError(problem)
     if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
@@ -43,15 +45,16 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE.toml", help="settings by their names below; flags override them")
-    for f in fields(Settings):
-        meta, flag = f.metadata, _flag(f.name)
-        options = dict(meta["options"])
-        if isinstance(f.default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif "type" not in options and isinstance(f.default, int | float):
-            options["type"] = type(f.default)
-        shown = "" if f.default in (None, ()) else f" (default: {f.default})"
-        parser.add_argument(flag, *meta["flags"], dest=f.name, help=meta["help"] + shown, **options)
+    for group, settings in Settings.groups():
+        section = parser.add_argument_group(group.__doc__)
+        for f in settings:
+            meta, options = f.metadata, dict(f.metadata["options"])
+            if isinstance(f.default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            elif "type" not in options and isinstance(f.default, int | float):
+                options["type"] = type(f.default)
+            shown = "" if f.default in (None, ()) else f" (default: {f.default})"
+            section.add_argument(flag(f.name), *meta["flags"], dest=f.name, help=meta["help"] + shown, **options)
     return parser
 
 
@@ -71,10 +74,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
             raise InputError(f"--config {path}: there is no setting {key!r}; train.py --help lists them")
         settings[f.name] = _checked(f"--config {path}: {key}", f, value, path.parent)
     return settings
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _key(name: str) -> str:

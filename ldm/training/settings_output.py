@@ -1,0 +1,57 @@
+"""Settings of what a run writes: its folder, checkpoints, sheets and metrics."""
+
+from dataclasses import dataclass
+
+from ldm import images, samplers
+from ldm.runtime import cli
+from ldm.training.setting import Group, not_a_number, setting
+from ldm.training.tracking import TRACKERS, check_installed
+
+
+@dataclass(frozen=True)
+class Output(Group):
+    """The run and its checkpoints"""
+
+    output_dir: str | None = setting(
+        None, "a new folder for the run; runs/dreambooth, numbered if taken", path=True, may_change=True
+    )
+    resume_from_checkpoint: str | None = setting(
+        None, "resume from this checkpoint folder, or from the latest one of the run", path=True, may_change=True
+    )
+    checkpointing_steps: int = setting(500, "number of steps between checkpoints", type=cli.positive, may_change=True)
+    checkpoints_total_limit: int | None = setting(
+        None, "number of checkpoints to keep; all if not given", type=cli.positive, may_change=True
+    )
+    layout: str = setting("official", "layout of the saved model", choices=("official", "diffusers"), may_change=True)
+    report_to: str = setting(
+        "none", "also send the metrics to this tracker; needs the tracking extra", choices=TRACKERS, may_change=True
+    )
+
+    def problem(self) -> str | None:
+        check_installed(self.report_to)
+        return None
+
+
+@dataclass(frozen=True)
+class Sampling(Group):
+    """Pictures that the run makes"""
+
+    validation_prompt: tuple[str, ...] = setting(
+        (),
+        "prompt of one row of the before/after sheet, repeatable; instance and class prompt if not given",
+        action="append",
+        may_change=True,
+    )
+    num_validation_images: int = setting(4, "pictures in a row of the sheet", type=cli.positive, may_change=True)
+    sampler: str = setting("ddim", "sampler of class pictures and sheets", metavar="NAME")
+    sample_steps: int = setting(50, "sampling steps for class pictures and sheets", type=cli.positive)
+    guidance_scale: float = setting(7.5, "classifier-free guidance for class pictures and sheets")
+    sample_batch_size: int = setting(4, "pictures sampled at once", type=cli.positive, may_change=True)
+
+    def problem(self) -> str | None:
+        if problem := not_a_number(self, "guidance_scale"):
+            return problem
+        samplers.find(self.sampler)
+        rows = len(self.validation_prompt) or 2
+        images.check_sheet(rows, self.num_validation_images, self.resolution, self.resolution)
+        return None
