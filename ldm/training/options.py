@@ -71,7 +71,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in tree.items():
         if (f := known.get(_key(key))) is None:
-            raise InputError(f"--config {path}: there is no setting {key!r}; train.py --help lists them")
+            nearest = cli.did_you_mean(key, [f.name for f in fields(Settings)])
+            raise InputError(f"--config {path}: {key}: {nearest or 'there is no such setting; --help lists them'}")
         settings[f.name] = _checked(f"--config {path}: {key}", f, value, path.parent)
     return settings
 
