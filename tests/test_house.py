@@ -62,6 +62,7 @@ WINGS = {
         settings_training
         settings_output
         settings
+        settings_toml
         token_tuning
         tuning
         options

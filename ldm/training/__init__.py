@@ -4,6 +4,7 @@ setting         one setting, and a group of them
 settings_data, settings_training, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 options         reads settings from the command line and TOML files
+settings_toml   writes them as TOML, from which the run can be repeated
 latents         encodes the pictures once
 batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
