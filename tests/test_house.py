@@ -64,6 +64,7 @@ WINGS = {
         settings
         examples
         subjects
+        settings_toml
         token_tuning
         tuning
         options

@@ -6,6 +6,7 @@ settings        every setting of a run, and whether a run that resumes may chang
 examples        what a folder says about each of its photographs
 subjects        the subjects that a run teaches
 options         reads settings from the command line and TOML files
+settings_toml   writes them as TOML, from which the run can be repeated
 latents         encodes the pictures once
 batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
