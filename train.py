@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ldm import images, training
-from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, min_snr_weight
+from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
 from ldm.images import Picture
 from ldm.model import StableDiffusion
@@ -83,10 +83,14 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
         if settings.predicts_prior:  # the base model's own prediction takes the place of class pictures
             rows = batch.class_rows
             target = target.index_copy(0, rows, state.trainable.base(noisy[rows], batch.t[rows]).float())
-    weight = None
+    snr_weight = place_weight = None
     if settings.snr_gamma is not None:
-        weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
-    return dreambooth_loss(prediction, target, batch.is_class, settings.prior_loss_weight, weight)
+        snr_weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
+    if batch.mask is not None:
+        place_weight = mask_weight(batch.mask, settings.unmasked_weight)
+    weights = {"row_weight": snr_weight, "place_weight": place_weight}
+    terms = batch.is_class, settings.prior_loss_weight
+    return dreambooth_loss(prediction, target, *terms, **weights, huber_c=settings.huber)
 
 
 def begin(
@@ -123,6 +127,7 @@ def load(run: Run) -> StableDiffusion:
     sd.prefer_device_layout()
     sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.check_steps(settings.sample_steps)
+    settings.check_schedule(sd.schedule)
     if run.world.main:
         sd.check_finite()
     return sd
@@ -152,6 +157,8 @@ def prepare(
 ) -> Batches:
     """Encodes pictures and prompts once where possible, and casts frozen networks to the compute type."""
     settings, sd = run.settings, state.trainable.sd
+    if settings.rescale_betas_zero_snr:  # only now: the base model's own pictures are made as it was trained
+        sd.reschedule(zero_terminal_snr=True, spacing="trailing")
     kinds = [("instance", settings.instance_prompt, photographs)]
     with run.world.agreed():
         if class_pictures is not None:

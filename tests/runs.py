@@ -123,7 +123,7 @@ def run(line: Sequence[str], folder: Path, status: int | None = 0, **environment
 
 def latent_rows(kind: str, mean: torch.Tensor, std: torch.Tensor, seed: int = 0) -> Rows:
     """Rows of pictures with these latents, mean and std (N, views, C, h, w), for a schedule of 1000 steps."""
-    draws = LatentDraws(seed, kind, len(mean), tuple(mean.shape[2:]), 1000, views=mean.shape[1])
+    draws = LatentDraws(seed, kind, len(mean), tuple(mean.shape[2:]), range(1000), views=mean.shape[1])
     return Rows("", draws, mean.device, Latents(mean, std), is_class=kind == "class")
 
 

@@ -60,6 +60,7 @@ WINGS = {
         setting
         settings_data
         settings_training
+        settings_loss
         settings_output
         settings
         examples

@@ -1,7 +1,7 @@
 """A training run: from settings and photographs to a tuned model. It stops and resumes at any step.
 
 setting         one setting, and a group of them
-settings_data, settings_training, settings_output      the groups
+settings_data, settings_training, settings_loss, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 examples        what a folder says about each of its photographs
 subjects        the subjects that a run teaches

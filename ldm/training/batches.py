@@ -37,15 +37,19 @@ class Draws(Dataset):
     kind: str  # "instance" or "class"
     count: int  # pictures; each epoch takes every picture once, newly shuffled
     shape: tuple[int, int, int]  # (C, h, w) of the latents
-    timesteps: int
+    timesteps: range  # those that t is drawn from
+    noise_offset: float = 0.0  # standard deviation of a shift of each of the noise's channels
 
     def __getitem__(self, index: int) -> Columns | InputError:
         generator = rng.generator(self.seed, self.kind, "noise", index)
         spread, noise = torch.randn((2, *self.shape), generator=generator)
-        t = torch.randint(self.timesteps, (), generator=generator)
+        t = torch.randint(self.timesteps.start, self.timesteps.stop, (), generator=generator)
         k = rng.pick(self.seed, self.kind, index, self.count)
         try:
-            return {"spread": spread, "noise": noise, "t": t, **self.view(k, generator)}
+            view = self.view(k, generator)
+            if self.noise_offset:  # Guttenberg 2023; drawn last, so that all else is drawn as without it
+                noise = noise + self.noise_offset * torch.randn(self.shape[0], 1, 1, generator=generator)
+            return {"spread": spread, "noise": noise, "t": t, **view}
         except InputError as error:  # a loader's process can't raise it in one line, so it is returned as a row
             return error
 
@@ -104,7 +108,7 @@ def make_rows(run: Run, sd: StableDiffusion, kind: str, prompt: str, pictures: S
     """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
     settings, device = run.settings, run.world.device
     shape = sd.latent_shape(settings.resolution, settings.resolution)
-    common = (settings.seed, kind, len(pictures), shape, sd.schedule.timesteps)
+    common = (settings.seed, kind, len(pictures), shape, settings.timesteps(sd.schedule), settings.noise_offset)
     if settings.random_crop:
         draws = CropDraws(*common, tuple(pictures), settings.resolution, settings.random_flip)
         return Rows(prompt, draws, device, encode=partial(encode, sd), is_class=kind == "class")
