@@ -63,6 +63,9 @@ WINGS = {
         settings_loss
         settings_output
         settings
+        examples
+        subjects
+        settings_toml
         token_tuning
         tuning
         options
