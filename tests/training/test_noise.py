@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import LORA, SMALL, call, digest, metrics, refused
+from runs import LORA, SMALL, call, digest, latent_rows, metrics, refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
@@ -17,9 +19,8 @@ import sample
 from ldm import StableDiffusion, __main__, rng
 from ldm.config import ScheduleConfig
 from ldm.dreambooth import dreambooth_loss, mask_weight
-from ldm.images import load_picture, read_picture
+from ldm.images import load_picture
 from ldm.schedule import Schedule
-from ldm.training import CropDraws, LatentDraws
 
 ZERO = "--rescale-betas-zero-snr"
 V_ZERO = {"prediction": "v", "zero_terminal_snr": True, "spacing": "trailing"}
@@ -116,21 +117,25 @@ def test_the_first_losses_equal_those_computed_by_hand(flags, options, base, tmp
 # The noise and the timesteps of a row
 
 
-def draws(**options) -> LatentDraws:
-    return LatentDraws(0, "instance", 3, (4, 8, 8), **{"timesteps": range(1000)} | options)
+def draws(**options):
+    """The random part of the rows of three pictures, each also mirrored."""
+    latents = torch.zeros(3, 2, 4, 8, 8)
+    return replace(latent_rows("instance", latents, latents).draws, **options)
 
 
-def test_a_noise_offset_shifts_each_channel_and_leaves_all_other_draws(photographs):
-    pictures = tuple(read_picture(path) for path in sorted(photographs.iterdir()))
-    crops = [CropDraws(0, "instance", 3, (4, 8, 8), range(1000), x, pictures, 32, True) for x in (0.0, 0.3)]
-    for plain, shifted in ((draws(views=2), draws(views=2, noise_offset=0.3)), crops):
-        for index in range(4):
-            a, b = plain[index], shifted[index]
-            shift = b["noise"] - a["noise"]  # (4, 8, 8)
-            assert (shift - shift[:, :1, :1]).abs().max() < 1e-6 and shift[:, 0, 0].unique().numel() == 4
-            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a.keys() - {"noise"})
-    shifts = torch.stack([(draws(noise_offset=0.3)[i]["noise"] - draws()[i]["noise"])[:, 0, 0] for i in range(500)])
-    assert shifts.mean().abs() < 0.02 and (shifts.std() / 0.3 - 1).abs() < 0.05
+def test_a_noise_offset_shifts_each_channel_and_leaves_all_other_draws():
+    plain, shifted = draws(), draws(noise_offset=0.3)
+    shifts = []
+    for index in range(500):
+        a, b = plain[index], shifted[index]
+        shift = b["noise"] - a["noise"]  # (4, 8, 8)
+        assert (shift - shift[:, :1, :1]).abs().max() < 1e-6 and shift[:, 0, 0].unique().numel() == 4
+        assert a.keys() == b.keys() and all(
+            torch.equal(a[name], b[name]) for name in ("spread", "t", "picture", "view")
+        )
+        shifts.append(shift[:, 0, 0])
+    shifts = torch.stack(shifts)
+    assert shifts.mean().abs() < 0.03 and (shifts.std() / 0.3 - 1).abs() < 0.06
 
 
 def test_the_timesteps_are_drawn_evenly_from_their_range():
@@ -302,3 +307,16 @@ def test_a_lora_says_it_and_is_sampled_and_merged_so(old_file, photographs, tmp_
     assert Image.open(next((tmp_path / "pictures").glob("*.png"))).text["ldm.zero_terminal_snr"] == "True"
     __main__.main(["lora", "merge", str(old_file), str(tmp_path / "merged.safetensors"), "--lora", str(lora)])
     assert said(tmp_path / "merged.safetensors") == ("v", True, "trailing")
+
+
+@pytest.mark.slow
+def test_the_command_of_the_tiny_readme_runs(root, tmp_path):
+    text = (root / "weights" / "tiny" / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    python train.py (.*--noise-offset.*)$", text, re.M)
+    short = "--max-train-steps 2 --num-class-images 2 --sample-steps 1 --num-validation-images 1 --output-dir"
+    call(*command.split(), *short.split(), tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 2 and said(tmp_path / "run" / "model.safetensors") == (
+        "v",
+        True,
+        "trailing",
+    )
