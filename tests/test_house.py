@@ -62,6 +62,8 @@ WINGS = {
         settings_training
         settings_output
         settings
+        examples
+        subjects
         token_tuning
         tuning
         options

@@ -3,6 +3,8 @@
 setting         one setting, and a group of them
 settings_data, settings_training, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
+examples        what a folder says about each of its photographs
+subjects        the subjects that a run teaches
 options         reads settings from the command line and TOML files
 latents         encodes the pictures once
 batches         the rows of each step, a function of seed and index
@@ -28,6 +30,7 @@ tracking        TensorBoard and Weights & Biases
 
 from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.class_pictures import ClassPictures
+from ldm.training.examples import Example, read_examples
 from ldm.training.latents import encode, encode_pictures
 from ldm.training.memory import Memory, predict, tell_memory
 from ldm.training.options import parse
@@ -35,6 +38,7 @@ from ldm.training.precision import set_exactness
 from ldm.training.run import Run
 from ldm.training.settings import Settings
 from ldm.training.state import TrainingState
+from ldm.training.subjects import Subject, read_subjects
 from ldm.training.token_tuning import TokenTuning
 from ldm.training.tuning import LoRATuning, tuning_of
 from ldm.training.validation import make_comparison, make_sheet, sheet_path
@@ -43,12 +47,14 @@ __all__ = [
     "Batches",
     "ClassPictures",
     "CropDraws",
+    "Example",
     "LatentDraws",
     "Memory",
     "LoRATuning",
     "Rows",
     "Run",
     "Settings",
+    "Subject",
     "TokenTuning",
     "TrainingState",
     "encode",
@@ -58,6 +64,8 @@ __all__ = [
     "make_sheet",
     "parse",
     "predict",
+    "read_examples",
+    "read_subjects",
     "set_exactness",
     "sheet_path",
     "tell_memory",
