@@ -75,7 +75,11 @@ WINGS = {
         log
         saver
         run
+        mixture
+        buckets
+        sorting
         latents
+        rows
         batches
         class_pictures
         validation

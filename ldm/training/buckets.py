@@ -4,8 +4,6 @@ A batch holds pictures of one size. A photograph that is not square loses much w
 buckets it is cut to the size whose shape is the nearest to its own (NovelAI, "Improvements on Stable Diffusion", 2022).
 """
 
-import math
-
 from ldm.errors import InputError
 
 Size = tuple[int, int]  # width and height in pixels
