@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ldm import images, training
-from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, min_snr_weight
+from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped, cli, processes
@@ -81,10 +81,19 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
         if settings.predicts_prior:  # the base model's own prediction takes the place of class pictures
             rows = batch.class_rows
             target = target.index_copy(0, rows, state.trainable.base(noisy[rows], batch.t[rows]).float())
-    weight = None
+    snr_weight = place_weight = None
     if settings.snr_gamma is not None:
-        weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
-    return dreambooth_loss(prediction, target, batch.is_class, settings.prior_loss_weight, weight)
+        snr_weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
+    if batch.mask is not None:
+        place_weight = mask_weight(batch.mask, settings.unmasked_weight)
+    weights = {"row_weight": snr_weight, "place_weight": place_weight}
+
+    def loss(is_class: torch.Tensor) -> Losses:
+        terms = is_class, settings.prior_loss_weight
+        return dreambooth_loss(prediction, target, *terms, **weights, huber_c=settings.huber)
+
+    run.subject_losses.add(batch, loss)  # for people to read, if there are several subjects
+    return loss(batch.is_class)
 
 
 def begin(
@@ -122,6 +131,7 @@ def load(run: Run) -> StableDiffusion:
     sd.prefer_device_layout()
     sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.check_steps(settings.sample_steps)
+    settings.check_schedule(sd.schedule)
     if run.world.main:
         sd.check_finite()
     return sd
@@ -130,12 +140,15 @@ def load(run: Run) -> StableDiffusion:
 def prepare(run: Run, state: TrainingState, subjects: list[Subject], class_pictures: list[ClassPictures]) -> Batches:
     """Encodes pictures and prompts once where possible, and casts frozen networks to the compute type."""
     settings, sd = run.settings, state.trainable.sd
+    if settings.rescale_betas_zero_snr:  # only now: the base model's own pictures are made as it was trained
+        sd.reschedule(zero_terminal_snr=True, spacing="trailing")
     with run.world.agreed():
         photographs = training.sort_photographs(subjects, settings, sd, run.identity.parts["global_batch"])
         rows = [training.make_rows(run, sd, "instance", photographs)]
         if class_pictures:
             examples = training.read_class_pictures(run, class_pictures)
             rows.append(training.make_rows(run, sd, "class", training.sort_class_pictures(photographs, examples)))
+    run.subject_losses = training.SubjectLosses([subject.name for subject in subjects], run.world.device)
     if settings.predicts_prior:
         prompts = tuple(subject.class_prompt for subject in subjects)
         state.trainable.keep_base(prompts[0], run.precision.dtype)

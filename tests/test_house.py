@@ -60,10 +60,12 @@ WINGS = {
         setting
         settings_data
         settings_training
+        settings_loss
         settings_output
         settings
         examples
         subjects
+        settings_toml
         token_tuning
         tuning
         options

@@ -1,11 +1,12 @@
 """A training run: from settings and photographs to a tuned model. It stops and resumes at any step.
 
 setting         one setting, and a group of them
-settings_data, settings_training, settings_output      the groups
+settings_data, settings_training, settings_loss, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 examples        what a folder says about each of its photographs
 subjects        the subjects that a run teaches
 options         reads settings from the command line and TOML files
+settings_toml   writes them as TOML, from which the run can be repeated
 mixture         which subject and which size of picture each row has
 buckets         sizes for photographs that are not square
 sorting         sorts the pictures of all subjects by their sizes
@@ -37,6 +38,7 @@ from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read
 from ldm.training.examples import Example, read_examples
 from ldm.training.latents import encode, encode_pictures
 from ldm.training.memory import Memory, predict, tell_memory
+from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
 from ldm.training.precision import set_exactness
 from ldm.training.rows import CropDraws, LatentDraws, Rows, make_rows
@@ -61,6 +63,7 @@ __all__ = [
     "Run",
     "Settings",
     "Subject",
+    "SubjectLosses",
     "TokenTuning",
     "TrainingState",
     "cut_from_photographs",

@@ -45,6 +45,7 @@ class Draws(Dataset):
     kind: str  # "instance" or "class"
     pictures: Collection
     timesteps: range  # those that t is drawn from
+    noise_offset: float = 0.0  # standard deviation of a shift of each of the noise's channels
     vary: Vary | None = None  # changes the prompt of a row: drops captions, shuffles tags
     prompts: tuple[str, ...] | None = None  # one a subject, instead of the pictures' own
 
@@ -61,9 +62,12 @@ class Draws(Dataset):
         if self.vary is not None:
             row["prompt"] = self.vary(row["prompt"], rng.generator(self.seed, self.kind, "prompt", index))
         try:
-            return row | self.view(bucket, k, generator)
+            row |= self.view(bucket, k, generator)
         except InputError as error:  # a loader's process can't raise it in one line, so it is returned as a row
             return error
+        if self.noise_offset:  # Guttenberg 2023; drawn last, so that all else is drawn as without it
+            row["noise"] = noise + self.noise_offset * torch.randn(len(noise), 1, 1, generator=generator)
+        return row
 
     def view(self, bucket: Bucket, k: int, generator: torch.Generator) -> Columns:
         """The columns that say which picture and view the row has, or hold its pixels. k: the picture's place."""
@@ -152,7 +156,7 @@ class Rows:
 def make_rows(run: Run, sd: StableDiffusion, kind: str, pictures: Collection) -> Rows:
     """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
     settings, device, is_class = run.settings, run.world.device, kind == "class"
-    common = (settings.seed, kind, pictures, range(sd.schedule.timesteps))
+    common = (settings.seed, kind, pictures, settings.timesteps(sd.schedule), settings.noise_offset)
     examples = [example for bucket in pictures.buckets for example in bucket.examples]
     masked = any(example.mask is not None for example in examples)
     if settings.random_crop:

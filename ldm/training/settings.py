@@ -8,6 +8,7 @@ from ldm.formats import MAX_RANK
 from ldm.tokenizer import check_prompt
 from ldm.training.setting import Group, flag
 from ldm.training.settings_data import Model, Photographs, Prior, Shapes
+from ldm.training.settings_loss import Loss
 from ldm.training.settings_output import Output, Sampling
 from ldm.training.settings_training import (
     LORA_RATE,
@@ -29,6 +30,7 @@ GROUPS: tuple[type[Group], ...] = (
     LoRASettings,
     TokenSettings,
     Optimization,
+    Loss,
     Machine,
     Output,
     Sampling,

@@ -137,9 +137,8 @@ def test_crops_are_a_function_of_seed_and_index(base, saved, photographs, tmp_pa
 
     paths, sd = sorted(photographs.iterdir()), StableDiffusion.load(saved["official"])
     pictures = collection([*map(read_picture, paths)], (32, 32), (4, 8, 8))
-    rows = Rows(
-        CropDraws(7, "instance", pictures, range(1000), flip=True), torch.device("cpu"), encode=partial(encode, sd)
-    )
+    draws = CropDraws(7, "instance", pictures, range(1000), flip=True)
+    rows = Rows(draws, torch.device("cpu"), encode=partial(encode, sd))
     settings = Settings(random_crop=True, train_batch_size=3, seed=7)
     batches = Batches([rows], settings, World(0, 1, torch.device("cpu")))
     for step in (5, 6, 7):
