@@ -151,8 +151,7 @@ class Run:
     def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Numbers:
         """The losses of all processes and their batches, and the gradients' norm, on their way to the host."""
         signal = torch.full((1,), float(self.stop.asked), device=norm.device)
-        terms = torch.stack([*map(torch.stack, losses)]).flatten()
-        values = torch.cat([terms, self.subject_losses.take(), norm[None], signal])
+        values = torch.cat([*map(torch.stack, losses), self.subject_losses.take(), norm[None], signal])
         return Numbers(self.world.gather(values), self.subject_losses.names)
 
     def log(self, numbers: Numbers, metrics: Metrics) -> None:
