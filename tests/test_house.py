@@ -77,7 +77,11 @@ WINGS = {
         log
         saver
         run
+        mixture
+        buckets
+        sorting
         latents
+        rows
         batches
         class_pictures
         validation
