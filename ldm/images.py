@@ -3,7 +3,8 @@
 import io
 import os
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,17 +103,54 @@ def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float
     centre: where it is cut, from (0, 0), left and top, to (1, 1). Raises InputError, which names the file, if it can't
     be read.
     """
-    file: Path | io.BytesIO = path
-    if isinstance(path, Picture):
-        path, file = path.path, io.BytesIO(path.content)
-    else:
+    with _upright(path) as image:
+        return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
+
+
+def size_of(path: str | Path | Picture) -> tuple[int, int]:
+    """Width and height of a picture that is turned upright. Raises InputError as `fit` does."""
+    with _upright(path) as image:
+        return image.size
+
+
+def load_mask(path: str | Path | Picture, picture: str | Path | Picture, width: int, height: int) -> Tensor:
+    """The mask of a picture, resized and cut as `fit` does it with the picture: (1, H, W) bool, True where it is white.
+
+    Greys are white from half on. Raises InputError, which names the file, if it can't be read, is not as large as the
+    picture, or has transparent parts: some programs mean those, and others mean what is not transparent.
+    """
+    size = size_of(picture)
+    with _upright(path) as image:
+        if image.size != size:
+            sizes = "{} x {} pixels, and the picture has {} x {}".format(*image.size, *size)
+            raise InputError(f"the mask {_name(path)} has {sizes}; save it as large as the picture")
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if alpha is not None and alpha.getextrema() != (255, 255):
+            raise InputError(
+                f"the mask {_name(path)} has transparent parts; save it without transparency, white where the picture "
+                "is to be painted and black where it stays"
+            )
+        grey = ImageOps.fit(to_rgb(image).convert("L"), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(grey))[None] >= 128
+
+
+@contextmanager
+def _upright(path: str | Path | Picture) -> Iterator[Image.Image]:
+    """A picture, turned upright. Turns what reading it raises into an InputError that names the file."""
+    if not isinstance(path, Picture):
         check_file(path)
     try:
-        with open_picture(file) as image:
+        with open_picture(io.BytesIO(path.content) if isinstance(path, Picture) else path) as image:
             ImageOps.exif_transpose(image, in_place=True)
-            return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
+            yield image
+    except InputError:
+        raise
     except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
-        raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
+        raise InputError(f"{_name(path)} can't be read as a picture ({error}); repair it or take it away") from None
+
+
+def _name(path: str | Path | Picture) -> str | Path:
+    return path.path if isinstance(path, Picture) else path
 
 
 def readable_formats() -> list[str]:
