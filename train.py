@@ -76,7 +76,7 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
     model: `state.trainable`, wrapped so that processes average its gradients.
     """
     settings, schedule = run.settings, state.trainable.sd.schedule
-    noisy = schedule.add_noise(batch.latents, batch.noise, batch.t)
+    noisy = batch.seen(schedule.add_noise(batch.latents, batch.noise, batch.t))  # with a mask, for painting in
     with run.precision.autocast():
         prediction = model(noisy, batch.t, batch.prompts)
         target = schedule.target(batch.latents, batch.noise, batch.t)
@@ -160,7 +160,7 @@ def prepare(
     if settings.predicts_prior:
         state.trainable.keep_base(settings.class_prompt, run.precision.dtype)
         rows.append(replace(rows[0], prompt=settings.class_prompt, is_class=True))  # the same noisy latents
-    if settings.random_crop:
+    if settings.random_crop or sd.config.unet.paints_in:  # then every step encodes pictures
         sd.freeze(sd.vae, torch.float32)
     else:
         sd.forget_encoder()

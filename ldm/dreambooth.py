@@ -78,6 +78,11 @@ class Batch:
     is_class: Tensor  # (B,) bool, True for rows of the class prior
     class_rows: Tensor  # the places of those rows, int64
     last: bool = True  # whether this is the last batch whose gradients the step accumulates
+    extra: Tensor | None = None  # (B, 5, h, w), mask and masked picture, which a model for painting in sees too
+
+    def seen(self, noisy: Tensor) -> Tensor:
+        """What the UNet sees of noisy latents (B, 4, h, w): them, and beside them `extra`, if there is any."""
+        return noisy if self.extra is None else torch.cat([noisy, self.extra], 1)
 
 
 class Trainable(nn.Module):
@@ -117,7 +122,7 @@ class Trainable(nn.Module):
     # One forward pass
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """noisy: (B, 4, h, w); t: (B,); prompts: B, one a row. Returns the prediction, (B, 4, h, w)."""
+        """noisy: (B, 4 or 9, h, w), see `Batch.seen`; t: (B,); prompts: B, one a row. Returns (B, 4, h, w)."""
         prompts, distinct = tuple(prompts), tuple(dict.fromkeys(prompts))
         if prompts not in self._rows:  # made once, since the device may have to copy it
             self._rows[prompts] = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(noisy.device)
@@ -150,7 +155,7 @@ class Trainable(nn.Module):
 
     @torch.no_grad()
     def base(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """What the base model predicts for the prompt of `keep_base`. noisy: (B, 4, h, w); t: (B,)."""
+        """What the base model predicts for the prompt of `keep_base`. noisy: (B, 4 or 9, h, w); t: (B,)."""
         unet, context = self._base
         dtype = next(unet.parameters()).dtype
         return unet(noisy.to(dtype), t, context.to(dtype).expand(len(noisy), -1, -1))

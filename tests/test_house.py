@@ -74,6 +74,7 @@ WINGS = {
         saver
         run
         latents
+        inpainting
         batches
         class_pictures
         validation

@@ -5,6 +5,7 @@ settings_data, settings_training, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 options         reads settings from the command line and TOML files
 latents         encodes the pictures once
+inpainting      random masks for a model for painting in
 batches         the rows of each step, a function of seed and index
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
@@ -28,6 +29,7 @@ tracking        TensorBoard and Weights & Biases
 
 from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.class_pictures import ClassPictures
+from ldm.training.inpainting import draw_mask, widen
 from ldm.training.latents import encode, encode_pictures
 from ldm.training.memory import Memory, predict, tell_memory
 from ldm.training.options import parse
@@ -51,6 +53,7 @@ __all__ = [
     "Settings",
     "TokenTuning",
     "TrainingState",
+    "draw_mask",
     "encode",
     "encode_pictures",
     "make_comparison",
@@ -62,4 +65,5 @@ __all__ = [
     "sheet_path",
     "tell_memory",
     "tuning_of",
+    "widen",
 ]

@@ -6,7 +6,7 @@ part of each row on the CPU. All rows of a batch are moved to the device and tur
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from ldm.errors import InputError
 from ldm.images import Picture, load_picture
 from ldm.model import StableDiffusion
 from ldm.runtime import World, progress_bar
+from ldm.training.inpainting import columns_beside, draw_hole, keep_images
 from ldm.training.latents import Encode, Latents, encode, encode_pictures
 from ldm.training.run import Run
 from ldm.training.settings import Settings
@@ -38,6 +39,8 @@ class Draws(Dataset):
     count: int  # pictures; each epoch takes every picture once, newly shuffled
     shape: tuple[int, int, int]  # (C, h, w) of the latents
     timesteps: int
+    # whether rows also have their picture, and a random hole in it: for painting in
+    holes: bool = field(default=False, kw_only=True)
 
     def __getitem__(self, index: int) -> Columns | InputError:
         generator = rng.generator(self.seed, self.kind, "noise", index)
@@ -45,9 +48,12 @@ class Draws(Dataset):
         t = torch.randint(self.timesteps, (), generator=generator)
         k = rng.pick(self.seed, self.kind, index, self.count)
         try:
-            return {"spread": spread, "noise": noise, "t": t, **self.view(k, generator)}
+            row = {"spread": spread, "noise": noise, "t": t, **self.view(k, generator)}
         except InputError as error:  # a loader's process can't raise it in one line, so it is returned as a row
             return error
+        if self.holes:
+            row |= draw_hole((self.seed, self.kind, index), row["image"].shape[1:], self.shape)
+        return row
 
     def view(self, k: int, generator: torch.Generator) -> Columns:
         """The columns that say which picture and view the row has, or hold its pixels."""
@@ -56,13 +62,15 @@ class Draws(Dataset):
 
 @dataclass(frozen=True)
 class LatentDraws(Draws):
-    """Draws for pictures whose latents are kept. views: 2 if each is also kept mirrored."""
+    """Draws for pictures whose latents are kept. views: 2 if each is also kept mirrored. images: see `keep_images`."""
 
     views: int = 1
+    images: Tensor | None = None
 
     def view(self, k: int, generator: torch.Generator) -> Columns:
         view = torch.randint(self.views, (), generator=generator) if self.views > 1 else torch.tensor(0)
-        return {"picture": torch.tensor(k), "view": view}
+        columns = {"picture": torch.tensor(k), "view": view}
+        return columns | ({"image": self.images[k, view] / 127.5 - 1.0} if self.holes else {})
 
 
 @dataclass(frozen=True)
@@ -99,20 +107,29 @@ class Rows:
             mean, std = self.encode(drawn["image"])
         return mean + std * drawn["spread"], drawn["noise"], drawn["t"]
 
+    def beside(self, columns: Columns) -> Tensor | None:
+        """What a model for painting in sees beside the noisy latents of these rows, (B, C + 1, h, w); else None."""
+        if not self.draws.holes:
+            return None
+        names = ("image", "hole", "hole_spread")
+        return columns_beside(self.encode, {n: columns[n].to(self.device, non_blocking=True) for n in names})
+
 
 def make_rows(run: Run, sd: StableDiffusion, kind: str, prompt: str, pictures: Sequence[Picture]) -> Rows:
     """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
     settings, device = run.settings, run.world.device
     shape = sd.latent_shape(settings.resolution, settings.resolution)
     common = (settings.seed, kind, len(pictures), shape, sd.schedule.timesteps)
+    holes, given = sd.config.unet.paints_in, {"encode": partial(encode, sd), "is_class": kind == "class"}
     if settings.random_crop:
-        draws = CropDraws(*common, tuple(pictures), settings.resolution, settings.random_flip)
-        return Rows(prompt, draws, device, encode=partial(encode, sd), is_class=kind == "class")
+        draws = CropDraws(*common, tuple(pictures), settings.resolution, settings.random_flip, holes=holes)
+        return Rows(prompt, draws, device, **given)
     title = f"encoding {kind} pictures"
     with progress_bar(run.stop, title, len(pictures), "picture", show=run.world.main) as progress:
         latents = encode_pictures(sd, pictures, settings.resolution, settings.random_flip, progress)
-    draws = LatentDraws(*common, views=latents.mean.shape[1])
-    return Rows(prompt, draws, device, latents, is_class=kind == "class")
+    images = keep_images(pictures, settings.resolution, settings.random_flip) if holes else None
+    draws = LatentDraws(*common, views=latents.mean.shape[1], images=images, holes=holes)
+    return Rows(prompt, draws, device, latents, **given)
 
 
 class Batches:
@@ -137,12 +154,12 @@ class Batches:
             self._columns = zip(*(iter(self._loader(rows.draws, taken)) for rows in self.rows), strict=True)
         self._next = taken + 1
         for part in range(self.parts):
-            sampled = [
-                self._sample(rows, columns) for rows, columns in zip(self.rows, next(self._columns), strict=True)
-            ]
+            drawn = list(zip(self.rows, next(self._columns), strict=True))
+            sampled = [self._sample(rows, columns) for rows, columns in drawn]
             latents, noise, t = (torch.cat(column) for column in zip(*sampled, strict=True))
-            last = part == self.parts - 1
-            yield Batch(latents, noise, t, self.prompts, self.is_class, self.class_rows, last)
+            last, beside = part == self.parts - 1, [rows.beside(columns) for rows, columns in drawn]
+            extra = None if beside[0] is None else torch.cat(beside)
+            yield Batch(latents, noise, t, self.prompts, self.is_class, self.class_rows, last, extra=extra)
 
     def _sample(self, rows: Rows, columns: Columns | InputError) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(columns, InputError):
