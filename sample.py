@@ -105,10 +105,8 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
         print(sd.summary)
         if from_run:
             print(f"sampling as in the model's training run: {', '.join(from_run)}")
-        if args.init_image is not None and (size := images.size_of(args.init_image)) != (args.width, args.height):
-            print(
-                "{} is resized and cut from {} x {} to {} x {}".format(args.init_image, *size, args.width, args.height)
-            )
+        if canvas is not None:
+            tell_size(args)
     with world.agreed(), tqdm(total=total, desc="sampling", unit="step", disable=not world.main) as bar:
         for batch in batches:
             with stop.at_once():
@@ -174,9 +172,10 @@ def load_canvas(args: Namespace, sd: StableDiffusion) -> Canvas | None:
     if args.init_image is None:
         return None
     size, mask = (args.width, args.height), None
-    image = images.to_tensor(images.fit(args.init_image, *size))
+    picture = images.read_picture(Path(args.init_image))
+    image = images.to_tensor(images.fit(picture, *size))
     if args.mask is not None:
-        mask = images.load_mask(args.mask, args.init_image, *size)
+        mask = images.load_mask(args.mask, images.upright_size(picture), *size)
     canvas = Canvas.of(image, mask, args.strength)
     args.strength = canvas.strength
     try:
@@ -184,6 +183,14 @@ def load_canvas(args: Namespace, sd: StableDiffusion) -> Canvas | None:
     except InputError as error:
         raise InputError(f"--mask {args.mask}: {error}") from None
     return canvas
+
+
+def tell_size(args: Namespace) -> None:
+    """Prints that --init-image has another size than the pictures, if it has."""
+    size = images.upright_size(images.read_picture(Path(args.init_image)))
+    if size != (args.width, args.height):
+        sizes = "{} x {} to {} x {} pixels".format(*size, args.width, args.height)
+        print(f"{args.init_image} is resized and cut from {sizes}; --width and --height give another size")
 
 
 def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:

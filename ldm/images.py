@@ -27,6 +27,7 @@ MAX_SIDE = 8192  # pixels along a picture to make
 MAX_PIXELS = 125_000_000  # of a picture to read and of a sheet to write; Pillow takes 4 bytes for each
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
 MAX_BYTES = 1 << 28  # of a picture's file
+ORIENTATION = 274  # EXIF's tag
 TILE = 1024  # pixels along a part that is converted at once
 
 MIN_CELL = 128  # pixels along a cell of a contact sheet
@@ -107,27 +108,20 @@ def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float
         return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
 
 
-def size_of(path: str | Path | Picture) -> tuple[int, int]:
-    """Width and height of a picture that is turned upright. Raises InputError as `fit` does."""
-    with _upright(path) as image:
-        return image.size
-
-
-def load_mask(path: str | Path | Picture, picture: str | Path | Picture, width: int, height: int) -> Tensor:
+def load_mask(path: str | Path, of: tuple[int, int], width: int, height: int) -> Tensor:
     """The mask of a picture, resized and cut as `fit` does it with the picture: (1, H, W) bool, True where it is white.
 
-    Greys are white from half on. Raises InputError, which names the file, if it can't be read, is not as large as the
-    picture, or has transparent parts: some programs mean those, and others mean what is not transparent.
+    of: the picture's `upright_size`. Greys are white from half on. Raises InputError, which names the file, if it can't
+    be read, is not as large as the picture, or has transparent parts: some programs paint those, and others the rest.
     """
-    size = size_of(picture)
     with _upright(path) as image:
-        if image.size != size:
-            sizes = "{} x {} pixels, and the picture has {} x {}".format(*image.size, *size)
-            raise InputError(f"the mask {_name(path)} has {sizes}; save it as large as the picture")
+        if image.size != of:
+            sizes = "{} x {} pixels, and the picture has {} x {}".format(*image.size, *of)
+            raise InputError(f"the mask {path} has {sizes}; save it as large as the picture")
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         if alpha is not None and alpha.getextrema() != (255, 255):
             raise InputError(
-                f"the mask {_name(path)} has transparent parts; save it without transparency, white where the picture "
+                f"the mask {path} has transparent parts; save it without transparency, white where the picture "
                 "is to be painted and black where it stays"
             )
         grey = ImageOps.fit(to_rgb(image).convert("L"), (width, height), Image.Resampling.LANCZOS)
@@ -169,6 +163,17 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
     return image
+
+
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """Width and height of a picture as it is seen, from the file's first bytes. Raises InputError as `fit`."""
+    try:
+        with open_picture(io.BytesIO(picture.content)) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
+    except Exception as error:
+        raise InputError(f"{picture.path} can't be read as a picture ({error}); repair it or take it away") from None
+    return (height, width) if is_turned else (width, height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -60,8 +60,12 @@ WINGS = {
         setting
         settings_data
         settings_training
+        settings_loss
         settings_output
         settings
+        examples
+        subjects
+        settings_toml
         token_tuning
         tuning
         options
@@ -73,8 +77,12 @@ WINGS = {
         log
         saver
         run
+        mixture
+        buckets
+        sorting
         latents
         inpainting
+        rows
         batches
         class_pictures
         validation

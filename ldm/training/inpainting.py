@@ -7,7 +7,6 @@ everything" (model card of stable-diffusion-inpainting).
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from ldm import rng
 from ldm.errors import InputError
 from ldm.guidance import masked_columns
-from ldm.images import Picture, square
 from ldm.model import StableDiffusion
-from ldm.training.latents import Encode
+from ldm.training.buckets import Size
+from ldm.training.examples import Example
+from ldm.training.latents import Encode, centre_of, load_image
 
 WHOLE = 0.25  # share of rows whose mask is the whole picture
 
@@ -53,21 +53,24 @@ def draw_mask(generator: torch.Generator, height: int, width: int) -> Tensor:
     return inside[None]
 
 
-def keep_images(pictures: Sequence[Picture], resolution: int, flip: bool) -> Tensor:
-    """The pixels of pictures, in which each row makes a hole: (N, views, 3, R, R) uint8, as `encode_pictures`."""
-    squares = [torch.from_numpy(np.array(square(picture, resolution))).permute(2, 0, 1) for picture in pictures]
-    images = torch.stack(squares)
+def keep_images(examples: Sequence[Example], size: Size, flip: bool) -> Tensor:
+    """The pixels of pictures, in which rows make holes: (N, views, 3, H, W) uint8, cut as by `encode_pictures`.
+
+    size: width and height.
+    """
+    images = torch.stack([load_image(example, size, centre_of(example, size)) for example in examples])
+    images = ((images + 1.0) * 127.5).round().to(torch.uint8)
     return torch.stack([images, images.flip(3)] if flip else [images], 1)
 
 
-def draw_hole(key: tuple[int, str, int], size: tuple[int, int], shape: tuple[int, int, int]) -> dict[str, Tensor]:
+def draw_hole(key: tuple[int, str, int], size: Size, shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """The random columns of one row: "hole", (1, H, W) bool, and "hole_spread", (C, h, w) standard normal.
 
-    key: seed, kind and index of the row. size: H, W of its picture; shape: (C, h, w) of its latents.
+    key: seed, kind and index of the row. size: width and height of its picture; shape: (C, h, w) of its latents.
     """
     seed, kind, index = key
     generator = rng.generator(seed, kind, "mask", index)
-    return {"hole": draw_mask(generator, *size), "hole_spread": torch.randn(shape, generator=generator)}
+    return {"hole": draw_mask(generator, size[1], size[0]), "hole_spread": torch.randn(shape, generator=generator)}
 
 
 def columns_beside(encode: Encode, drawn: Mapping[str, Tensor]) -> Tensor:

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from PIL import Image
-from runs import LATEST, LORA, SMALL, call, check_same, command, losses, metrics, run
+from runs import LATEST, LORA, SMALL, call, check_same, collection, command, losses, metrics, run
 from torch.utils.data import default_collate
 
 from ldm import StableDiffusion, rng
-from ldm.images import load_picture, read_picture
-from ldm.training import CropDraws, LatentDraws, draw_mask, widen
+from ldm.images import fit, read_picture, to_tensor
+from ldm.training import CropDraws, Example, LatentDraws, draw_mask, widen
 from ldm.training.inpainting import draw_hole, keep_images
 
 
@@ -70,18 +70,23 @@ def test_a_rows_mask_depends_on_seed_kind_and_index_alone():
 
 def test_a_row_has_the_same_view_in_its_latents_and_in_its_picture(photographs):
     pictures = [read_picture(path) for path in sorted(photographs.iterdir())]
-    kept = keep_images(pictures, 32, flip=True)
-    assert kept.shape == (3, 2, 3, 32, 32) and torch.equal(kept[:, 1], kept[:, 0].flip(3))
-    row = LatentDraws(0, "instance", 3, (4, 8, 8), 1000, views=2, images=kept, holes=True)[5]
-    image = load_picture(pictures[int(row["picture"])], 32)
+    examples = [Example(picture, "") for picture in pictures]
+    kept = keep_images(examples, (32, 24), flip=True)
+    assert kept.shape == (3, 2, 3, 24, 32) and torch.equal(kept[:, 1], kept[:, 0].flip(3))
+    given = (0, "instance", collection(pictures, (32, 24), (4, 6, 8)), range(1000))
+    row = LatentDraws(*given, views=2, images={(32, 24): kept}, holes=True)[5]
+    image = to_tensor(fit(pictures[int(row["picture"])], 32, 24))
+    assert row["hole"].shape == (1, 24, 32) and row["hole_spread"].shape == (4, 6, 8)
     torch.testing.assert_close(row["image"], image.flip(2) if row["view"] else image)
 
 
 def test_other_models_draw_what_they_drew_without_masks(photographs):
     pictures = tuple(read_picture(path) for path in sorted(photographs.iterdir()))
-    plain, holes = (CropDraws(0, "instance", 3, (4, 8, 8), 1000, pictures, 32, True, holes=h) for h in (False, True))
-    assert holes[5].keys() - plain[5].keys() == {"hole", "hole_spread"}
-    assert all(torch.equal(column, holes[5][name]) for name, column in plain[5].items())
+    given = (0, "instance", collection(pictures, (32, 32), (4, 8, 8)), range(1000), 0.1)
+    plain, holes = (CropDraws(*given, flip=True, holes=holes)[5] for holes in (False, True))
+    assert holes.keys() - plain.keys() == {"hole", "hole_spread"}
+    for name, column in plain.items():
+        assert torch.equal(column, holes[name]) if isinstance(column, torch.Tensor) else column == holes[name]
 
 
 # Runs
@@ -99,7 +104,9 @@ def test_the_first_loss_is_that_of_diffusers_networks(base, nine, photographs, t
     prompts, found = {"instance": "a sks dog", "class": "a dog"}, {}
     for kind, files in paths.items():
         pictures = [read_picture(path) for path in files]
-        rows = LatentDraws(3, kind, len(files), (4, 4, 4), 1000, images=keep_images(pictures, 16, False), holes=True)
+        images = {(16, 16): keep_images([Example(picture, "") for picture in pictures], (16, 16), False)}
+        given = (3, kind, collection(pictures, (16, 16), (4, 4, 4)), range(1000))
+        rows = LatentDraws(*given, images=images, holes=True)
         drawn = default_collate([rows[i] for i in range(2)])
         with torch.no_grad():
             clean, masked = (vae.encode(x).latent_dist for x in (drawn["image"], drawn["image"] * ~drawn["hole"]))
