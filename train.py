@@ -95,7 +95,8 @@ def begin(
     """Loads the model and the photographs, and begins the run. Raises InputError for wrong input before it begins."""
     settings, world = run.settings, run.world
     with run.together():
-        photographs = [images.read_picture(path) for path in images.find_pictures(settings.instance_data_dir)]
+        subjects = training.read_subjects(settings)
+        photographs = [example.picture for subject in subjects for example in subject.examples]
         sd = load(run)
     base = run.on_main(sd.source_fingerprint)
     with run.together():
@@ -105,7 +106,7 @@ def begin(
         for picture in [*photographs, *generated]:
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
-    checkpoint = run.begin(state, photographs, own)
+    checkpoint = run.begin(state, subjects, own)
     world.print_main(sd.summary)
     training.tell_memory(run, sd, tuning)
     if checkpoint is not None:

@@ -57,13 +57,20 @@ WINGS = {
         optimizer
         piecewise
         tracking
+        captions
+        variation
+        focus
+        beside
+        examples
+        masks
         setting
+        settings_subjects
         settings_data
         settings_training
         settings_output
         settings
-        examples
         subjects
+        kohya
         token_tuning
         tuning
         options

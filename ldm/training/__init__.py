@@ -2,9 +2,16 @@
 
 setting         one setting, and a group of them
 settings_data, settings_training, settings_output      the groups
+settings_subjects  several subjects in one run
 settings        every setting of a run, and whether a run that resumes may change it
+captions        the prompts of single pictures, and words for {token} and {class} in them
+variation       leaves captions out, and shuffles tags
+focus           where the subject of a photograph is
+beside          which files of a folder belong to which photograph
 examples        what a folder says about each of its photographs
+masks           where in a photograph the loss counts
 subjects        the subjects that a run teaches
+kohya           kohya's data-set folders as subjects
 options         reads settings from the command line and TOML files
 latents         encodes the pictures once
 batches         the rows of each step, a function of seed and index
@@ -30,8 +37,9 @@ tracking        TensorBoard and Weights & Biases
 
 from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.class_pictures import ClassPictures
-from ldm.training.examples import Example, read_examples
+from ldm.training.examples import Example
 from ldm.training.latents import encode, encode_pictures
+from ldm.training.masks import load_mask
 from ldm.training.memory import Memory, predict, tell_memory
 from ldm.training.options import parse
 from ldm.training.precision import set_exactness
@@ -42,6 +50,7 @@ from ldm.training.subjects import Subject, read_subjects
 from ldm.training.token_tuning import TokenTuning
 from ldm.training.tuning import LoRATuning, tuning_of
 from ldm.training.validation import make_comparison, make_sheet, sheet_path
+from ldm.training.variation import vary
 
 __all__ = [
     "Batches",
@@ -59,15 +68,16 @@ __all__ = [
     "TrainingState",
     "encode",
     "encode_pictures",
+    "load_mask",
     "make_comparison",
     "make_rows",
     "make_sheet",
     "parse",
     "predict",
-    "read_examples",
     "read_subjects",
     "set_exactness",
     "sheet_path",
     "tell_memory",
     "tuning_of",
+    "vary",
 ]

@@ -13,8 +13,19 @@ from typing import Any
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import at_once, check_writable, exists, locked, progress_bar, read_json, side_by_side, written
+from ldm.runtime import (
+    at_once,
+    check_writable,
+    exists,
+    list_folder,
+    locked,
+    progress_bar,
+    read_json,
+    side_by_side,
+    written,
+)
 from ldm.training import continuity
+from ldm.training.beside import companions
 from ldm.training.run import Run
 
 MANIFEST = "manifest.json"
@@ -55,7 +66,7 @@ class ClassPictures:
         made = manifest["pictures"] if manifest else {}
         own: list[Path] = []
         if exists(self.folder) and self.folder.is_dir():
-            own = images.list_pictures(self.folder, ours={MANIFEST, *made})
+            own = images.list_pictures(self.folder, ours={MANIFEST, *made, *companions(list_folder(self.folder))})
         wanted = max(0, count - len(own))
         self.planned = {f"class-{i:05d}.png": rng.number(seed, "class picture", i) for i in range(wanted)}
         clash = [p.name for p in own if p.name in self.planned]
