@@ -3,8 +3,9 @@
 import io
 import os
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,14 +54,14 @@ def read_picture(path: Path) -> Picture:
         raise InputError(f"{path} can't be read ({error.strerror}); repair it or take it away") from None
 
 
-def find_pictures(folder: str | Path) -> list[Path]:
+def find_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
     """The picture files in a folder, sorted by name; see `list_pictures`.
 
     Raises InputError if there is no such folder, or no picture in it.
     """
     if not exists(folder) or not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder; give the folder of the photographs")
-    if pictures := list_pictures(folder):
+    if pictures := list_pictures(folder, ours):
         return pictures
     raise InputError(f"{folder} holds no picture; put the photographs (.jpg, .png, ...) there")
 
@@ -70,17 +71,26 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
 
     ours: names of files to skip without a warning.
     """
-    formats = Image.registered_extensions()
-    known = {extension for extension, format in formats.items() if format in readable_formats()}
     pictures = []
     for path in list_folder(folder):
         if path.name in ours:
             continue
-        if os.path.isfile(path) and path.suffix.lower() in known and not path.name.startswith("."):
+        if is_picture(path):
             pictures.append(path)
         else:
             warnings.warn(one_line(f"skipped {path}: not a picture file that can be read"), stacklevel=2)
     return pictures
+
+
+def is_picture(path: Path) -> bool:
+    """Whether this is a file whose name ends as that of a picture of a known format, and that is not hidden."""
+    return os.path.isfile(path) and path.suffix.lower() in _endings() and not path.name.startswith(".")
+
+
+@cache
+def _endings() -> frozenset[str]:
+    known = readable_formats()
+    return frozenset(ending for ending, format in Image.registered_extensions().items() if format in known)
 
 
 def load_picture(path: str | Path | Picture, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
@@ -98,53 +108,48 @@ def square(path: str | Path | Picture, resolution: int, centre: tuple[float, flo
     return fit(path, resolution, resolution, centre)
 
 
-def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def fit(
+    path: str | Path | Picture,
+    width: int,
+    height: int,
+    centre: tuple[float, float] = (0.5, 0.5),
+    convert: Callable[[Image.Image], Image.Image] | None = None,
+) -> Image.Image:
     """One picture as 8-bit RGB: upright, resized until it covers `width` x `height`, and cut to that.
 
-    centre: where it is cut, from (0, 0), left and top, to (1, 1). Raises InputError, which names the file, if it can't
-    be read.
+    centre: where it is cut, from (0, 0), left and top, to (1, 1). convert: used in place of `to_rgb`. Raises
+    InputError, which names the file, if it can't be read.
     """
-    with _upright(path) as image:
-        return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
+    file: Path | io.BytesIO = path
+    if isinstance(path, Picture):
+        path, file = path.path, io.BytesIO(path.content)
+    else:
+        check_file(path)
+    try:
+        with open_picture(file) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return ImageOps.fit((convert or to_rgb)(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
+    except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
+        raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
 
 def load_mask(path: str | Path, of: tuple[int, int], width: int, height: int) -> Tensor:
-    """The mask of a picture, resized and cut as `fit` does it with the picture: (1, H, W) bool, True where it is white.
+    """Where a picture is painted anew: a mask, cut as `fit` cuts the picture. (1, H, W) bool, True where it is white.
 
     of: the picture's `upright_size`. Greys are white from half on. Raises InputError, which names the file, if it can't
     be read, is not as large as the picture, or has transparent parts: some programs paint those, and others the rest.
     """
-    with _upright(path) as image:
-        if image.size != of:
-            sizes = "{} x {} pixels, and the picture has {} x {}".format(*image.size, *of)
-            raise InputError(f"the mask {path} has {sizes}; save it as large as the picture")
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        if alpha is not None and alpha.getextrema() != (255, 255):
-            raise InputError(
-                f"the mask {path} has transparent parts; save it without transparency, white where the picture "
-                "is to be painted and black where it stays"
-            )
-        grey = ImageOps.fit(to_rgb(image).convert("L"), (width, height), Image.Resampling.LANCZOS)
+    mask = read_picture(Path(path))
+    if (size := upright_size(mask)) != of:
+        sizes = "{} x {} pixels, and the picture has {} x {}".format(*size, *of)
+        raise InputError(f"the mask {path} has {sizes}; save it as large as the picture")
+    with opened(mask) as image:
+        is_opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
+    if not is_opaque:
+        how = "white where the picture is to be painted and black where it stays"
+        raise InputError(f"the mask {path} has transparent parts; save it without transparency, {how}")
+    grey = fit(mask, width, height, convert=lambda image: to_rgb(image).convert("L"))
     return torch.from_numpy(np.array(grey))[None] >= 128
-
-
-@contextmanager
-def _upright(path: str | Path | Picture) -> Iterator[Image.Image]:
-    """A picture, turned upright. Turns what reading it raises into an InputError that names the file."""
-    if not isinstance(path, Picture):
-        check_file(path)
-    try:
-        with open_picture(io.BytesIO(path.content) if isinstance(path, Picture) else path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            yield image
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
-        raise InputError(f"{_name(path)} can't be read as a picture ({error}); repair it or take it away") from None
-
-
-def _name(path: str | Path | Picture) -> str | Path:
-    return path.path if isinstance(path, Picture) else path
 
 
 def readable_formats() -> list[str]:
@@ -165,15 +170,35 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
     return image
 
 
-def upright_size(picture: Picture) -> tuple[int, int]:
-    """Width and height of a picture as it is seen, from the file's first bytes. Raises InputError as `fit`."""
+@contextmanager
+def opened(picture: Picture) -> Iterator[Image.Image]:
+    """Opens a picture from its content. Turns whatever Pillow raises into an InputError, which names the file."""
     try:
         with open_picture(io.BytesIO(picture.content)) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
-    except Exception as error:
+            yield image
+    except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
         raise InputError(f"{picture.path} can't be read as a picture ({error}); repair it or take it away") from None
+
+
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """Width and height of a picture as it is seen, from the file's first bytes. Raises InputError as `fit`."""
+    with opened(picture) as image:
+        width, height = image.size
+        is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
     return (height, width) if is_turned else (width, height)
+
+
+def centre_at(point: tuple[float, float], size: tuple[int, int], cut: tuple[int, int]) -> tuple[float, float]:
+    """The `centre` for `fit` that has a point of a picture as near to the middle of the cut as possible.
+
+    point: from (0, 0), left and top, to (1, 1). size, cut: width and height of the picture, and of what `fit` makes.
+    """
+    scale = max(c / s for c, s in zip(cut, size, strict=True))
+    centre = []
+    for at, whole, part in zip(point, size, cut, strict=True):
+        share = min(1.0, part / (whole * scale))  # of the side that the cut keeps
+        centre.append(0.5 if share > 1 - 1e-9 else min(1.0, max(0.0, (at - share / 2) / (1 - share))))
+    return centre[0], centre[1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
