@@ -52,8 +52,7 @@ def denoiser(
     predict = captured(lambda rows, steps: unet(rows, steps, text), context.device)
 
     def denoise(x: Tensor, t: float) -> Tensor:
-        rows = x if beside is None else torch.cat([x, beside], 1)
-        rows = rows.repeat(len(context) // len(x), 1, 1, 1)
+        rows = seen(x, beside).repeat(len(context) // len(x), 1, 1, 1)
         steps = torch.full((len(rows),), round(t), device=x.device)  # the UNet was trained on whole steps
         prediction = predict(rows.to(dtype), steps).to(x.dtype)
         if len(rows) > len(x):
@@ -182,6 +181,11 @@ class Start:
     def paste(self, images: Tensor) -> Tensor:
         """Decoded images (B, 3, H, W), with the picture's own pixels outside the mask."""
         return images if self.canvas is None else self.canvas.paste(images)
+
+
+def seen(x: Tensor, beside: Tensor | None) -> Tensor:
+    """The UNet's input: x (B, C, h, w), and beside it what a model for painting in sees, (B, C + 1, h, w) or None."""
+    return x if beside is None else torch.cat([x, beside], 1)
 
 
 def masked_columns(mask: Tensor, visible: Tensor) -> Tensor:
