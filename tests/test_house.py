@@ -67,10 +67,12 @@ WINGS = {
         settings_subjects
         settings_data
         settings_training
+        settings_loss
         settings_output
         settings
         subjects
         kohya
+        settings_toml
         token_tuning
         tuning
         options
@@ -82,7 +84,11 @@ WINGS = {
         log
         saver
         run
+        mixture
+        buckets
+        sorting
         latents
+        rows
         batches
         class_pictures
         validation

@@ -143,12 +143,7 @@ def what_is_taught(subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
     captions: its prompt, if it isn't its subject's. focus: its focal point. None for what it lacks.
     """
     found = [(example, subject.prompt) for subject in subjects for example in subject.examples]
-    paths = [example.picture.path for example, _ in found]
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):  # in two folders
-        names = [f"{path.parent.name}/{path.name}" for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+    names = names_of([example.picture.path for example, _ in found])
     table = dict(zip(names, found, strict=True))
     return {
         "photographs": {name: sha256(example.picture) for name, (example, _) in table.items()},
@@ -164,8 +159,16 @@ def digest(pictures: Iterable[Picture]) -> str:
 
 
 def sums(pictures: Iterable[Picture]) -> dict[str, str]:
-    """The SHA-256 of each file's content, by its name, in their order."""
-    return {picture.path.name: sha256(picture) for picture in pictures}
+    """The SHA-256 of each file's content, in their order, by its name."""
+    pictures = list(pictures)
+    return dict(zip(names_of([picture.path for picture in pictures]), map(sha256, pictures), strict=True))
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The path of each file from the folder that all of them are in."""
+    absolute = [os.path.abspath(path) for path in paths]
+    common = os.path.commonpath(map(os.path.dirname, absolute)) if absolute else ""
+    return [os.path.relpath(path, common) for path in absolute]
 
 
 def sha256(picture: Picture) -> str:

@@ -68,6 +68,8 @@ class Photographs(Group):
         for name in ("instance_data_dir", "instance_prompt", "placeholder_token"):
             if getattr(self, name) is not None:
                 return f"{flag(name)} is for one subject; this run has several, each with its own in [[subjects]]"
+        if self.predicts_prior and len({subject.class_prompt for subject in self.taught}) > 1:
+            return "--prior prediction is for one class; the subjects' class prompts differ"
         return problem_of(self.taught, self.with_prior_preservation)
 
 
@@ -88,6 +90,23 @@ class Captions(Group):
             return f"--caption-dropout {self.caption_dropout} is not a share from 0 to 1"
         if self.keep_tags < 0:
             return f"--keep-tags {self.keep_tags} is below 0"
+        return None
+
+
+@dataclass(frozen=True)
+class Shapes(Group):
+    """Photographs that are not square"""
+
+    aspect_ratio_buckets: bool = setting(
+        False, "cut a photograph to the size of the nearest shape, and not to a square; all have about the same area"
+    )
+    upscale: bool = setting(
+        True, "enlarge photographs that are smaller than their bucket; if not, they get a bucket of their own size"
+    )
+
+    def problem(self) -> str | None:
+        if not self.upscale and not self.aspect_ratio_buckets:
+            return "--no-upscale is for --aspect-ratio-buckets: without them all pictures have one size"
         return None
 
 
