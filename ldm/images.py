@@ -59,11 +59,16 @@ def find_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
 
     Raises InputError if there is no such folder, or no picture in it.
     """
-    if not exists(folder) or not os.path.isdir(folder):
-        raise InputError(f"{folder} is not a folder; give the folder of the photographs")
+    check_folder(folder)
     if pictures := list_pictures(folder, ours):
         return pictures
     raise InputError(f"{folder} holds no picture; put the photographs (.jpg, .png, ...) there")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises InputError if there is no such folder."""
+    if not exists(folder) or not os.path.isdir(folder):
+        raise InputError(f"{folder} is not a folder; give the folder of the photographs")
 
 
 def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
@@ -186,19 +191,6 @@ def upright_size(picture: Picture) -> tuple[int, int]:
         width, height = image.size
         is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
     return (height, width) if is_turned else (width, height)
-
-
-def centre_at(point: tuple[float, float], size: tuple[int, int], cut: tuple[int, int]) -> tuple[float, float]:
-    """The `centre` for `fit` that has a point of a picture as near to the middle of the cut as possible.
-
-    point: from (0, 0), left and top, to (1, 1). size, cut: width and height of the picture, and of what `fit` makes.
-    """
-    scale = max(c / s for c, s in zip(cut, size, strict=True))
-    centre = []
-    for at, whole, part in zip(point, size, cut, strict=True):
-        share = min(1.0, part / (whole * scale))  # of the side that the cut keeps
-        centre.append(0.5 if share > 1 - 1e-9 else min(1.0, max(0.0, (at - share / 2) / (1 - share))))
-    return centre[0], centre[1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -71,8 +71,8 @@ WINGS = {
         settings_output
         settings
         subjects
-        settings_toml
         kohya
+        settings_toml
         token_tuning
         tuning
         options

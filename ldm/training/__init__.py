@@ -1,8 +1,8 @@
 """A training run: from settings and photographs to a tuned model. It stops and resumes at any step.
 
 setting         one setting, and a group of them
-settings_data, settings_training, settings_loss, settings_output      the groups
 settings_subjects  several subjects in one run
+settings_data, settings_training, settings_loss, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 captions        the prompts of single pictures, and words for {token} and {class} in them
 variation       leaves captions out, and shuffles tags
@@ -43,7 +43,7 @@ tracking        TensorBoard and Weights & Biases
 
 from ldm.training.batches import Batches
 from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
-from ldm.training.examples import Example
+from ldm.training.examples import Example, read_examples
 from ldm.training.inpainting import draw_mask, widen
 from ldm.training.latents import check_photographs, encode, encode_pictures
 from ldm.training.masks import load_mask
@@ -90,6 +90,7 @@ __all__ = [
     "plan_class_pictures",
     "predict",
     "read_class_pictures",
+    "read_examples",
     "read_subjects",
     "set_exactness",
     "sheet_path",

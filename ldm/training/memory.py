@@ -135,7 +135,7 @@ class Rehearsal:
             self.sd.forget_encoder()
             self.sd.freeze(self.sd.vae, dtype)
         if self.settings.predicts_prior:
-            self.trainable.keep_base(self.settings.class_prompt, dtype)
+            self.trainable.keep_base(self.settings.taught[0].class_prompt, dtype)
         self.trainable.prepare(tuple(dict.fromkeys(self.prompts)), dtype)
 
     def training_step(self, processes: int) -> Memory:

@@ -31,7 +31,7 @@ from ldm.training.latents import (
 from ldm.training.masks import load_mask
 from ldm.training.run import Run
 from ldm.training.sorting import Bucket, Collection
-from ldm.training.variation import vary
+from ldm.training.variation import variation
 
 Columns = dict[str, Any]  # of several rows: tensors, and a list of prompts
 Vary = Callable[[str, torch.Generator], str]
@@ -121,7 +121,7 @@ class CropDraws(Draws):
         centre = centre_of(example, bucket.size, (x, y))
         columns = {"image": load_image(example, bucket.size, centre)}
         if self.masked:
-            columns["mask"] = load_mask(example, *bucket.size, centre, bucket.factor)
+            columns["mask"] = load_mask(example, bucket.size, centre, bucket.shape)
         return {name: c.flip(2) if self.flip and mirrored < 0.5 else c for name, c in columns.items()}
 
 
@@ -174,14 +174,13 @@ class Rows:
 def make_rows(run: Run, sd: StableDiffusion, kind: str, pictures: Collection) -> Rows:
     """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
     settings, device, is_class = run.settings, run.world.device, kind == "class"
-    varies = (settings.caption_dropout or settings.shuffle_tags) and not is_class
     common = (
         settings.seed,
         kind,
         pictures,
         settings.timesteps(sd.schedule),
         settings.noise_offset,
-        partial(vary, settings=settings) if varies else None,
+        variation(settings),
     )
     examples = [example for bucket in pictures.buckets for example in bucket.examples]
     masked = any(example.mask is not None for example in examples)
@@ -193,7 +192,7 @@ def make_rows(run: Run, sd: StableDiffusion, kind: str, pictures: Collection) ->
         for bucket in pictures.buckets:
             made = encode_pictures(sd, bucket.examples, bucket.size, flip, progress)
             if masked:
-                made = made._replace(mask=encode_masks(bucket.examples, bucket.size, bucket.factor, flip).to(device))
+                made = made._replace(mask=encode_masks(bucket.examples, bucket.size, bucket.shape, flip).to(device))
             latents.append(made)
     images = {b.size: keep_images(b.examples, b.size, flip) for b in pictures.buckets} if holes else {}
     return Rows(LatentDraws(*common, views=1 + flip, images=images, holes=holes), device, tuple(latents), **given)
