@@ -147,4 +147,4 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num} is damaged: {error}") from None
+        raise InputError(f"{path}, line {rows.line_num + 1} is damaged: {error}") from None
