@@ -138,6 +138,25 @@ def fit(
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
 
+def load_mask(path: str | Path, of: tuple[int, int], width: int, height: int) -> Tensor:
+    """Where a picture is painted anew: a mask, cut as `fit` cuts the picture. (1, H, W) bool, True where it is white.
+
+    of: the picture's `upright_size`. Greys are white from half on. Raises InputError, which names the file, if it can't
+    be read, is not as large as the picture, or has transparent parts: some programs paint those, and others the rest.
+    """
+    mask = read_picture(Path(path))
+    if (size := upright_size(mask)) != of:
+        sizes = "{} x {} pixels, and the picture has {} x {}".format(*size, *of)
+        raise InputError(f"the mask {path} has {sizes}; save it as large as the picture")
+    with opened(mask) as image:
+        is_opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
+    if not is_opaque:
+        how = "white where the picture is to be painted and black where it stays"
+        raise InputError(f"the mask {path} has transparent parts; save it without transparency, {how}")
+    grey = fit(mask, width, height, convert=lambda image: to_rgb(image).convert("L"))
+    return torch.from_numpy(np.array(grey))[None] >= 128
+
+
 def readable_formats() -> list[str]:
     """Those of `FORMATS` that this build of Pillow knows."""
     Image.init()  # loads Pillow's plugins

@@ -88,6 +88,7 @@ WINGS = {
         buckets
         sorting
         latents
+        inpainting
         rows
         batches
         class_pictures

@@ -18,6 +18,7 @@ mixture         which subject and which size of picture each row has
 buckets         sizes for photographs that are not square
 sorting         sorts the pictures of all subjects by their sizes
 latents         encodes the pictures once
+inpainting      random masks for a model for painting in
 rows            the rows of a run, a function of seed and index
 batches         the rows of each step
 class_pictures  the class prior, made by the base model
@@ -43,7 +44,8 @@ tracking        TensorBoard and Weights & Biases
 from ldm.training.batches import Batches
 from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
 from ldm.training.examples import Example, read_examples
-from ldm.training.latents import encode, encode_pictures
+from ldm.training.inpainting import draw_mask, widen
+from ldm.training.latents import check_photographs, encode, encode_pictures
 from ldm.training.masks import load_mask
 from ldm.training.memory import Memory, predict, tell_memory
 from ldm.training.numbers import SubjectLosses
@@ -75,7 +77,9 @@ __all__ = [
     "SubjectLosses",
     "TokenTuning",
     "TrainingState",
+    "check_photographs",
     "cut_from_photographs",
+    "draw_mask",
     "encode",
     "encode_pictures",
     "load_mask",
@@ -95,4 +99,5 @@ __all__ = [
     "tell_memory",
     "tuning_of",
     "vary",
+    "widen",
 ]

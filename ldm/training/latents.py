@@ -14,6 +14,9 @@ from ldm.training.buckets import Size, cut_around
 from ldm.training.examples import Example
 from ldm.training.focus import Point
 from ldm.training.masks import load_mask
+from ldm.training.settings import Settings
+from ldm.training.sorting import sort_photographs
+from ldm.training.subjects import Subject
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -85,7 +88,16 @@ def encode_pictures(
     return Latents(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
 
+def check_photographs(subjects: Sequence[Subject], settings: Settings, sd: StableDiffusion) -> None:
+    """Cuts each photograph and its mask once, as training does. Raises InputError, which names one that is wrong."""
+    for bucket in sort_photographs(subjects, settings, sd, rows=1).buckets:
+        for example in bucket.examples:
+            centre = centre_of(example, bucket.size)
+            load_image(example, bucket.size, centre)
+            load_mask(example, bucket.size, centre, bucket.shape)
+
+
 def encode_masks(examples: Sequence[Example], size: Size, shape: tuple[int, int, int], flip: bool) -> Tensor:
-    """The masks of pictures, cut as `encode_pictures` cuts them: (N, views, 1, h, w)."""
+    """The masks of pictures, cut as `encode_pictures` cuts them: (N, views, 1, h, w). shape: that of the latents."""
     masks = torch.stack([load_mask(example, size, centre_of(example, size), shape) for example in examples])
     return torch.stack([masks, masks.flip(3)] if flip else [masks], 1)
