@@ -368,8 +368,6 @@ def test_flags_of_one_subject_do_not_go_with_several(tmp_path):
     for flag, value in (("--instance-data-dir", "d"), ("--instance-prompt", "p"), ("--placeholder-token", "[V]")):
         with pytest.raises(InputError, match=rf"{flag} is for one subject"):
             parse(["--model", "x", *map(str, config(tmp_path, TWO)), flag, value], train.TINY)
-    with pytest.raises(InputError, match="--prior prediction is for one class"):
-        parse(["--model", "x", *map(str, config(tmp_path, TWO)), "--prior", "prediction"], train.TINY)
 
 
 def test_two_folders_of_one_name_are_one_subject(tmp_path):
@@ -418,6 +416,18 @@ def test_what_a_folder_says_is_part_of_the_run(two, tmp_path):
         (rex / name).write_bytes(before)
     (tmp_path / "two.toml").write_text((tmp_path / "two.toml").read_text().replace("weight = 2", "weight = 3"))
     assert refused(*two, *LATEST).endswith("belongs to another run: weight of subject rex was 2.0 and is 3.0")
+
+
+def test_the_users_class_pictures_have_captions_too(saved, tmp_path, recwarn):
+    own, dog = photograph(tmp_path / "class", [(32, 32)] * 4), photograph(tmp_path / "dog")
+    (own / "2.txt").write_text("a dog in the snow")
+    base = ("--model", saved["official"], "--instance-data-dir", dog, "--class-data-dir", own, *SMALL)
+    base = (*base, "--max-train-steps", 1, "--output-dir", tmp_path / "run")
+    call(*base)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert not [w for w in recwarn if "skipped" in str(w.message)] and "class_captions" not in config
+    (own / "2.txt").write_text("a dog at night")
+    assert refused(*base, *LATEST).endswith("belongs to another run: caption of class picture 2.png has changed")
 
 
 def test_a_run_of_two_subjects_is_repeated_by_its_settings_file(two, tmp_path):
