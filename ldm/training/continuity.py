@@ -48,9 +48,9 @@ class Identity:
     """What identifies a run: its settings, and the parts below.
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
-    class pictures; photographs and class_pictures, the SHA-256 of each by its name; captions, masks and focus, see
-    `what_is_taught`; tuning, the name of its `Trainable`; launch, the torchrun that it belongs to. The run adds them
-    one after another.
+    class pictures; photographs, captions, masks and focus: see `what_is_taught`; class_pictures, the SHA-256 of each by
+    its name; class_captions: see `captions`; tuning, the name of its `Trainable`; launch, the torchrun that it belongs
+    to. The run adds them one after another.
     """
 
     def __init__(self, settings: Settings, **parts: Any):

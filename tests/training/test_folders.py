@@ -1,7 +1,10 @@
 """What a folder says beside captions: masks, focal points, kohya's folders, and several subjects in a settings file."""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from ldm.training.examples import read_examples
 from ldm.training.focus import camera_focus
 from ldm.training.latents import centre_of
 
+RUNS = ("captions", "kohya", "two")  # of README
 PROMPTS = ("--instance-prompt", "a photo of sks dog", "--class-prompt", "a photo of a dog")
 
 
@@ -424,8 +428,7 @@ def test_the_users_class_pictures_have_captions_too(saved, tmp_path, recwarn):
     base = ("--model", saved["official"], "--instance-data-dir", dog, "--class-data-dir", own, *SMALL)
     base = (*base, "--max-train-steps", 1, "--output-dir", tmp_path / "run")
     call(*base)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert not [w for w in recwarn if "skipped" in str(w.message)] and "class_captions" not in config
+    assert not [w for w in recwarn if "skipped" in str(w.message)]
     (own / "2.txt").write_text("a dog at night")
     assert refused(*base, *LATEST).endswith("belongs to another run: caption of class picture 2.png has changed")
 
@@ -435,6 +438,32 @@ def test_a_run_of_two_subjects_is_repeated_by_its_settings_file(two, tmp_path):
     call("--config", tmp_path / "run" / "config.toml", "--output-dir", tmp_path / "again")
     first, again = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("run", "again"))
     assert first == again
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(root, tmp_path, monkeypatch):
+    """Those of its section about folders, with few steps, on the embedded model."""
+    section = (root / "README.md").read_text(encoding="utf-8").partition("### What a folder of photographs says")[2]
+    lines = [line.strip() for line in section.partition("\n### ")[0].splitlines() if line.startswith("    ")]
+    commands = [line for line in lines if line.split()[0] in ("cp", "echo", "mkdir", "python")]
+    assert sum("train.py" in line for line in commands) == 3
+    (tmp_path / "weights").symlink_to(root / "weights")
+    toml = [line for line in lines if line not in commands]
+    (tmp_path / "two.toml").write_text("\n".join(toml))
+    monkeypatch.chdir(tmp_path)
+    small = "--max-train-steps 1 --num-class-images 4 --sample-steps 1 --num-validation-images 1".split()
+    for line in commands:
+        if "train.py" in line:
+            call(*shlex.split(line)[2:], *small)
+        else:
+            subprocess.run(line, shell=True, check=True, env=os.environ | {"PYTHONPATH": str(root)})
+    captions, kohya, two = (json.loads((tmp_path / "runs" / n / "config.json").read_text()) for n in RUNS)
+    assert (
+        captions["captions"]["0.png"] == "a photo of sks monster on the grass" and captions["captions"]["1.png"] is None
+    )
+    assert two["validation_prompt"] == ["a photo of sks monster at night", "a photo of zwx monster at night"]
+    assert (kohya["instance_prompt"], kohya["class_prompt"]) == ("sks monster", "a photo of a monster")
+    assert [subject["name"] for subject in two["subjects"]] == ["monster", "pip"]
 
 
 def test_names_of_files_in_two_folders_differ(tmp_path):
