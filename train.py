@@ -25,7 +25,7 @@ from ldm.formats import abbreviate, illustrate
 from ldm.images import Picture
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped, cli, processes
-from ldm.training import Batches, ClassPictures, Run, Settings, TrainingState
+from ldm.training import Batches, ClassPictures, Run, Settings, TrainingState, Validation
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny" / "train.toml"
 
@@ -43,17 +43,20 @@ def main(
         training.make_sheet(run, state.trainable.sd, "before")
         if class_pictures is not None:
             class_pictures.generate(run, state.trainable.sd)
+        validation = training.Validation(run, state, photographs, class_pictures)
         batches = prepare(run, state, photographs, class_pictures)
         run.restore(state)
-        train(run, state, batches)
+        train(run, state, batches, validation)
         finish(run, state, photographs)
+        validation.tell_advice()
     world.close()
 
 
-def train(run: Run, state: TrainingState, batches: Batches) -> None:
+def train(run: Run, state: TrainingState, batches: Batches, validation: Validation) -> None:
     """Runs the remaining steps. On a signal, finishes the step, saves and raises Stopped."""
     accumulation = run.settings.gradient_accumulation_steps
     with run.training(state):
+        validate(state, validation)
         while state.step < run.settings.max_train_steps and not run.stopped:
             if state.start_step():  # learning rate, zero_grad; True if the set of trained parameters changed
                 model = run.world.wrap(state.trainable)
@@ -65,9 +68,16 @@ def train(run: Run, state: TrainingState, batches: Batches) -> None:
             numbers = run.reduce(losses, state.clip_gradients())  # on their way from the device
             metrics = state.update(numbers)  # on an fp16 overflow the weights stay; the step runs again on new rows
             run.log(numbers, metrics)
+            validate(state, validation)
             run.save_if_due(state)
     if state.step < run.settings.max_train_steps:
         raise Stopped
+
+
+def validate(state: TrainingState, validation: Validation) -> None:
+    """Every --validation-steps: losses of held-out pictures, language drift, a sheet. Training does not notice."""
+    if validation.is_due(state):
+        validation.measure(state)
 
 
 def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batch: Batch) -> Losses:
@@ -96,13 +106,14 @@ def begin(
     settings, world = run.settings, run.world
     with run.together():
         photographs = [images.read_picture(path) for path in images.find_pictures(settings.instance_data_dir)]
+        photographs, run.held_out = training.hold_out(settings, photographs)
         sd = load(run)
     base = run.on_main(sd.source_fingerprint)
     with run.together():
         class_pictures = plan_class_pictures(run, sd, base)
         own = [images.read_picture(path) for path in class_pictures.own] if class_pictures else []
         generated = [path for path in class_pictures.paths if path.exists()] if class_pictures else []
-        for picture in [*photographs, *generated]:
+        for picture in [*photographs, *run.held_out, *generated]:
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
     checkpoint = run.begin(state, photographs, own)

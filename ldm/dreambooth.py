@@ -1,6 +1,7 @@
 """DreamBooth (Ruiz et al. 2023): the loss, the batch that it is computed on, and the parameters that train."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,10 @@ class Trainable(nn.Module):
         unet, context = self._base
         dtype = next(unet.parameters()).dtype
         return unet(noisy.to(dtype), t, context.to(dtype).expand(len(noisy), -1, -1))
+
+    def without_adapters(self) -> AbstractContextManager:
+        """Inside, the networks compute as without adapters, if this kind of training attaches any."""
+        return nullcontext()
 
     def base_parameters(self) -> list[nn.Parameter]:
         """The parameters of the copy that `keep_base` has made, if it has."""

@@ -61,6 +61,7 @@ WINGS = {
         settings_data
         settings_training
         settings_output
+        settings_validation
         settings
         token_tuning
         tuning
@@ -76,6 +77,11 @@ WINGS = {
         latents
         batches
         class_pictures
+        sheets
+        grid
+        drift
+        advice
+        best
         validation
         ledger
         memory

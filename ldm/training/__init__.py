@@ -1,7 +1,7 @@
 """A training run: from settings and photographs to a tuned model. It stops and resumes at any step.
 
 setting         one setting, and a group of them
-settings_data, settings_training, settings_output      the groups
+settings_data, settings_training, settings_validation, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 options         reads settings from the command line and TOML files
 latents         encodes the pictures once
@@ -22,10 +22,16 @@ log             writes metrics.jsonl and sends metrics to the tracker
 saver           writes checkpoints and keeps disk space for them
 ledger, memory  predict how much memory the run needs
 run             the objects that the parts of a training program share
-validation      sheets of pictures, before and after
+sheets          pictures of the validation prompts, before, after and in between
+grid            losses on a fixed grid of noise and timesteps
+drift           language drift: what training does to the class's pictures
+best            keeps the best model
+advice          which step to take
+validation      measures all of that while the run trains
 tracking        TensorBoard and Weights & Biases
 """
 
+from ldm.training.advice import Advice, advise
 from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.class_pictures import ClassPictures
 from ldm.training.latents import encode, encode_pictures
@@ -34,12 +40,14 @@ from ldm.training.options import parse
 from ldm.training.precision import set_exactness
 from ldm.training.run import Run
 from ldm.training.settings import Settings
+from ldm.training.sheets import make_comparison, make_sheet, sheet_path
 from ldm.training.state import TrainingState
 from ldm.training.token_tuning import TokenTuning
 from ldm.training.tuning import LoRATuning, tuning_of
-from ldm.training.validation import make_comparison, make_sheet, sheet_path
+from ldm.training.validation import Validation, hold_out
 
 __all__ = [
+    "Advice",
     "Batches",
     "ClassPictures",
     "CropDraws",
@@ -51,12 +59,15 @@ __all__ = [
     "Settings",
     "TokenTuning",
     "TrainingState",
+    "Validation",
+    "advise",
     "encode",
     "encode_pictures",
     "make_comparison",
     "make_rows",
     "make_sheet",
     "parse",
+    "hold_out",
     "predict",
     "set_exactness",
     "sheet_path",

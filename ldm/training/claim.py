@@ -66,9 +66,11 @@ class Claim:
     def tidy(self) -> None:
         """Removes half-written files of a killed run."""
         checkpoint.clean(self.checkpoints)
+        checkpoint.clean(self.folder)  # best/
         for pattern in (
             f".{CONFIG}.*",
             ".metrics.jsonl.*",
+            ".validation.jsonl.*",
             ".model.*",
             ".*.safetensors.*",
             ".reserve",

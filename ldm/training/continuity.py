@@ -16,7 +16,11 @@ from ldm.training.checkpoint import load_state
 from ldm.training.settings import Settings
 
 CONFIG = "config.json"  # in a run's folder
-PICTURES = {"photographs": "photograph", "class_pictures": "class picture"}  # compared by content, and named
+PICTURES = {
+    "photographs": "photograph",
+    "class_pictures": "class picture",
+    "held_out": "held-out picture",
+}  # compared by content, and named
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -37,7 +41,7 @@ class Identity:
     """What identifies a run: its settings, and the parts below.
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
-    class pictures; photographs and class_pictures, the SHA-256 of each by its name; tuning, the name of its
+    class pictures; photographs, class_pictures and held_out, the SHA-256 of each by its name; tuning, the name of its
     `Trainable`; launch, the torchrun that it belongs to. The run adds them one after another.
     """
 

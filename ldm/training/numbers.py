@@ -1,9 +1,13 @@
 """The losses and the norm of one step, on their way from the device to the host."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ldm.dreambooth import Losses
+from ldm.runtime import World
 
 
 class Numbers:
@@ -20,6 +24,13 @@ class Numbers:
         self._copied = torch.cuda.Event() if values.is_cuda else None
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(values.device))
+
+    @classmethod
+    def gathered(cls, world: World, losses: Sequence[Losses], norm: Tensor, has_signal: bool) -> "Numbers":
+        """Those of all processes. losses: of this one's batches; has_signal: whether a signal has come to it."""
+        signal = torch.full((1,), float(has_signal), device=norm.device)
+        values = torch.cat([torch.stack([*map(torch.stack, losses)]).flatten(), norm[None], signal])
+        return cls(world.gather(values))
 
     def read(self) -> dict[str, float]:
         """loss, subject_loss, prior_loss: means over processes and parts; grad_norm; signals: how many have come."""

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,14 +16,13 @@ from ldm.images import Picture
 from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, replacing, written
 from ldm.training import checkpoint, claim
 from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums
-from ldm.training.log import MetricsLog, Reporter
+from ldm.training.log import Log, Reporter
 from ldm.training.numbers import Numbers
 from ldm.training.precision import Precision
 from ldm.training.saver import Saver
 from ldm.training.settings import SAVES_MEMORY, Settings
 from ldm.training.state import Metrics, TrainingState
-
-METRICS = checkpoint.METRICS
+from ldm.training.tracking import Tracker
 
 
 class Run:
@@ -38,9 +36,11 @@ class Run:
         self.settings, self.world = settings, world
         self.precision, self.stop = Precision(settings.mixed_precision, world.device, settings.train_dtype), Stop()
         self.stopped = False  # whether a signal has come to any process, as of the last step
+        self.held_out: list[Picture] = []  # pictures of the subject for validation alone
         batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
         self.identity = Identity(settings, global_batch=batch)
-        self.state = self._lock = self._saver = self._log = None  # set when training, or the run, begins
+        # set when training, or the run, begins; lines and saver in the main process alone
+        self.state = self._lock = self.saver = self.lines = None
         self.claim: claim.Claim = world.on_main(self._choose)
         self.folder = self.claim.folder
 
@@ -55,8 +55,8 @@ class Run:
 
     def __exit__(self, kind: type | None, *error: object) -> bool:
         self.stop.__exit__(kind, *error)
-        if self._saver is not None:
-            self._saver.reserve.release()
+        if self.saver is not None:
+            self.saver.reserve.release()
         elif self.world.main:
             self.claim.undo()
         if is_stop := kind is Stopped:
@@ -76,7 +76,7 @@ class Run:
             "launch": processes.launch(),
             "pictures": digest([*photographs, *own]),
             "photographs": sums(photographs),
-        }
+        } | ({"held_out": sums(self.held_out)} if self.held_out else {})
         self.identity.check_everywhere(self.world)
         self.resumed_from: Path | None = self.world.on_main(lambda: self._begin(state))
         with self.world.agreed():
@@ -92,17 +92,17 @@ class Run:
             try:
                 self.identity.check(self.folder, read_config(self.folder))
                 found = self.claim.find_checkpoint(state, self.identity)
-                checkpoint.check_space(self.folder, state.bytes_saved)
+                checkpoint.check_space(self.folder, state.bytes_needed)
             except (InputError, RunError):
                 if new:  # and only this run uses it: it has the lock
                     checkpoint.remove(self.folder)
                 raise
             with replacing(self.folder / CONFIG) as path:
                 path.write_text(json.dumps(self.identity.config, indent=2) + "\n", encoding="utf-8")
-            text = (found / METRICS).read_text(encoding="utf-8") if found else ""
-            self._log = MetricsLog(self.folder / METRICS, text, self.settings.report_to, self.identity.config)
+            lines = checkpoint.lines_of(found) if found else ("", "")
+            self.lines = Log(self.folder, *lines, Tracker(self.settings.report_to, self.folder, self.identity.config))
             self.claim.checkpoints.mkdir(exist_ok=True)
-            self._saver = Saver(self.claim.checkpoints, self.settings, state.bytes_saved)
+            self.saver = Saver(self.claim.checkpoints, self.settings, state.bytes_needed)
             return found
 
     def identify(self, **parts: Any) -> None:
@@ -139,18 +139,16 @@ class Run:
         self.state = state
         bar = {"initial": state.step, "total": self.settings.max_train_steps, "desc": "training", "unit": "step"}
         with tqdm(**bar, disable=not self.world.main) as bar, self.enough_memory("training", "while it trained"):
-            self._reporter = Reporter(bar, self._log)
+            self._reporter = Reporter(bar, self.lines, self.settings.rows_of_step * self.world.size)
             if not self.world.main:
                 yield
                 return
-            with self._saver.rescuing(state, lambda: self._save(state)):
+            with self.saver.rescuing(state, lambda: self._save(state)):
                 yield
 
     def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Numbers:
         """The losses of all processes and their batches, and the gradients' norm, on their way to the host."""
-        signal = torch.full((1,), float(self.stop.asked), device=norm.device)
-        values = torch.cat([torch.stack([*map(torch.stack, losses)]).flatten(), norm[None], signal])
-        return Numbers(self.world.gather(values))
+        return Numbers.gathered(self.world, losses, norm, self.stop.asked)
 
     def log(self, numbers: Numbers, metrics: Metrics) -> None:
         """Reports the step when its numbers have arrived: on a GPU while it runs the next step, else at once.
@@ -166,13 +164,17 @@ class Run:
         """Saves after every --checkpointing-steps updates, after the last one, and when a signal has come."""
         due = state.step % self.settings.checkpointing_steps == 0 or state.step == self.settings.max_train_steps
         if self.stopped or (due and not state.skipped):
-            self._reporter.finish()
-            self.stopped = self._reporter.stopped
+            self.settle()
             self.world.on_main(lambda: self._save(state))
+
+    def settle(self) -> None:
+        """Waits for the numbers of the last step, and reports it."""
+        self._reporter.finish()
+        self.stopped = self.stopped or self._reporter.stopped
 
     def _save(self, state: TrainingState) -> None:
         self._reporter.finish()
-        self._saver.save(state, self.identity.config, self._log.text)
+        self.saver.save(state, self.identity.config, self.lines.metrics, self.lines.validation)
 
     def enough_memory(self, work: str, doing: str) -> AbstractContextManager:
         """Wraps work: reports out of memory in one line. work: "training" or "sampling", which selects the advice."""

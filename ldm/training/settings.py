@@ -18,6 +18,7 @@ from ldm.training.settings_training import (
     TokenSettings,
     Trained,
 )
+from ldm.training.settings_validation import Validation
 
 # In the order of --help.
 GROUPS: tuple[type[Group], ...] = (
@@ -31,6 +32,7 @@ GROUPS: tuple[type[Group], ...] = (
     Machine,
     Output,
     Sampling,
+    Validation,
 )
 
 # Advice for out of memory.
@@ -65,6 +67,12 @@ class Settings(*GROUPS):
     def predicts_prior(self) -> bool:
         """Whether the base model's own prediction is the target of the prior term."""
         return self.with_prior_preservation and self.prior == "prediction"
+
+    @property
+    def rows_of_step(self) -> int:
+        """Pictures that a process trains on in a step, those of the class among them."""
+        kinds = 2 if self.with_prior_preservation else 1
+        return kinds * self.train_batch_size * self.gradient_accumulation_steps
 
     @classmethod
     def groups(cls) -> list[tuple[type[Group], list[Field]]]:

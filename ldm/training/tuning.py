@@ -1,5 +1,6 @@
 """Which parameters train: LoRA as a `Trainable`, and the choice that the settings make."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,11 @@ class LoRATuning(Trainable):
             self._base = [self.sd.unet, self.sd.encode_prompt(prompt)]
 
     def base(self, noisy: Tensor, t: Tensor) -> Tensor:
-        with disabled(self.adapters.values()):
+        with self.without_adapters():
             return super().base(noisy, t)
+
+    def without_adapters(self) -> AbstractContextManager:
+        return disabled(self.adapters.values())
 
     def parameter_groups(self, settings: Settings) -> list[dict[str, Any]]:
         unet, text = (
