@@ -60,9 +60,13 @@ WINGS = {
         setting
         settings_data
         settings_training
+        settings_loss
         settings_output
         settings_validation
         settings
+        examples
+        subjects
+        settings_toml
         token_tuning
         tuning
         options
@@ -74,7 +78,11 @@ WINGS = {
         log
         saver
         run
+        mixture
+        buckets
+        sorting
         latents
+        rows
         batches
         class_pictures
         sheets

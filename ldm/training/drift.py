@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm import rng
 from ldm.dreambooth import Trainable
+from ldm.lora import LoRA, disabled
 from ldm.runtime import uncompiled
 from ldm.training.run import Run
 from ldm.unet import UNet, timestep_embedding
@@ -48,6 +49,7 @@ class Drift:
     def __init__(self, run: Run, trainable: Trainable, photographs: Tensor):
         """photographs: their latents, (N, C, h, w). Raises RunError in all processes if one runs out of memory."""
         self.run, self.trainable, unet = run, trainable, trainable.sd.unet
+        self.schedule = trainable.sd.schedule  # training may go on with another one
         self.half = HalfUNet(unet)
         self.keeps_copy = any(parameter.requires_grad for parameter in unet.parameters())
         if self.keeps_copy:
@@ -99,7 +101,7 @@ class Drift:
     @torch.no_grad()
     def _features(self, latents: Tensor, first: int) -> Tensor:
         """(B, C, h, w) -> (B, D) fp32. first: the number of the first picture, which chooses the noise."""
-        schedule, settings = self.trainable.sd.schedule, self.run.settings
+        schedule, settings = self.schedule, self.run.settings
         numbers = range(first, first + len(latents))
         noise = [
             torch.randn(latents.shape[1:], generator=rng.generator(settings.seed, "drift noise", number))
@@ -108,7 +110,7 @@ class Drift:
         t = torch.full((len(latents),), round(NOISE * schedule.timesteps), device=latents.device)
         noisy = schedule.add_noise(latents.float(), torch.stack(noise).to(latents.device), t)
         dtype = next(self.half.parameters()).dtype
-        with self.trainable.without_adapters():
+        with disabled(module for module in self.trainable.modules() if isinstance(module, LoRA)):
             h = self.half(noisy.to(dtype), t, self.context.to(dtype).expand(len(noisy), -1, -1))
         return h.float().mean((2, 3))
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ldm import rng
 from ldm.dreambooth import Trainable
-from ldm.images import Picture
 from ldm.model import StableDiffusion
 from ldm.runtime import uncompiled
+from ldm.training.examples import Example
 from ldm.training.latents import encode_pictures
 from ldm.training.run import Run
 
@@ -37,10 +37,11 @@ class Part:
     by_base: bool = False
 
 
-def make_part(run: Run, sd: StableDiffusion, name: str, prompt: str, pictures: Sequence[Picture]) -> Part:
-    """Encodes the pictures. Raises InputError for one that can't be read."""
-    latents = encode_pictures(sd, pictures, run.settings.resolution, False, run.stop.check).mean[:, 0]
-    return Part(name, latents, (prompt,) * len(pictures))
+def make_part(run: Run, sd: StableDiffusion, name: str, examples: Sequence[Example]) -> Part:
+    """Encodes the pictures, cut to squares. Raises InputError for one that can't be read."""
+    side = run.settings.resolution
+    latents = encode_pictures(sd, examples, (side, side), False, run.stop.check).mean[:, 0]
+    return Part(name, latents, tuple(example.prompt for example in examples))
 
 
 def draw(seed: int, row: int, shape: Sequence[int], timesteps: int) -> tuple[int, Tensor]:

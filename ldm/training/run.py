@@ -3,10 +3,11 @@
 import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,13 +17,17 @@ from ldm.images import Picture
 from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, replacing, written
 from ldm.training import checkpoint, claim
 from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums
+from ldm.training.examples import Example
 from ldm.training.log import Log, Reporter
-from ldm.training.numbers import Numbers
+from ldm.training.numbers import Numbers, SubjectLosses
 from ldm.training.precision import Precision
 from ldm.training.saver import Saver
 from ldm.training.settings import SAVES_MEMORY, Settings
+from ldm.training.settings_toml import SETTINGS, to_toml
 from ldm.training.state import Metrics, TrainingState
 from ldm.training.tracking import Tracker
+
+PREFLIGHT = "preflight.json"
 
 
 class Run:
@@ -36,11 +41,11 @@ class Run:
         self.settings, self.world = settings, world
         self.precision, self.stop = Precision(settings.mixed_precision, world.device, settings.train_dtype), Stop()
         self.stopped = False  # whether a signal has come to any process, as of the last step
-        self.held_out: list[Picture] = []  # pictures of the subject for validation alone
-        batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
-        self.identity = Identity(settings, global_batch=batch)
-        # set when training, or the run, begins; lines and saver in the main process alone
-        self.state = self._lock = self.saver = self.lines = None
+        self.held_out: list[Example] = []  # pictures of the subjects for validation alone
+        self.identity = Identity(settings, global_batch=settings.photographs_of_step * world.size)
+        self.subject_losses = SubjectLosses((), world.device)  # of several subjects, set before training
+        self.notes: list[dict[str, Any]] = []  # what `preflight` has said, ready for JSON
+        self.state = self._lock = self.saver = self.lines = None  # the last three in the main process alone
         self.claim: claim.Claim = world.on_main(self._choose)
         self.folder = self.claim.folder
 
@@ -60,12 +65,11 @@ class Run:
         elif self.world.main:
             self.claim.undo()
         if is_stop := kind is Stopped:
-            when = "before training" if self.state is None else f"after step {self.state.step}"
-            self.world.print_main(f"stopped {when}; --resume-from-checkpoint latest resumes it")
+            self.world.print_main(_farewell(self))
         return is_stop
 
     def begin(self, state: TrainingState, photographs: Sequence[Picture], own: Sequence[Picture]) -> Path | None:
-        """Locks the folder, tidies it and writes config.json. Returns the checkpoint to resume from, if any.
+        """Locks the folder, tidies it and writes the settings. Returns the checkpoint to resume from, if any.
 
         own: the user's class pictures; a resumed run must have the same ones, and the same photographs. Raises
         InputError if another run uses the folder, or used it with other settings; RunError for too little space.
@@ -76,7 +80,7 @@ class Run:
             "launch": processes.launch(),
             "pictures": digest([*photographs, *own]),
             "photographs": sums(photographs),
-        } | ({"held_out": sums(self.held_out)} if self.held_out else {})
+        }
         self.identity.check_everywhere(self.world)
         self.resumed_from: Path | None = self.world.on_main(lambda: self._begin(state))
         with self.world.agreed():
@@ -97,12 +101,8 @@ class Run:
                 if new:  # and only this run uses it: it has the lock
                     checkpoint.remove(self.folder)
                 raise
-            with replacing(self.folder / CONFIG) as path:
-                path.write_text(json.dumps(self.identity.config, indent=2) + "\n", encoding="utf-8")
-            lines = checkpoint.lines_of(found) if found else ("", "")
-            self.lines = Log(self.folder, *lines, Tracker(self.settings.report_to, self.folder, self.identity.config))
-            self.claim.checkpoints.mkdir(exist_ok=True)
-            self.saver = Saver(self.claim.checkpoints, self.settings, state.bytes_needed)
+            _write_settings(self)
+            _open_files(self, state, found)
             return found
 
     def identify(self, **parts: Any) -> None:
@@ -140,15 +140,15 @@ class Run:
         bar = {"initial": state.step, "total": self.settings.max_train_steps, "desc": "training", "unit": "step"}
         with tqdm(**bar, disable=not self.world.main) as bar, self.enough_memory("training", "while it trained"):
             self._reporter = Reporter(bar, self.lines, self.settings.rows_of_step * self.world.size)
-            if not self.world.main:
-                yield
-                return
-            with self.saver.rescuing(state, lambda: self._save(state)):
+            saver = self.saver  # None but in the main process
+            with saver.rescuing(state, lambda: self._save(state)) if saver is not None else nullcontext():
                 yield
 
     def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Numbers:
         """The losses of all processes and their batches, and the gradients' norm, on their way to the host."""
-        return Numbers.gathered(self.world, losses, norm, self.stop.asked)
+        signal = torch.full((1,), float(self.stop.asked), device=norm.device)
+        values = torch.cat([*map(torch.stack, losses), self.subject_losses.take(), norm[None], signal])
+        return Numbers(self.world.gather(values), self.subject_losses.names)
 
     def log(self, numbers: Numbers, metrics: Metrics) -> None:
         """Reports the step when its numbers have arrived: on a GPU while it runs the next step, else at once.
@@ -179,3 +179,31 @@ class Run:
     def enough_memory(self, work: str, doing: str) -> AbstractContextManager:
         """Wraps work: reports out of memory in one line. work: "training" or "sampling", which selects the advice."""
         return out_of_memory_named(self.world.device, doing, SAVES_MEMORY[work])
+
+
+def _open_files(run: Run, state: TrainingState, found: Path | None) -> None:
+    """Opens what the run writes to. found: the checkpoint that it resumes from."""
+    lines = checkpoint.lines_of(found) if found else ("", "")
+    run.lines = Log(run.folder, *lines, Tracker(run.settings.report_to, run.folder, run.identity.config))
+    run.claim.checkpoints.mkdir(exist_ok=True)
+    run.saver = Saver(run.claim.checkpoints, run.settings, state.bytes_needed)
+
+
+def _write_settings(run: Run) -> None:
+    """Writes what the run was told, and what `preflight` has said of it."""
+    texts = {
+        SETTINGS: to_toml(run.settings, run.folder / SETTINGS, run.world.size),
+        PREFLIGHT: json.dumps(run.notes, indent=2) + "\n",
+        CONFIG: json.dumps(run.identity.config, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        with replacing(run.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # a path need not be UTF-8
+
+
+def _farewell(run: Run) -> str:
+    """What is printed when a run ends before its last step."""
+    if run.settings.dry_run:
+        return "dry run: nothing was written"
+    when = "before training" if run.state is None else f"after step {run.state.step}"
+    return f"stopped {when}; --resume-from-checkpoint latest resumes it"

@@ -7,7 +7,8 @@ from ldm.errors import InputError
 from ldm.formats import MAX_RANK
 from ldm.tokenizer import check_prompt
 from ldm.training.setting import Group, flag
-from ldm.training.settings_data import Model, Photographs, Prior
+from ldm.training.settings_data import Model, Photographs, Prior, Shapes
+from ldm.training.settings_loss import Loss
 from ldm.training.settings_output import Output, Sampling
 from ldm.training.settings_training import (
     LORA_RATE,
@@ -24,11 +25,13 @@ from ldm.training.settings_validation import Validation
 GROUPS: tuple[type[Group], ...] = (
     Model,
     Photographs,
+    Shapes,
     Prior,
     Trained,
     LoRASettings,
     TokenSettings,
     Optimization,
+    Loss,
     Machine,
     Output,
     Sampling,
@@ -69,10 +72,14 @@ class Settings(*GROUPS):
         return self.with_prior_preservation and self.prior == "prediction"
 
     @property
+    def photographs_of_step(self) -> int:
+        """Photographs that a process trains on in a step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def rows_of_step(self) -> int:
-        """Pictures that a process trains on in a step, those of the class among them."""
-        kinds = 2 if self.with_prior_preservation else 1
-        return kinds * self.train_batch_size * self.gradient_accumulation_steps
+        """Rows that a process trains on in a step: with the prior term there are as many of the class."""
+        return self.photographs_of_step * (2 if self.with_prior_preservation else 1)
 
     @classmethod
     def groups(cls) -> list[tuple[type[Group], list[Field]]]:

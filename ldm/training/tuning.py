@@ -1,6 +1,5 @@
 """Which parameters train: LoRA as a `Trainable`, and the choice that the settings make."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,7 @@ class LoRATuning(Trainable):
 
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
         self.compile_networks()
-        if not self.text_encoder_trains:
-            self.context(prompts)
+        self.keep_prompts(prompts)
         for network in (self.sd.unet, self.sd.text_encoder):
             network.to(dtype)  # not `sd.freeze`, which keeps a copy to save: no base model is saved here
 
@@ -54,11 +52,8 @@ class LoRATuning(Trainable):
             self._base = [self.sd.unet, self.sd.encode_prompt(prompt)]
 
     def base(self, noisy: Tensor, t: Tensor) -> Tensor:
-        with self.without_adapters():
+        with disabled(self.adapters.values()):
             return super().base(noisy, t)
-
-    def without_adapters(self) -> AbstractContextManager:
-        return disabled(self.adapters.values())
 
     def parameter_groups(self, settings: Settings) -> list[dict[str, Any]]:
         unet, text = (

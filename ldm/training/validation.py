@@ -6,6 +6,7 @@ Nothing of it changes the training: it computes no gradients, and its random num
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,34 +14,41 @@ from tqdm import tqdm
 
 from ldm import images, rng
 from ldm.errors import InputError, RunError
-from ldm.images import Picture
 from ldm.runtime import Stopped
 from ldm.training import best, grid, sheets
 from ldm.training.advice import Line, advise, of_class
 from ldm.training.class_pictures import ClassPictures
+from ldm.training.continuity import sums
 from ldm.training.drift import Drift
+from ldm.training.examples import Example, read_examples
 from ldm.training.run import Run
 from ldm.training.settings import Settings
 from ldm.training.state import TrainingState
+from ldm.training.subjects import Subject
 
 LOSSES = {"validation_loss": "held-out loss", "training_loss": "photographs", "class_loss": "class"}
 
 
-def hold_out(settings: Settings, photographs: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
-    """The photographs to train on, and the held-out pictures: some of the photographs, or those of their own folder.
+def hold_out(settings: Settings, subjects: Sequence[Subject]) -> tuple[list[Subject], list[Example]]:
+    """The subjects with the photographs to train on, and the held-out pictures: some of each subject's photographs,
+    or those of a folder, which show the first subject.
 
     Raises InputError if no photograph is left, or if a held-out picture can't be read.
     """
     if settings.validation_data_dir is not None:
-        paths = images.find_pictures(settings.validation_data_dir)
-        return list(photographs), [images.read_picture(path) for path in paths]
-    if settings.hold_out >= len(photographs) > 0:
-        raise InputError(
-            f"--hold-out {settings.hold_out} leaves none of {len(photographs)} photographs to train on; give less"
-        )
-    order = torch.randperm(len(photographs), generator=rng.generator(settings.seed, "hold out")).tolist()
-    chosen = set(order[: settings.hold_out])
-    return [p for i, p in enumerate(photographs) if i not in chosen], [photographs[i] for i in sorted(chosen)]
+        return list(subjects), read_examples(settings.validation_data_dir, subjects[0].prompt)
+    left, held_out = [], []
+    for subject in subjects:
+        count = len(subject.examples)
+        if settings.hold_out >= count:
+            raise InputError(
+                f"--hold-out {settings.hold_out} leaves none of {count} photographs to train on; give a lower number"
+            )
+        order = torch.randperm(count, generator=rng.generator(settings.seed, "hold out", subject.name)).tolist()
+        chosen = set(order[: settings.hold_out])
+        held_out += [example for i, example in enumerate(subject.examples) if i in chosen]
+        left.append(replace(subject, examples=[e for i, e in enumerate(subject.examples) if i not in chosen]))
+    return left, held_out
 
 
 class Validation:
@@ -50,28 +58,30 @@ class Validation:
     """
 
     def __init__(
-        self, run: Run, state: TrainingState, photographs: Sequence[Picture], class_pictures: ClassPictures | None
+        self, run: Run, state: TrainingState, subjects: Sequence[Subject], class_pictures: Sequence[ClassPictures]
     ):
-        """photographs: those that are trained on."""
         self.run, self.settings, self.trainable = run, run.settings, state.trainable
         if self.settings.validation_steps is None:
             return
+        if run.held_out:
+            run.identify(held_out=sums(example.picture for example in run.held_out))
         with run.together():
-            self.parts = self._parts(photographs, class_pictures)
+            self.parts = self._parts(subjects, class_pictures)
         self.drift = self._begin_drift()
         self.done = {line["step"] for line in self._lines()}
         if not self.settings.holds_out:
             self._say("no held-out pictures (--validation-data-dir or --hold-out): no best model is kept in best/")
 
-    def _parts(self, photographs: Sequence[Picture], class_pictures: ClassPictures | None) -> list[grid.Part]:
-        given, sd = self.settings, self.trainable.sd
-        kinds = {"training_loss": (given.instance_prompt, photographs[: grid.MOST])}
+    def _parts(self, subjects: Sequence[Subject], class_pictures: Sequence[ClassPictures]) -> list[grid.Part]:
+        given, encode = self.settings, partial(grid.make_part, self.run, self.trainable.sd)
+        photographs = [example for subject in subjects for example in subject.examples]
+        parts = [encode("training_loss", some(photographs))]
         if self.run.held_out:
-            kinds["validation_loss"] = (given.instance_prompt, self.run.held_out)
-        if class_pictures is not None:
-            paths = class_pictures.paths[: grid.MOST]
-            kinds["class_loss"] = (given.class_prompt, [images.read_picture(path) for path in paths])
-        parts = [grid.make_part(self.run, sd, name, *kind) for name, kind in kinds.items()]
+            parts.append(encode("validation_loss", self.run.held_out))
+        paths = [(path, pictures.recipe["prompt"]) for pictures in class_pictures for path in pictures.paths]
+        if paths:
+            examples = [Example(images.read_picture(path), prompt) for path, prompt in some(paths)]
+            parts.append(encode("class_loss", examples))
         if given.predicts_prior:
             prompts = (given.class_prompt,) * len(parts[0].latents)
             parts.append(replace(parts[0], name="class_loss", prompts=prompts, by_base=True))
@@ -166,3 +176,8 @@ def described(line: Line) -> str:
     parts = [f"{LOSSES[name]} {line[name]:.4f}" for name in LOSSES if name in line]
     parts += [of_class(line)] if "drift" in line or "diversity" in line else []
     return f"step {line['step']}: {', '.join(parts) or 'nothing was measured'}"
+
+
+def some(items: Sequence[Any]) -> Sequence[Any]:
+    """At most grid.MOST of the items, evenly spread."""
+    return items[:: -(-len(items) // grid.MOST)] if items else items
