@@ -113,17 +113,17 @@ def begin(
     settings, world = run.settings, run.world
     with run.together():
         subjects, run.held_out = training.hold_out(settings, training.read_subjects(settings))
-        photographs = [example.picture for subject in subjects for example in subject.examples]
         sd = load(run)
+        training.check_photographs(subjects, settings, sd)
     base = run.on_main(sd.source_fingerprint)
     with run.together():
         class_pictures = training.plan_class_pictures(run, sd, base, subjects)
         own = [images.read_picture(path) for pictures in class_pictures for path in pictures.own]
         generated = [path for pictures in class_pictures for path in pictures.paths if path.exists()]
-        for picture in [*photographs, *(example.picture for example in run.held_out), *generated]:
+        for picture in [*(example.picture for example in run.held_out), *generated]:
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
-    checkpoint = run.begin(state, photographs, own)
+    checkpoint = run.begin(state, subjects, own)
     world.print_main(sd.summary)
     training.tell_memory(run, sd, tuning)
     if checkpoint is not None:

@@ -57,16 +57,23 @@ WINGS = {
         optimizer
         piecewise
         tracking
+        captions
+        variation
+        focus
+        beside
+        examples
+        masks
         setting
+        settings_subjects
         settings_data
         settings_training
         settings_loss
         settings_output
         settings_validation
         settings
-        examples
         subjects
         settings_toml
+        kohya
         token_tuning
         tuning
         options

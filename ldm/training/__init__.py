@@ -2,9 +2,16 @@
 
 setting         one setting, and a group of them
 settings_data, settings_training, settings_loss, settings_validation, settings_output      the groups
+settings_subjects  several subjects in one run
 settings        every setting of a run, and whether a run that resumes may change it
+captions        the prompts of single pictures, and words for {token} and {class} in them
+variation       leaves captions out, and shuffles tags
+focus           where the subject of a photograph is
+beside          which files of a folder belong to which photograph
 examples        what a folder says about each of its photographs
+masks           where in a photograph the loss counts
 subjects        the subjects that a run teaches
+kohya           kohya's data-set folders as subjects
 options         reads settings from the command line and TOML files
 settings_toml   writes them as TOML, from which the run can be repeated
 mixture         which subject and which size of picture each row has
@@ -41,8 +48,9 @@ tracking        TensorBoard and Weights & Biases
 from ldm.training.advice import Advice, advise
 from ldm.training.batches import Batches
 from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
-from ldm.training.examples import Example, read_examples
-from ldm.training.latents import encode, encode_pictures
+from ldm.training.examples import Example
+from ldm.training.latents import check_photographs, encode, encode_pictures
+from ldm.training.masks import load_mask
 from ldm.training.memory import Memory, predict, tell_memory
 from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
@@ -57,6 +65,7 @@ from ldm.training.subjects import Subject, read_subjects
 from ldm.training.token_tuning import TokenTuning
 from ldm.training.tuning import LoRATuning, tuning_of
 from ldm.training.validation import Validation, hold_out
+from ldm.training.variation import vary
 
 __all__ = [
     "Advice",
@@ -76,10 +85,12 @@ __all__ = [
     "TrainingState",
     "Validation",
     "advise",
+    "check_photographs",
     "cut_from_photographs",
     "encode",
     "encode_pictures",
     "hold_out",
+    "load_mask",
     "make_comparison",
     "make_rows",
     "make_sheet",
@@ -87,7 +98,6 @@ __all__ = [
     "plan_class_pictures",
     "predict",
     "read_class_pictures",
-    "read_examples",
     "read_subjects",
     "set_exactness",
     "sheet_path",
@@ -95,4 +105,5 @@ __all__ = [
     "sort_photographs",
     "tell_memory",
     "tuning_of",
+    "vary",
 ]

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,19 @@ from ldm.images import Picture
 from ldm.runtime import World, read_json
 from ldm.training.checkpoint import load_state
 from ldm.training.settings import Settings
+from ldm.training.settings_subjects import FOLDERS
+from ldm.training.subjects import Subject
 
 CONFIG = "config.json"  # in a run's folder
-PICTURES = {
+# Compared one by one, and named: what is recorded of each file, and the word for it.
+FILES = {
     "photographs": "photograph",
+    "captions": "caption of",
+    "masks": "mask of",
+    "focus": "focal point of",
     "class_pictures": "class picture",
     "held_out": "held-out picture",
-}  # compared by content, and named
+}
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -41,8 +47,9 @@ class Identity:
     """What identifies a run: its settings, and the parts below.
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
-    class pictures; photographs, class_pictures and held_out, the SHA-256 of each by its name; tuning, the name of its
-    `Trainable`; launch, the torchrun that it belongs to. The run adds them one after another.
+    class pictures; photographs, class_pictures and held_out, the SHA-256 of each by its name; captions, masks (SHA-256)
+    and focus of each photograph; tuning, the name of its `Trainable`; launch, the torchrun that it belongs to. The run
+    adds them one after another.
     """
 
     def __init__(self, settings: Settings, **parts: Any):
@@ -61,16 +68,18 @@ class Identity:
         """
         if before is None:
             return
-        defaults = {field.name: field.default for field in dataclasses.fields(Settings)} | {"tuning": "FullTuning"}
+        defaults = {f.name: f.default for f in dataclasses.fields(Settings)} | {"tuning": "FullTuning", "subjects": []}
         changes = []
         for name, value in self.config.items():
             was = before.get(name, defaults.get(name))
-            if name in PICTURES:
+            if name in FILES:
                 was = was if isinstance(was, dict | None) else {}
                 if was is not None and list(was.values()) != list(value.values()):
-                    changes.append(f"{PICTURES[name]} {first_difference(was, value)}")
+                    changes.append(f"{FILES[name]} {first_difference(was, value)}")
             elif name == "pictures" and "photographs" in before:
                 pass  # compared one by one
+            elif name == "subjects":
+                changes += different_subjects(was, value)
             elif was != value and not self.settings.may_change(name):
                 changes.append(f"{name} was {was!r} and is {value!r}")
         if changes:
@@ -92,8 +101,22 @@ class Identity:
             raise InputError(f"{path} is beyond --max-train-steps {self.settings.max_train_steps}")
 
 
-def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """The first difference between two lists of files (name -> SHA-256), in words."""
+def different_subjects(before: Any, now: list[dict[str, Any]]) -> list[str]:
+    """The differences between the [[subjects]] of two runs, in words. Their folders may have moved."""
+    was = [item for item in before if isinstance(item, dict)] if isinstance(before, list) else []
+    names = [[item.get("name") for item in subjects] for subjects in (was, now)]
+    if names[0] != names[1]:
+        return [f"the subjects were {names[0]} and are {names[1]}"]
+    return [
+        f"{key} of subject {new['name']} was {old.get(key)!r} and is {value!r}"
+        for old, new in zip(was, now, strict=True)
+        for key, value in new.items()
+        if key not in FOLDERS and old.get(key) != value
+    ]
+
+
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first difference between two lists of files (name -> SHA-256 or what else is recorded), in words."""
     for old, new in zip_longest(before.items(), now.items()):
         if old is None:
             return f"{new[0]} is new"
@@ -102,6 +125,24 @@ def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
         if old[1] != new[1]:
             return f"{new[0]} has changed" if new[0] in before else f"{new[0]} is new"
     return "are in another order"
+
+
+def what_is_taught(subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
+    """The parts of an `Identity` that say what is trained on: what is recorded of each photograph, by its name."""
+    examples = [example for subject in subjects for example in subject.examples]
+    paths = [example.picture.path for example in examples]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):  # in two folders
+        names = [f"{path.parent.name}/{path.name}" for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    table = dict(zip(names, examples, strict=True))
+    return {
+        "photographs": {name: sha256(example.picture) for name, example in table.items()},
+        "captions": {name: example.prompt for name, example in table.items()},
+        "masks": {name: sha256(example.mask) if example.mask else None for name, example in table.items()},
+        "focus": {name: example.focus for name, example in table.items()},
+    }
 
 
 def digest(pictures: Iterable[Picture]) -> str:

@@ -46,9 +46,12 @@ class Drift:
     matrices are multiplied in: 0.7 GB for SD 1.5 in 16 bits. On a GPU it lies in the host's memory between validations.
     """
 
-    def __init__(self, run: Run, trainable: Trainable, photographs: Tensor):
-        """photographs: their latents, (N, C, h, w). Raises RunError in all processes if one runs out of memory."""
-        self.run, self.trainable, unet = run, trainable, trainable.sd.unet
+    def __init__(self, run: Run, trainable: Trainable, prompt: str, photographs: Tensor):
+        """prompt: of the class. photographs: their latents, (N, C, h, w).
+
+        Raises RunError in all processes if one runs out of memory.
+        """
+        self.run, self.trainable, self.prompt, unet = run, trainable, prompt, trainable.sd.unet
         self.schedule = trainable.sd.schedule  # training may go on with another one
         self.half = HalfUNet(unet)
         self.keeps_copy = any(parameter.requires_grad for parameter in unet.parameters())
@@ -87,7 +90,7 @@ class Drift:
         settings = self.run.settings
         guidance = settings.class_guidance_scale
         return self.trainable.sd.generate(
-            settings.class_prompt,
+            self.prompt,
             seeds=[rng.number(settings.seed, "drift picture", number) for number in numbers],
             steps=min(STEPS, self.trainable.sd.schedule.timesteps - 1),
             sampler=SAMPLER,

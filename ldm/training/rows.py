@@ -25,10 +25,11 @@ from ldm.training.latents import (
     encode_masks,
     encode_pictures,
     load_image,
-    mask_of,
 )
+from ldm.training.masks import load_mask
 from ldm.training.run import Run
 from ldm.training.sorting import Bucket, Collection
+from ldm.training.variation import vary
 
 Columns = dict[str, Any]  # of several rows: tensors, and a list of prompts
 Vary = Callable[[str, torch.Generator], str]
@@ -108,7 +109,7 @@ class CropDraws(Draws):
         centre = centre_of(example, bucket.size, (x, y))
         columns = {"image": load_image(example, bucket.size, centre)}
         if self.masked:
-            columns["mask"] = mask_of(example, bucket.size, centre, bucket.shape)
+            columns["mask"] = load_mask(example, *bucket.size, centre, bucket.factor)
         return {name: c.flip(2) if self.flip and mirrored < 0.5 else c for name, c in columns.items()}
 
 
@@ -156,7 +157,15 @@ class Rows:
 def make_rows(run: Run, sd: StableDiffusion, kind: str, pictures: Collection) -> Rows:
     """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
     settings, device, is_class = run.settings, run.world.device, kind == "class"
-    common = (settings.seed, kind, pictures, settings.timesteps(sd.schedule), settings.noise_offset)
+    varies = (settings.caption_dropout or settings.shuffle_tags) and not is_class
+    common = (
+        settings.seed,
+        kind,
+        pictures,
+        settings.timesteps(sd.schedule),
+        settings.noise_offset,
+        partial(vary, settings=settings) if varies else None,
+    )
     examples = [example for bucket in pictures.buckets for example in bucket.examples]
     masked = any(example.mask is not None for example in examples)
     if settings.random_crop:
@@ -167,6 +176,6 @@ def make_rows(run: Run, sd: StableDiffusion, kind: str, pictures: Collection) ->
         for bucket in pictures.buckets:
             made = encode_pictures(sd, bucket.examples, bucket.size, flip, progress)
             if masked:
-                made = made._replace(mask=encode_masks(bucket.examples, bucket.size, bucket.shape, flip).to(device))
+                made = made._replace(mask=encode_masks(bucket.examples, bucket.size, bucket.factor, flip).to(device))
             latents.append(made)
     return Rows(LatentDraws(*common, views=1 + flip), device, tuple(latents), is_class=is_class)

@@ -82,7 +82,7 @@ def make_steps(run: Run) -> None:
 
 def prompts_of(settings: Settings) -> tuple[str, ...]:
     """The prompts of a sheet's rows."""
-    return settings.validation_prompt or tuple(filter(None, (settings.instance_prompt, settings.class_prompt)))
+    return settings.validation_prompt or settings.prompts
 
 
 @contextmanager

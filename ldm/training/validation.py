@@ -17,8 +17,8 @@ from ldm.errors import InputError, RunError
 from ldm.runtime import Stopped
 from ldm.training import best, grid, sheets
 from ldm.training.advice import Line, advise, of_class
+from ldm.training.captions import words_of
 from ldm.training.class_pictures import ClassPictures
-from ldm.training.continuity import sums
 from ldm.training.drift import Drift
 from ldm.training.examples import Example, read_examples
 from ldm.training.run import Run
@@ -36,7 +36,11 @@ def hold_out(settings: Settings, subjects: Sequence[Subject]) -> tuple[list[Subj
     Raises InputError if no photograph is left, or if a held-out picture can't be read.
     """
     if settings.validation_data_dir is not None:
-        return list(subjects), read_examples(settings.validation_data_dir, subjects[0].prompt)
+        first = settings.taught[0]
+        words = words_of(
+            first.instance_prompt, first.class_prompt, settings.placeholder_token, settings.initializer_token
+        )
+        return list(subjects), read_examples(settings.validation_data_dir, first.instance_prompt, words)
     left, held_out = [], []
     for subject in subjects:
         count = len(subject.examples)
@@ -63,8 +67,6 @@ class Validation:
         self.run, self.settings, self.trainable = run, run.settings, state.trainable
         if self.settings.validation_steps is None:
             return
-        if run.held_out:
-            run.identify(held_out=sums(example.picture for example in run.held_out))
         with run.together():
             self.parts = self._parts(subjects, class_pictures)
         self.drift = self._begin_drift()
@@ -83,7 +85,7 @@ class Validation:
             examples = [Example(images.read_picture(path), prompt) for path, prompt in some(paths)]
             parts.append(encode("class_loss", examples))
         if given.predicts_prior:
-            prompts = (given.class_prompt,) * len(parts[0].latents)
+            prompts = (given.taught[0].class_prompt,) * len(parts[0].latents)
             parts.append(replace(parts[0], name="class_loss", prompts=prompts, by_base=True))
         return parts
 
@@ -92,12 +94,13 @@ class Validation:
         given = self.settings
         if given.num_drift_images == 0 or given.train == "token":  # a token alone does not change the class's pictures
             return None
-        if not given.class_prompt:
+        prompt = given.taught[0].class_prompt
+        if not prompt:
             self._say("no --class-prompt: language drift is not measured")
             return None
-        made: list[Drift] = []
-        self._tried("language drift", lambda: made.append(Drift(self.run, self.trainable, self.parts[0].latents)))
-        return made[0] if made else None
+        photographs = self.parts[0].latents
+        made = self._tried("language drift", lambda: {"made": Drift(self.run, self.trainable, prompt, photographs)})
+        return made.get("made")
 
     def is_due(self, state: TrainingState) -> bool:
         """Whether the state should be measured now, and has not been."""
