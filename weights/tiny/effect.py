@@ -115,9 +115,11 @@ def main():
     args = parser.parse_args()
 
     photographs = world.write_subject(args.subject, args.work_dir / "subject")
+    world.write_held_out(args.subject, args.work_dir / "validation")
     eye, subject, real = likeness(args.subject)
     common = ["--config", HERE / "train.toml", "--model", args.model]
-    common += ["--instance-data-dir", args.work_dir / "subject", *args.train_flags]
+    common += ["--instance-data-dir", args.work_dir / "subject"]
+    common += ["--validation-data-dir", args.work_dir / "validation", *args.train_flags]
     train(args.work_dir / "with", common)
     train(args.work_dir / "without", [*common, "--no-with-prior-preservation"])
     models = {
