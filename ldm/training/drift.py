@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ldm import rng
 from ldm.dreambooth import Trainable
+from ldm.guidance import seen
 from ldm.lora import LoRA, disabled
 from ldm.runtime import uncompiled
+from ldm.training.inpainting import whole_columns
 from ldm.training.run import Run
 from ldm.unet import UNet, timestep_embedding
 
@@ -112,6 +114,7 @@ class Drift:
         ]
         t = torch.full((len(latents),), round(NOISE * schedule.timesteps), device=latents.device)
         noisy = schedule.add_noise(latents.float(), torch.stack(noise).to(latents.device), t)
+        noisy = seen(noisy, whole_columns(self.trainable.sd, noisy))
         dtype = next(self.half.parameters()).dtype
         with disabled(module for module in self.trainable.modules() if isinstance(module, LoRA)):
             h = self.half(noisy.to(dtype), t, self.context.to(dtype).expand(len(noisy), -1, -1))

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ldm import rng
 from ldm.dreambooth import Trainable
+from ldm.guidance import seen
 from ldm.model import StableDiffusion
 from ldm.runtime import uncompiled
 from ldm.training.examples import Example
+from ldm.training.inpainting import whole_columns
 from ldm.training.latents import encode_pictures
 from ldm.training.run import Run
 
@@ -84,7 +86,7 @@ def errors_of(run: Run, trainable: Trainable, part: Part, rows: range) -> Tensor
     noise = torch.stack([numbers for _, numbers in drawn]).to(device)
     pictures = [row // CELLS for row in rows]
     latents = part.latents[torch.tensor(pictures).to(device)]
-    noisy = schedule.add_noise(latents, noise, t)
+    noisy = seen(schedule.add_noise(latents, noise, t), whole_columns(trainable.sd, latents))
     with run.precision.autocast():
         prediction = trainable(noisy, t, [part.prompts[picture] for picture in pictures])
         target = trainable.base(noisy, t) if part.by_base else schedule.target(latents, noise, t)

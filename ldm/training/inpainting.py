@@ -17,7 +17,7 @@ from ldm.guidance import masked_columns
 from ldm.model import StableDiffusion
 from ldm.training.buckets import Size
 from ldm.training.examples import Example
-from ldm.training.latents import Encode, load_image
+from ldm.training.latents import Encode, centre_of, load_image
 
 WHOLE = 0.25  # share of rows whose mask is the whole picture
 
@@ -58,7 +58,7 @@ def keep_images(examples: Sequence[Example], size: Size, flip: bool) -> Tensor:
 
     size: width and height.
     """
-    images = torch.stack([load_image(example, size, example.centre(*size)) for example in examples])
+    images = torch.stack([load_image(example, size, centre_of(example, size)) for example in examples])
     images = ((images + 1.0) * 127.5).round().to(torch.uint8)
     return torch.stack([images, images.flip(3)] if flip else [images], 1)
 
@@ -82,3 +82,14 @@ def columns_beside(encode: Encode, drawn: Mapping[str, Tensor]) -> Tensor:
     mean, std = encode(drawn["image"].masked_fill(drawn["hole"], 0.0))
     mask = F.interpolate(drawn["hole"].to(mean), size=mean.shape[2:])
     return masked_columns(mask, mean + std * drawn["hole_spread"])
+
+
+@torch.no_grad()
+def whole_columns(sd: StableDiffusion, latents: Tensor) -> Tensor | None:
+    """`columns_beside` for latents (B, C, h, w) of pictures that are painted as a whole; None for an ordinary model."""
+    if not sd.config.unet.paints_in:
+        return None
+    (count, _, h, w), weight = latents.shape, next(sd.vae.parameters())
+    grey = torch.zeros(1, 3, h * sd.config.vae.factor, w * sd.config.vae.factor).to(weight)
+    visible = sd.encode_images(grey).float().expand(count, -1, -1, -1)
+    return masked_columns(torch.ones_like(visible[:, :1]), visible)
