@@ -72,8 +72,8 @@ WINGS = {
         settings_validation
         settings
         subjects
-        settings_toml
         kohya
+        settings_toml
         token_tuning
         tuning
         options
@@ -89,6 +89,7 @@ WINGS = {
         buckets
         sorting
         latents
+        inpainting
         rows
         batches
         class_pictures

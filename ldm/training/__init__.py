@@ -18,6 +18,7 @@ mixture         which subject and which size of picture each row has
 buckets         sizes for photographs that are not square
 sorting         sorts the pictures of all subjects by their sizes
 latents         encodes the pictures once
+inpainting      random masks for a model for painting in
 rows            the rows of a run, a function of seed and index
 batches         the rows of each step
 class_pictures  the class prior, made by the base model
@@ -48,7 +49,8 @@ tracking        TensorBoard and Weights & Biases
 from ldm.training.advice import Advice, advise
 from ldm.training.batches import Batches
 from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
-from ldm.training.examples import Example
+from ldm.training.examples import Example, read_examples
+from ldm.training.inpainting import draw_mask, widen
 from ldm.training.latents import check_photographs, encode, encode_pictures
 from ldm.training.masks import load_mask
 from ldm.training.memory import Memory, predict, tell_memory
@@ -87,6 +89,7 @@ __all__ = [
     "advise",
     "check_photographs",
     "cut_from_photographs",
+    "draw_mask",
     "encode",
     "encode_pictures",
     "hold_out",
@@ -98,6 +101,7 @@ __all__ = [
     "plan_class_pictures",
     "predict",
     "read_class_pictures",
+    "read_examples",
     "read_subjects",
     "set_exactness",
     "sheet_path",
@@ -106,4 +110,5 @@ __all__ = [
     "tell_memory",
     "tuning_of",
     "vary",
+    "widen",
 ]

@@ -1,6 +1,5 @@
 """What a folder says about each of its photographs: a prompt, a mask, where the subject is."""
 
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from ldm.training.beside import Files, companions, sort_files
 from ldm.training.captions import ENDINGS, Words, fill, read_lines, read_list
 from ldm.training.focus import Point, camera_focus, read_focus
 
-MIDDLE = (0.5, 0.5)
 STRETCH = 0.01  # between the sides' ratios of a photograph and its mask: sizes are rounded
 
 
@@ -31,15 +29,6 @@ class Example:
     focus: Point | None = None
     repeats: int = 1
 
-    def centre(self, width: int, height: int) -> Point:
-        """Where to cut a picture of this size out of the photograph: around its focus, or the middle if it has none.
-
-        For `images.fit`. Raises InputError, which names the file, if it can't be read.
-        """
-        if self.focus is None:
-            return MIDDLE
-        return images.centre_at(self.focus, images.upright_size(self.picture), (width, height))
-
 
 def read_examples(folder: str | Path, prompt: str, words: Words | None = None) -> list[Example]:
     """The photographs in a folder, sorted by name; of folders within it, those that the folder's list names.
@@ -47,16 +36,14 @@ def read_examples(folder: str | Path, prompt: str, words: Words | None = None) -
     prompt: that of photographs without a caption. words: what {token} and {class} stand for in captions. Raises
     InputError, which names the folder or the file, if there is none, or if something can't be read.
     """
-    root, listed = Path(folder), {}
-    if os.path.isdir(root):
-        listed = read_list(root)
+    images.check_folder(folder)
+    root = Path(folder)
+    listed = read_list(root)
     for name in listed:
         if not images.is_picture(root / name):
             raise InputError(f"{root / name} is in the folder's list, and is no picture file that can be read")
     within = {root / name for name in listed if (root / name).parent != root}
-    ours = {path.relative_to(root).parts[0] for path in within}
-    if os.path.isdir(root):
-        ours |= companions(list_folder(root))
+    ours = companions(list_folder(root)) | {path.relative_to(root).parts[0] for path in within}
     beside = images.list_pictures(root, ours) if within else images.find_pictures(root, ours)
     captions = _Captions(root, listed, prompt, words or {})
     examples = [captions.example(path) for path in sorted([*beside, *within])]
