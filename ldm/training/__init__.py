@@ -1,8 +1,8 @@
 """A training run: from settings and photographs to a tuned model. It stops and resumes at any step.
 
 setting         one setting, and a group of them
-settings_data, settings_training, settings_loss, settings_validation, settings_output      the groups
 settings_subjects  several subjects in one run
+settings_data, settings_training, settings_loss, settings_validation, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 captions        the prompts of single pictures, and words for {token} and {class} in them
 variation       leaves captions out, and shuffles tags

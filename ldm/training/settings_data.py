@@ -68,8 +68,6 @@ class Photographs(Group):
         for name in ("instance_data_dir", "instance_prompt", "placeholder_token"):
             if getattr(self, name) is not None:
                 return f"{flag(name)} is for one subject; this run has several, each with its own in [[subjects]]"
-        if self.predicts_prior and len({subject.class_prompt for subject in self.taught}) > 1:
-            return "--prior prediction is for one class; the subjects' class prompts differ"
         return problem_of(self.taught, self.with_prior_preservation)
 
 
