@@ -26,7 +26,10 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     from_file = _read_toml(Path(config)) if config else {}
     is_tiny = "model" not in given and "model" not in from_file
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = Settings(**(_read_toml(tiny) if is_tiny else {}) | from_file | given)
+    defaults = _read_toml(tiny) if is_tiny else {}
+    if "instance_prompt" in from_file | given:
+        defaults.pop("validation_prompt", None)  # it names the embedded subject
+    settings = Settings(**defaults | from_file | given)
     for f in fields(Settings):
         if f.metadata["path"] and (path := getattr(settings, f.name)) is not None:
             check_path(path, flag(f.name))
@@ -35,6 +38,8 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
         said = f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
         warnings.warn(said, stacklevel=2)
+    if settings.train == "token" and "learning_rate" in from_file | given:
+        warnings.warn("--learning-rate has no effect with --train token; --token-learning-rate does", stacklevel=2)
     return settings
 
 
