@@ -8,6 +8,7 @@ for each row, or one number for all rows, which may lie between two whole steps.
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from ldm.config import ScheduleConfig
 from ldm.errors import InputError
 
-FLOOR = 2.0**-24  # smallest abar; only a schedule with zero terminal SNR reaches it
+FLOOR = 2.0**-24  # smallest abar of a schedule without zero terminal SNR
+LAST_FLOOR = 2.0**-32  # and with it
 
 
 class Schedule:
@@ -25,6 +27,7 @@ class Schedule:
     With zero terminal SNR the last beta is 1 and abar would end on 0, where x_0 does not follow from eps. It ends on
     2**-24 instead, as in diffusers' Euler and DPM-Solver++. In float32, x0 = (x - sqrt(1 - abar) eps) / sqrt(abar)
     loses about 2**-24 / sqrt(abar) to rounding, and the floor shifts it by sqrt(abar): both are 2**-12 here.
+    Betas above SD's can bring abar below that one step earlier; it ends on half of that step's then.
 
     Raises InputError for betas that make NaN, for an unknown spacing, and for zero terminal SNR with a model that
     predicts eps or with leading steps.
@@ -47,13 +50,17 @@ class Schedule:
             if config.spacing != "trailing":
                 raise InputError("zero terminal SNR needs trailing steps: leading steps never begin at the last one")
             self.betas = _zero_terminal_snr(self.betas)
-        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0).clamp(min=FLOOR)
+        least = LAST_FLOOR if config.zero_terminal_snr else FLOOR
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0).clamp(min=least)
+        if config.zero_terminal_snr:
+            self.alphas_cumprod[-1] = min(FLOOR, self.alphas_cumprod[-2].item() / 2)
         if self.alphas_cumprod[0] > 1.0 - FLOOR or not (self.alphas_cumprod.diff() < 0.0).all():
             raise InputError(
                 f"{config.timesteps} betas from {config.beta_start} to {config.beta_end} make NaN: alphas_cumprod, the "
-                f"share of the picture in x_t, has to fall at every step, from at most 1 - 2**-24 to at least 2**-24"
+                f"share of the picture in x_t, has to fall at every step, from at most 1 - 2**-24 to {least:.0e}"
             )
         self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._asked: dict[tuple[Schedule, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def timesteps(self) -> int:
@@ -104,6 +111,25 @@ class Schedule:
         """Signal-to-noise ratio abar / (1 - abar) at steps t: (B,) float32."""
         abar = self._table("abar", t.device, torch.float32)[t]
         return abar / (1.0 - abar)
+
+    def ask(self, model: Callable[[Tensor, Tensor], Tensor], known: "Schedule", x: Tensor, t: Tensor) -> Tensor:
+        """What a model that was trained on the schedule `known` predicts for x (B, C, h, w) at steps t of this one.
+
+        model(x, t) predicts v, or either if both schedules are the same. It is asked at its own step of the same noise,
+        which may lie between two whole steps; at its last step for x with more noise than it knows.
+        """
+        if known.config == self.config:
+            return model(x, t)
+        if (known, x.device) not in self._asked:
+            abar = self.alphas_cumprod.clamp(known.alphas_cumprod[-1], known.alphas_cumprod[0])
+            steps = [known.step_at(sigma) for sigma in ((1.0 - abar) / abar).sqrt().tolist()]
+            tables = torch.tensor(steps), abar.sqrt(), (1.0 - abar).sqrt()
+            self._asked[known, x.device] = tuple(table.to(x.device, torch.float32) for table in tables)
+        steps, signal, sigma = (table[t] for table in self._asked[known, x.device])
+        v = model(x, steps)
+        x0 = signal.view(-1, 1, 1, 1) * x - sigma.view(-1, 1, 1, 1) * v  # Salimans & Ho 2022, appendix D
+        signal, sigma = self._scales(t, x)
+        return (signal * x - x0) / sigma  # v of this schedule, from x = signal x_0 + sigma eps
 
     def spaced(self, steps: int, with_end: bool = False) -> list[int]:
         """The steps t of a sampler, noisiest first; exactly `steps`, also when it does not divide T.

@@ -57,11 +57,22 @@ WINGS = {
         optimizer
         piecewise
         tracking
+        captions
+        variation
+        focus
+        beside
+        examples
+        masks
         setting
+        settings_subjects
         settings_data
         settings_training
+        settings_loss
         settings_output
         settings
+        subjects
+        kohya
+        settings_toml
         token_tuning
         tuning
         options
@@ -73,7 +84,12 @@ WINGS = {
         log
         saver
         run
+        mixture
+        buckets
+        sorting
         latents
+        inpainting
+        rows
         batches
         class_pictures
         validation

@@ -20,12 +20,23 @@ from ldm.runtime.graphs import captured
 from ldm.runtime.memory import out_of_memory_named
 from ldm.runtime.processes import World
 from ldm.runtime.progress import progress_bar
-from ldm.runtime.reading import check_file, check_path, exists, list_folder, parse_json, read_json, read_text, read_toml
+from ldm.runtime.reading import (
+    MAX_PATH,
+    check_file,
+    check_path,
+    exists,
+    list_folder,
+    parse_json,
+    read_json,
+    read_text,
+    read_toml,
+)
 from ldm.runtime.signals import Stop, Stopped
 from ldm.runtime.streams import dropped as dropped_output
 from ldm.runtime.threads import at_once, side_by_side
 
 __all__ = [
+    "MAX_PATH",
     "Stop",
     "Stopped",
     "World",

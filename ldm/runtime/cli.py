@@ -1,11 +1,12 @@
 """The command line that all programs share: flags, errors in one line, the choice of a device."""
 
 import argparse
+import difflib
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -39,10 +40,49 @@ class Parser(argparse.ArgumentParser):
         for arg in args:
             if any("\udc80" <= letter <= "\udcff" for letter in arg):
                 raise InputError(f"{arg.encode(errors='backslashreplace').decode()} is not UTF-8 text")
+        if self._subparsers is None:  # else the flags are those of the subcommand, whose parser comes next
+            self._check_flags(args)
         return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise InputError(f"{' '.join(rest)} belongs to no flag; --help lists them; text with spaces needs quotes")
+        return known
+
+    def _check_flags(self, args: Sequence[str]) -> None:
+        """Raises InputError for an unknown flag, before any other error, and names the nearest one."""
+        for arg in args:
+            name = arg.partition("=")[0]
+            if name == "--":
+                return
+            flags = self._option_string_actions
+            is_flag = name.startswith("--") or (name.startswith("-") and f"-{name}" in flags)
+            if is_flag and name not in flags and " " not in arg:
+                raise InputError(f"{name}: {did_you_mean(name, flags) or 'there is no such flag; --help lists them'}")
 
     def error(self, message: str):
         raise InputError(f"{message}; --help lists the flags")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """ "did you mean --learning-rate?" for --learnin-rate; None if no known name is like it.
+
+    A known name is like it if it has these initials (lr), all of these words (batch-size), or nearly these letters.
+    """
+    bare = _bare(name)
+    others = {_bare(other): other for other in known}
+    if not bare.startswith("no-"):
+        others = {key: other for key, other in others.items() if not key.startswith("no-")}
+    words = {key: key.split("-") for key in others}
+    found = [key for key in others if "".join(word[:1] for word in words[key]) == bare]
+    found = found or [key for key in others if set(bare.split("-")) <= set(words[key])]
+    found = found or difflib.get_close_matches(bare, others, 1, 0.7)
+    return f"did you mean {' or '.join(others[key] for key in found[:3])}?" if found else None
+
+
+def _bare(name: str) -> str:
+    return name.lstrip("-").replace("_", "-").lower()
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from ldm.runtime import check_writable, exists, list_folder, processes, written
 from ldm.training import checkpoint
 from ldm.training.continuity import CONFIG, Identity, read_config
 from ldm.training.settings import Settings
+from ldm.training.settings_toml import SETTINGS
 from ldm.training.state import TrainingState
 
 DEFAULT = Path("runs", "dreambooth")
@@ -68,6 +69,8 @@ class Claim:
         checkpoint.clean(self.checkpoints)
         for pattern in (
             f".{CONFIG}.*",
+            f".{SETTINGS}.*",
+            ".preflight.json.*",
             ".metrics.jsonl.*",
             ".model.*",
             ".*.safetensors.*",

@@ -4,15 +4,32 @@ import argparse
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
 from ldm.runtime import check_path, cli, read_toml
+from ldm.training.captions import Words, fill, words_of
+from ldm.training.kohya import named_folders, with_subjects_of_folders
 from ldm.training.setting import flag
 from ldm.training.settings import Settings
-from ldm.training.settings_training import LORA_RATE, LOW_LORA_RATE
+from ldm.training.settings_subjects import read_tables
+from ldm.training.settings_toml import run_of
+from ldm.training.settings_training import LORA_RATE, LOW_LORA_RATE, RATE
+
+FIRST = (  # the flags at the top of --help
+    "model",
+    "instance_data_dir",
+    "instance_prompt",
+    "class_prompt",
+    "output_dir",
+    "resolution",
+    "max_train_steps",
+    "learning_rate",
+    "lora_rank",
+    "mixed_precision",
+)
 
 
 def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
@@ -26,43 +43,98 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     from_file = _read_toml(Path(config)) if config else {}
     is_tiny = "model" not in given and "model" not in from_file
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    defaults = _read_toml(tiny) if is_tiny else {}
-    if "instance_prompt" in from_file | given:
-        defaults.pop("validation_prompt", None)  # it names the embedded subject
-    settings = Settings(**defaults | from_file | given)
+    named = (_of_tiny(tiny, from_file | given) if is_tiny else {}) | from_file | given
+    if config and "output_dir" not in named and (run := run_of(Path(config))):
+        resume = named.get("resume_from_checkpoint")
+        if resume is not None and not os.path.exists(resume):  # "latest", or the name of a checkpoint in that run
+            named["output_dir"] = str(run)
+    settings = Settings(**named)
     for f in fields(Settings):
         if f.metadata["path"] and (path := getattr(settings, f.name)) is not None:
             check_path(path, flag(f.name))
+    settings = _with_words(with_subjects_of_folders(settings))
     if problem := settings.problems():
         raise InputError(problem)
     if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
         said = f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
         warnings.warn(said, stacklevel=2)
-    if settings.train == "token" and "learning_rate" in from_file | given:
+    has_rate = settings.learning_rate != RATE and "learning_rate" in from_file | given  # config.toml has every default
+    if settings.train == "token" and has_rate:
         warnings.warn("--learning-rate has no effect with --train token; --token-learning-rate does", stacklevel=2)
     return settings
+
+
+def _of_tiny(tiny: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the embedded model. Its subject's are left out if other subjects are given with their prompts."""
+    settings = _read_toml(tiny)
+    folder = given.get("instance_data_dir")
+    if "subjects" in given or (folder and os.path.isdir(folder) and named_folders(Path(folder))):
+        own = ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt")
+        settings = {name: value for name, value in settings.items() if name not in own}
+    elif "instance_prompt" in given:
+        settings.pop("validation_prompt", None)  # it shows the embedded subject
+    return settings
+
+
+def _with_words(settings: Settings) -> Settings:
+    """Fills in {token} and {class} in the prompts; a validation prompt that holds them becomes one for each subject."""
+
+    def words(prompt: str | None, class_prompt: str | None) -> Words:
+        return words_of(prompt or "", class_prompt, settings.placeholder_token, settings.initializer_token)
+
+    def filled(group: Any, where: str = "") -> Any:
+        known = words(group.instance_prompt, group.class_prompt)
+        texts = {name: getattr(group, name) for name in ("instance_prompt", "class_prompt")}
+        texts = {name: fill(text, known, f"{where}{flag(name)}") for name, text in texts.items() if text}
+        return replace(group, **texts)
+
+    several = tuple(filled(subject, f"subject {subject.name!r}: ") for subject in settings.subjects)
+    settings = replace(filled(settings), subjects=several)
+    shown = [
+        fill(prompt, words(subject.instance_prompt, subject.class_prompt), "--validation-prompt")
+        for prompt in settings.validation_prompt
+        for subject in settings.taught
+    ]
+    return replace(settings, validation_prompt=tuple(dict.fromkeys(shown)))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="train.py",
+        usage="train.py [--config FILE.toml] [flags]",
         description="DreamBooth: teaches a Stable Diffusion one subject from a few photographs.",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE.toml", help="settings by their names below; flags override them")
-    for group, settings in Settings.groups():
-        section = parser.add_argument_group(group.__doc__)
+    known = {f.name: f for f in fields(Settings)}
+    _add(parser, known["dry_run"])
+    groups = {"What most people need first": [known[name] for name in FIRST]}
+    groups |= {group.__doc__: settings for group, settings in Settings.groups()}
+    shown = {"dry_run"}
+    for title, settings in groups.items():
+        section = parser.add_argument_group(title)
         for f in settings:
-            meta, options = f.metadata, dict(f.metadata["options"])
-            if isinstance(f.default, bool):
-                options["action"] = argparse.BooleanOptionalAction
-            elif "type" not in options and isinstance(f.default, int | float):
-                options["type"] = type(f.default)
-            shown = "" if f.default in (None, ()) else f" (default: {f.default})"
-            section.add_argument(flag(f.name), *meta["flags"], dest=f.name, help=meta["help"] + shown, **options)
+            if f.name not in shown and not f.metadata["in_file_only"]:
+                _add(section, f)
+                shown.add(f.name)
     return parser
 
 
+def _add(section: Any, f: Field) -> None:
+    """Adds the flag of a setting to a section of --help."""
+    meta, options = f.metadata, dict(f.metadata["options"])
+    if isinstance(f.default, bool):
+        options.setdefault("action", argparse.BooleanOptionalAction)
+    elif "type" not in options and isinstance(f.default, int | float):
+        options["type"] = type(f.default)
+    if not isinstance(f.default, bool) and "choices" not in options:
+        options.setdefault("metavar", "PATH" if meta["path"] else METAVARS.get(options.get("type"), "TEXT"))
+    is_plain = f.default in (None, ()) or options.get("action") == "store_true"
+    shown = "" if is_plain else f" (default: {f.default})"
+    section.add_argument(flag(f.name), *meta["flags"], dest=f.name, help=meta["help"] + shown, **options)
+
+
+METAVARS = {int: "N", cli.positive: "N", float: "X"}  # argparse type -> what --help shows for a value
 TYPES = {cli.positive: int, float: float}  # argparse type -> type of a setting without a default
 
 
@@ -76,7 +148,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in tree.items():
         if (f := known.get(_key(key))) is None:
-            raise InputError(f"--config {path}: there is no setting {key!r}; train.py --help lists them")
+            nearest = cli.did_you_mean(key, [f.name for f in fields(Settings)])
+            raise InputError(f"--config {path}: {key}: {nearest or 'there is no such setting; --help lists them'}")
+        if f.name == "subjects":
+            settings[f.name] = read_tables(f"--config {path}", value, path.parent)
+            continue
         settings[f.name] = _checked(f"--config {path}: {key}", f, value, path.parent)
     return settings
 

@@ -18,6 +18,9 @@ class Output(Group):
     resume_from_checkpoint: str | None = setting(
         None, "resume from this checkpoint folder, or from the latest one of the run", path=True, may_change=True
     )
+    dry_run: bool = setting(
+        False, "say what the run will do, write nothing, and stop", may_change=True, action="store_true"
+    )
     checkpointing_steps: int = setting(500, "number of steps between checkpoints", type=cli.positive, may_change=True)
     checkpoints_total_limit: int | None = setting(
         None, "number of checkpoints to keep; all if not given", type=cli.positive, may_change=True
@@ -52,6 +55,6 @@ class Sampling(Group):
         if problem := not_a_number(self, "guidance_scale"):
             return problem
         samplers.find(self.sampler)
-        rows = len(self.validation_prompt) or 2
+        rows = len(self.validation_prompt or self.prompts)
         images.check_sheet(rows, self.num_validation_images, self.resolution, self.resolution)
         return None

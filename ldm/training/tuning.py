@@ -58,8 +58,7 @@ class LoRATuning(Trainable):
 
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
         self.compile_networks()
-        if not self.text_encoder_trains:
-            self.context(prompts)
+        self.keep_prompts(prompts)
         for parameter in (*self.sd.unet.parameters(), *self.sd.text_encoder.parameters()):
             if not parameter.requires_grad:  # a token's vectors stay fp32
                 parameter.data = parameter.to(dtype)  # not `sd.freeze`, which keeps a copy to save: no base is saved

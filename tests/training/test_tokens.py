@@ -171,6 +171,8 @@ def test_a_learning_rate_that_has_no_effect_is_a_warning(tmp_path):
     for given in (["--learning-rate", "1e-3"], ["--config", str(tmp_path / "a.toml")]):
         with pytest.warns(UserWarning, match="^--learning-rate has no effect with --train token; --token-learning"):
             parse([*known, *given], train.TINY)
+    (tmp_path / "a.toml").write_text("learning_rate = 2e-6\n")  # as a run's own config.toml has the default
     with warnings.catch_warnings(action="error"):
+        parse([*known, "--config", str(tmp_path / "a.toml")], train.TINY)
         parse(known, train.TINY)
         parse([*known[:-4], *known[-2:], "--learning-rate", "1e-3"], train.TINY)
