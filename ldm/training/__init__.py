@@ -23,7 +23,7 @@ rows            the rows of a run, a function of seed and index
 batches         the rows of each step
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
-tuning          which parameters train: a LoRA, or the whole networks
+tuning          which parameters train: a LoRA, or the whole networks; a token with them
 token_tuning    the vectors of a learned token alone
 optimizer, ema  AdamW and its learning rate; the average of the weights
 piecewise       small memory: weights in bf16, updates inside the backward pass
