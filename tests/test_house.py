@@ -71,6 +71,7 @@ WINGS = {
         checkpoint
         continuity
         claim
+        pace
         log
         saver
         run
@@ -78,8 +79,12 @@ WINGS = {
         batches
         class_pictures
         validation
+        note
+        note_prompts
+        note_photographs
         ledger
         memory
+        preflight
     """,
 }
 

@@ -22,6 +22,10 @@ claim           chooses a run's folder and locks it
 log             writes metrics.jsonl and sends metrics to the tracker
 saver           writes checkpoints and keeps disk space for them
 ledger, memory  predict how much memory the run needs
+note            a sentence or two that a run says about itself before it begins
+note_prompts, note_photographs      how the prompts are read; what the photographs are like
+preflight       says what a run will do before it begins
+pace            says how long it will take, from its first steps
 run             the objects that the parts of a training program share
 validation      sheets of pictures, before and after
 tracking        TensorBoard and Weights & Biases
@@ -30,9 +34,10 @@ tracking        TensorBoard and Weights & Biases
 from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.class_pictures import ClassPictures
 from ldm.training.latents import encode, encode_pictures
-from ldm.training.memory import Memory, predict, tell_memory
+from ldm.training.memory import Memory, predict
 from ldm.training.options import parse
 from ldm.training.precision import set_exactness
+from ldm.training.preflight import tell_preflight
 from ldm.training.run import Run
 from ldm.training.settings import Settings
 from ldm.training.state import TrainingState
@@ -61,6 +66,6 @@ __all__ = [
     "predict",
     "set_exactness",
     "sheet_path",
-    "tell_memory",
+    "tell_preflight",
     "tuning_of",
 ]

@@ -5,16 +5,20 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
 from ldm.runtime import at_once, check_writable, exists, locked, progress_bar, read_json, side_by_side, written
 from ldm.training import continuity
+from ldm.training.pace import duration
 from ldm.training.run import Run
 
 MANIFEST = "manifest.json"
@@ -118,7 +122,11 @@ class ClassPictures:
         evaluations = samplers.find(self.recipe["sampler"]).evaluations(self.recipe["steps"])
         total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
         with progress_bar(run.stop, "class pictures", total, show=world.main) as progress:
-            for round in rounds:
+            began = time.perf_counter()
+            for i, round in enumerate(rounds):
+                if i == 1 and world.main:
+                    left = duration((time.perf_counter() - began) * (len(rounds) - 1))
+                    tqdm.write(f"about {left} of class pictures left")
                 mine = round[world.rank :: world.size]
                 with (
                     world.agreed(),

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ldm.runtime import dropped_output, replacing, written
 from ldm.training.numbers import Numbers
+from ldm.training.pace import Pace
 from ldm.training.state import Metrics, check_finite
 from ldm.training.tracking import tracker
 
@@ -53,6 +54,7 @@ class Reporter:
     def __init__(self, bar: tqdm, log: MetricsLog | None):
         self.bar, self.log, self.stopped = bar, log, False
         self._arriving: tuple[Numbers, Metrics] | None = None
+        self._pace = Pace(bar.total or 0)
         self._last = 0.0  # when a step was reported last
 
     def add(self, numbers: Numbers, metrics: Metrics) -> None:
@@ -79,3 +81,5 @@ class Reporter:
         began, self._last = max(metrics["seconds"], self._last), time.perf_counter()
         if self.log is not None:
             self.log.add({"step": step} | read | metrics | {"seconds": round(self._last - began, 4)})
+            if left := self._pace.after(step):
+                self.bar.write(left)

@@ -1,0 +1,88 @@
+"""Notes on the prompts: how the tokenizer reads the identifier, and whether the instance prompt names the class.
+
+DreamBooth ties the subject to a rare word, the identifier, "sks" in "a photo of sks dog" (Ruiz et al. 2023, section
+3.1). A frequent word has a meaning already, and so have the pieces of a word that is more than one token.
+"""
+
+from ldm.tokenizer import Tokenizer, clip_vocabulary
+from ldm.training.note import Note, counted, listed
+from ldm.training.settings import Settings
+
+Pieces = dict[str, list[tuple[int, str]]]  # word -> the numbers and texts of its tokens
+
+RARE = 40_000  # CLIP's tokens from this number on are rare: merges that were frequent in its texts come first
+ARTICLES = {"a", "an", "the"}
+# Words of a class prompt that do not say what the subject is.
+FILLERS = ARTICLES | set("of in on at with and photo photograph picture image portrait painting drawing style".split())
+
+
+def prompt_notes(settings: Settings, tokenizer: Tokenizer) -> list[Note]:
+    """tokenizer: the model's, with the placeholder token if there is one."""
+    return [*_of_identifier(settings, tokenizer), *_of_class_word(settings)]
+
+
+def words(prompt: str) -> list[str]:
+    """The words of a prompt in small letters, without punctuation around them."""
+    return [word for part in prompt.lower().split() if (word := part.strip(",.;:!?\"'()"))]
+
+
+def identifier(instance_prompt: str, class_prompt: str) -> list[str]:
+    """The words of the instance prompt that the class prompt lacks. An article counts only if there is no other."""
+    lacking = [word for word in words(instance_prompt) if word not in words(class_prompt)]
+    return [word for word in lacking if word not in ARTICLES] or lacking
+
+
+def _of_identifier(settings: Settings, tokenizer: Tokenizer) -> list[Note]:
+    topic, token = "identifier", settings.placeholder_token
+    if token is not None:
+        vectors = counted(len(tokenizer.ids(token)), "vector")
+        return [Note(topic, f'"{token}" is a new token of {vectors}, begun as "{settings.initializer_token}".')]
+    if not settings.class_prompt:
+        return [Note(topic, "It is not known: there is no --class-prompt to compare --instance-prompt with.")]
+    found = identifier(settings.instance_prompt, settings.class_prompt)
+    if not found:
+        text = "--instance-prompt has no word that --class-prompt lacks: no word names your subject. Add a rare one."
+        return [Note(topic, text, warning=True)]
+    texts = {id: token.removesuffix("</w>") for token, id in (tokenizer.vocab | tokenizer.added_ids()).items()}
+    pieces = {word: [(id, texts[id]) for id in tokenizer.ids(word)] for word in found}
+    is_clip = len(tokenizer.vocab) == len(clip_vocabulary()[0])  # of another vocabulary, nobody knows what is frequent
+    return [Note(topic, _describe(pieces, len(tokenizer.vocab))), *(_warnings(pieces) if is_clip else [])]
+
+
+def _describe(pieces: Pieces, size: int) -> str:
+    """How the words are tokenized, in one sentence. size: of the vocabulary."""
+    shown, parts = " ".join(pieces), [part for word in pieces for part in pieces[word]]
+    if len(parts) == 1:
+        return f'"{shown}" is one token, number {parts[0][0]:,} of {size:,}; later tokens are rarer.'
+    numbered = listed((f"{text} ({id:,})" for id, text in parts), 6)
+    return f'"{shown}" is {len(parts)} tokens of the {size:,}: {numbered}.'
+
+
+def _warnings(pieces: Pieces) -> list[Note]:
+    notes = []
+    if "sks" in pieces:
+        text = '"sks" is also a rifle, which Stable Diffusion knows. If the pictures show one, take another rare word.'
+        notes.append(Note("identifier", text, warning=True))
+    if any(len(parts) == 1 and parts[0][0] >= RARE for parts in pieces.values()):
+        return notes  # one rare word is enough
+    for word, parts in pieces.items():
+        if len(parts) > 1:
+            text = f'"{word}" is {len(parts)} tokens, which the model knows from other words.'
+        else:
+            text = f'"{word}" is a frequent word, which has a meaning already.'
+        notes.append(Note("identifier", f"{text} Take a rare word that is one token.", warning=True))
+    return notes[:3]
+
+
+def _of_class_word(settings: Settings) -> list[Note]:
+    """Nothing without a class prompt, or for one that names nothing."""
+    subject = [word for word in words(settings.class_prompt or "") if word not in FILLERS]
+    if not subject:
+        return []
+    missing = [word for word in subject if word not in words(settings.instance_prompt)]
+    shown, instance = listed(f'"{word}"' for word in subject), settings.instance_prompt
+    if len(missing) == len(subject):
+        text = f'"{instance}" does not name the class, {shown}, so that the model has to learn it too. Add it there.'
+        return [Note("prompts", text, warning=True)]
+    text = f'"{instance}" names the class, {shown}'
+    return [Note("prompts", f"{text}, but not {listed(missing)}." if missing else f"{text}.")]
