@@ -11,9 +11,8 @@ from ldm.training.settings import Settings
 Pieces = dict[str, list[tuple[int, str]]]  # word -> the numbers and texts of its tokens
 
 RARE = 40_000  # CLIP's tokens from this number on are rare: merges that were frequent in its texts come first
-ARTICLES = {"a", "an", "the"}
-# Words of a class prompt that do not say what the subject is.
-FILLERS = ARTICLES | set("of in on at with and photo photograph picture image portrait painting drawing style".split())
+# Words of a prompt that do not say what the subject is.
+FILLERS = set("a an the of in on at with and photo photograph picture image portrait painting drawing style".split())
 
 
 def prompt_notes(settings: Settings, tokenizer: Tokenizer) -> list[Note]:
@@ -27,9 +26,9 @@ def words(prompt: str) -> list[str]:
 
 
 def identifier(instance_prompt: str, class_prompt: str) -> list[str]:
-    """The words of the instance prompt that the class prompt lacks. An article counts only if there is no other."""
+    """The words of the instance prompt that the class prompt lacks. Fillers count only if there are no others."""
     lacking = [word for word in words(instance_prompt) if word not in words(class_prompt)]
-    return [word for word in lacking if word not in ARTICLES] or lacking
+    return [word for word in lacking if word not in FILLERS] or lacking
 
 
 def _of_identifier(settings: Settings, tokenizer: Tokenizer) -> list[Note]:
@@ -65,13 +64,16 @@ def _warnings(pieces: Pieces) -> list[Note]:
         notes.append(Note("identifier", text, warning=True))
     if any(len(parts) == 1 and parts[0][0] >= RARE for parts in pieces.values()):
         return notes  # one rare word is enough
-    for word, parts in pieces.items():
-        if len(parts) > 1:
-            text = f'"{word}" is {len(parts)} tokens, which the model knows from other words.'
-        else:
-            text = f'"{word}" is a frequent word, which has a meaning already.'
-        notes.append(Note("identifier", f"{text} Take a rare word that is one token.", warning=True))
-    return notes[:3]
+    split = [word for word, parts in pieces.items() if len(parts) > 1]
+    frequent = [word for word in pieces if word not in split]
+    texts = {"of several tokens, which the model knows from other words": split}
+    texts |= {"frequent, with a meaning of its own": frequent}
+    for text, found in texts.items():
+        if found:
+            shown = listed(f'"{word}"' for word in found)
+            said = f"{shown} {'is' if len(found) == 1 else 'are'} {text}. Take a rare word that is one token."
+            notes.append(Note("identifier", said, warning=True))
+    return notes
 
 
 def _of_class_word(settings: Settings) -> list[Note]:

@@ -51,9 +51,7 @@ def resolution_notes(settings: Settings, own: int) -> list[Note]:
     """A warning if the model was trained on pictures of another size. own: that size in pixels."""
     if settings.resolution == own:
         return []
-    text = (
-        f"the model was trained at {own} pixels, and this run is at {settings.resolution}. --resolution {own} suits it."
-    )
+    text = f"The model was trained at {own} pixels; this run has {settings.resolution}. --resolution {own} suits it."
     return [Note("resolution", text, warning=True)]
 
 
@@ -95,8 +93,9 @@ def disk_notes(run: Run, state: TrainingState, class_pictures: ClassPictures | N
     checkpoints = at_once * state.bytes_saved
     pictures = len(class_pictures.missing()) * 3 * settings.resolution**2 if class_pictures else 0
     needed, free = checkpoints + state.trainable.bytes_saved() + pictures, free_space(run.folder)
-    text = f"The run fills at most {gigabytes(needed)} GB, {gigabytes(checkpoints)} of it with checkpoints"
-    notes = [Note("disk", f"{text}; {gigabytes(free)} GB are free.")]
+    most, part = f"at most {gigabytes(needed)} GB", f"{gigabytes(checkpoints)} of it with"
+    text = f"The run fills {most}, {part} {counted(at_once, 'checkpoint')}; {gigabytes(free)} GB are free."
+    notes = [Note("disk", text)]
     if free < needed:
         text = "The run may fill the disk; --checkpoints-total-limit 1 keeps the last checkpoint alone."
         notes.append(Note("disk", text, warning=True))
