@@ -9,24 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm import formats
 from ldm.clip import Block
-from ldm.formats import (
-    CHECKPOINT_MODEL,
-    TEXT_PREFIX,
-    UNET_PREFIX,
-    Tensors,
-    open_tensors,
-    read,
-    save_tensors,
-    unused_text,
-    write_embedding,
-)
+from ldm.formats import Tensors
+from ldm.guidance import Contexts
 from ldm.model import StableDiffusion
 from ldm.runtime import compile_blocks, replacing
 from ldm.tokens import LearnedToken
 from ldm.unet import ResBlock, TransformerBlock
 
 Prompts = tuple[str, ...]
+PROMPTS_AT_ONCE = 64  # that a frozen text encoder encodes before training
 TRAIN_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -39,15 +32,28 @@ class Losses(NamedTuple):
 
 
 def dreambooth_loss(
-    prediction: Tensor, target: Tensor, is_class: Tensor, prior_weight: float, row_weight: Tensor | None = None
+    prediction: Tensor,
+    target: Tensor,
+    is_class: Tensor,
+    prior_weight: float,
+    row_weight: Tensor | None = None,
+    *,
+    place_weight: Tensor | None = None,
+    huber_c: float | None = None,
 ) -> Losses:
     """Subject term plus weighted prior-preservation term (DreamBooth, eq. 2).
 
     prediction, target: (B, C, h, w); is_class: (B,) bool, True for rows of the class prior.
-    row_weight: (B,) factors on the rows' errors, 1 if None.
-    Returns (loss, subject_mse, prior_mse), scalars. The mean of no rows is 0.
+    row_weight: (B,) factors on the rows' errors, 1 if None. place_weight: (B, 1, h, w) factors on the errors of the
+    latents' places, 1 if None; see `mask_weight`. huber_c: takes the pseudo-Huber error instead of the squared one.
+    Returns (loss, subject_error, prior_error), scalars. The mean of no rows is 0.
     """
-    error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
+    error = (prediction.float() - target.float()).square()
+    if huber_c is not None:  # diffusers' and kohya's "huber": about d^2 where d is far below c, 2 c |d| far above
+        error = 2 * huber_c * ((error + huber_c**2).sqrt() - huber_c)
+    if place_weight is not None:
+        error = error * place_weight
+    error = error.flatten(1).mean(1)  # (B,)
     if row_weight is not None:
         error = error * row_weight
     subject, prior = _mean(error, ~is_class), _mean(error, is_class)
@@ -67,6 +73,16 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     return snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1.0)
 
 
+def mask_weight(mask: Tensor, unmasked_weight: float) -> Tensor:
+    """Place weights of mean 1 in each row, (B, 1, h, w), so that a small subject counts as much as a large one.
+
+    mask: (B, 1, h, w) in [0, 1]; a place has weight 1 where it is 1, and `unmasked_weight` where it is 0. An empty mask
+    and a full one give 1 everywhere; an empty one with `unmasked_weight` 0 gives 0.
+    """
+    weight = mask + unmasked_weight * (1.0 - mask)
+    return weight / weight.mean((1, 2, 3), keepdim=True).clamp(min=1e-8)
+
+
 @dataclass
 class Batch:
     """The rows of one forward pass. `is_class` says which term a row belongs to; the order of rows has no meaning."""
@@ -78,6 +94,8 @@ class Batch:
     is_class: Tensor  # (B,) bool, True for rows of the class prior
     class_rows: Tensor  # the places of those rows, int64
     last: bool = True  # whether this is the last batch whose gradients the step accumulates
+    mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], 1 where the loss counts in full; 1 in rows of the class prior
+    subject: Tensor | None = None  # (B,) the number of each row's subject, int64
 
 
 class Trainable(nn.Module):
@@ -90,11 +108,7 @@ class Trainable(nn.Module):
     weights_file = "trained.safetensors"  # name of the file that `save` writes in a checkpoint folder
 
     def __init__(
-        self,
-        sd: StableDiffusion,
-        settings: Any,
-        trained: dict[str, nn.Parameter],
-        token: LearnedToken | None = None,
+        self, sd: StableDiffusion, settings: Any, trained: dict[str, nn.Parameter], token: LearnedToken | None = None
     ):
         """settings: those of the run, `ldm.training.Settings`. token: a learned token that is among what trains."""
         super().__init__()
@@ -110,32 +124,21 @@ class Trainable(nn.Module):
         self._compiles = settings.compile
         sd.unet.checkpointing = sd.text_encoder.text_model.checkpointing = settings.gradient_checkpointing
         self._base: list[Any] = []  # see `keep_base`
-        self._ids: dict[Prompts, Tensor] = {}
-        self._rows: dict[Prompts, Tensor] = {}  # (B,) places of a batch's prompts among its distinct ones
-        self._contexts: dict[Prompts, Tensor] = {}  # while the text encoder is frozen
+        self._base_schedule = sd.schedule  # what the base model was trained on, also if the run trains on another one
+        self._contexts = Contexts(sd.tokenizer, sd.text_encoder, sd.device)
 
     # One forward pass
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """noisy: (B, 4, h, w); t: (B,); prompts: B, one a row. Returns the prediction, (B, 4, h, w)."""
-        prompts, distinct = tuple(prompts), tuple(dict.fromkeys(prompts))
-        if prompts not in self._rows:  # made once, since the device may have to copy it
-            self._rows[prompts] = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(noisy.device)
-        context = self.context(distinct).index_select(0, self._rows[prompts])  # (B, L, D)
+        context = self.context(prompts)  # (B, L, D)
         if (dtype := next(self.sd.unet.parameters()).dtype) != torch.float32:
             noisy, context = noisy.to(dtype), context.to(dtype)
         return self.sd.unet(noisy, t, context)
 
-    def context(self, prompts: Prompts) -> Tensor:
-        """Distinct prompts -> (P, L, D). While the text encoder is frozen it runs once for all steps."""
-        if prompts not in self._ids:
-            self._ids[prompts] = self.sd.tokenizer(list(prompts)).to(self.sd.device)
-        if self.text_encoder_trains:
-            return self.sd.text_encoder(self._ids[prompts])
-        if prompts not in self._contexts:
-            with torch.no_grad():
-                self._contexts[prompts] = self.sd.text_encoder(self._ids[prompts])
-        return self._contexts[prompts]
+    def context(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> (B, L, D). While the text encoder is frozen it encodes each prompt of `prepare` once."""
+        return self._contexts.trained(prompts) if self.text_encoder_trains else self._contexts.frozen(prompts)
 
     @property
     def text_encoder_trains(self) -> bool:
@@ -153,7 +156,8 @@ class Trainable(nn.Module):
         """What the base model predicts for the prompt of `keep_base`. noisy: (B, 4, h, w); t: (B,)."""
         unet, context = self._base
         dtype = next(unet.parameters()).dtype
-        return unet(noisy.to(dtype), t, context.to(dtype).expand(len(noisy), -1, -1))
+        context = context.to(dtype).expand(len(noisy), -1, -1)
+        return self.sd.schedule.ask(lambda x, t: unet(x.to(dtype), t, context), self._base_schedule, noisy, t)
 
     def base_parameters(self) -> list[nn.Parameter]:
         """The parameters of the copy that `keep_base` has made, if it has."""
@@ -165,9 +169,16 @@ class Trainable(nn.Module):
         If the settings say so, torch compiles UNet and text encoder when they first run.
         """
         self.compile_networks()
+        self.keep_prompts(prompts)
         if not self.text_encoder_trains:
-            self.context(prompts)
             self.sd.freeze(self.sd.text_encoder, dtype)
+
+    def keep_prompts(self, prompts: Prompts) -> None:
+        """Encodes these prompts once, if the text encoder is frozen."""
+        self._contexts.keep(prompts)
+        if not self.text_encoder_trains:
+            for i in range(0, len(prompts), PROMPTS_AT_ONCE):
+                self.context(prompts[i : i + PROMPTS_AT_ONCE])
 
     def compile_networks(self) -> None:
         """Makes torch compile UNet and text encoder block by block, if the settings say so."""
@@ -197,7 +208,8 @@ class Trainable(nn.Module):
 
     def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
         """Writes the trained parameters. Returns the names of the model's tensors that such a file can't hold."""
-        save_tensors(path, {name: p.detach().cpu() for name, p in self.named_parameters_saved().items()}, metadata)
+        tensors = {name: parameter.detach().cpu() for name, parameter in self.named_parameters_saved().items()}
+        formats.save_tensors(path, tensors, metadata)
         return []
 
     def load(self, path: Path) -> None:
@@ -206,7 +218,7 @@ class Trainable(nn.Module):
 
     def read(self, path: Path) -> Tensors:
         """The tensors that `save` has written. Raises InputError if the file is damaged."""
-        return open_tensors(path)[0]
+        return formats.open_tensors(path)[0]
 
     def expected(self) -> Tensors:
         """Tensors of the names and shapes that `read` should return."""
@@ -233,18 +245,18 @@ class Trainable(nn.Module):
 class FullTuning(Trainable):
     """Trains the whole UNet and, if the settings say so, the whole text encoder: DreamBooth as it was published."""
 
-    weights_file = CHECKPOINT_MODEL  # a whole model, so that sample.py takes a checkpoint folder as --model
+    weights_file = formats.CHECKPOINT_MODEL  # a whole model, so that sample.py takes a checkpoint folder as --model
 
     def __init__(self, sd: StableDiffusion, settings: Any, token: LearnedToken | None = None):
         """token: one to train too."""
-        networks = (UNET_PREFIX, TEXT_PREFIX) if settings.train_text_encoder else (UNET_PREFIX,)
+        networks = (formats.UNET_PREFIX, formats.TEXT_PREFIX) if settings.train_text_encoder else (formats.UNET_PREFIX,)
         trained = {n: p for n, p in sd.parameters().items() if n.startswith(networks)}
         super().__init__(sd, settings, trained | ({token.name: token.vectors} if token else {}), token)
 
     def parameter_groups(self, settings: Any) -> list[dict[str, Any]]:
         unet, text = (
             [p for name, p in self.trained.items() if name.startswith(prefix) and not self._is_token(p)]
-            for prefix in (UNET_PREFIX, TEXT_PREFIX)
+            for prefix in (formats.UNET_PREFIX, formats.TEXT_PREFIX)
         )
         rate = settings.learning_rate
         groups = [{"name": "unet", "params": unet, "lr": rate, "stop": None}]
@@ -260,7 +272,7 @@ class FullTuning(Trainable):
 
     def bytes_saved(self) -> int:
         extra = self.sd.source.extra.values() if self.sd.source is not None else ()
-        added = unused_text(self.sd.config.text).values()
+        added = formats.unused_text(self.sd.config.text).values()
         return sum(4 * tensor.numel() for tensor in (*self.sd.state().values(), *extra, *added))
 
     def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
@@ -268,7 +280,7 @@ class FullTuning(Trainable):
         return self.sd.save(path, "official", metadata=metadata)
 
     def read(self, path: Path) -> Tensors:
-        return read(path).tensors
+        return formats.read(path).tensors
 
     def expected(self) -> Tensors:
         return self.sd.state()
@@ -278,7 +290,7 @@ class FullTuning(Trainable):
 
     def result(self, path: Path, settings: Any, metadata: dict[str, str]) -> list[str]:
         if self.token is not None:  # beside the model: for programs that know the token only by its file
-            write_embedding(path.with_name(self.token.file), self.token.token, self.token.vectors, metadata)
+            formats.write_embedding(path.with_name(self.token.file), self.token.token, self.token.vectors, metadata)
         return self.sd.save(path, settings.layout, metadata=metadata)
 
 

@@ -26,6 +26,7 @@ MAX_SIDE = 8192  # pixels along a picture to make
 MAX_PIXELS = 125_000_000  # of a picture to read and of a sheet to write; Pillow takes 4 bytes for each
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
 MAX_BYTES = 1 << 28  # of a picture's file
+ORIENTATION = 274  # EXIF's tag
 TILE = 1024  # pixels along a part that is converted at once
 
 MIN_CELL = 128  # pixels along a cell of a contact sheet
@@ -131,6 +132,17 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
     return image
+
+
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """Width and height of a picture as it is seen, from the file's first bytes. Raises InputError as `fit`."""
+    try:
+        with open_picture(io.BytesIO(picture.content)) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
+    except Exception as error:
+        raise InputError(f"{picture.path} can't be read as a picture ({error}); repair it or take it away") from None
+    return (height, width) if is_turned else (width, height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ for each row, or one number for all rows, which may lie between two whole steps.
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class Schedule:
                 f"share of the picture in x_t, has to fall at every step, from at most 1 - 2**-24 to at least 2**-24"
             )
         self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._asked: dict[tuple[Schedule, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def timesteps(self) -> int:
@@ -104,6 +106,25 @@ class Schedule:
         """Signal-to-noise ratio abar / (1 - abar) at steps t: (B,) float32."""
         abar = self._table("abar", t.device, torch.float32)[t]
         return abar / (1.0 - abar)
+
+    def ask(self, model: Callable[[Tensor, Tensor], Tensor], known: "Schedule", x: Tensor, t: Tensor) -> Tensor:
+        """What a model that was trained on the schedule `known` predicts for x (B, C, h, w) at steps t of this one.
+
+        model(x, t) predicts v, or either if both schedules are the same. It is asked at its own step of the same noise,
+        which may lie between two whole steps; at its last step for x with more noise than it knows.
+        """
+        if known.config == self.config:
+            return model(x, t)
+        if (known, x.device) not in self._asked:
+            abar = self.alphas_cumprod.clamp(known.alphas_cumprod[-1], known.alphas_cumprod[0])
+            steps = [known.step_at(sigma) for sigma in ((1.0 - abar) / abar).sqrt().tolist()]
+            tables = torch.tensor(steps), abar.sqrt(), (1.0 - abar).sqrt()
+            self._asked[known, x.device] = tuple(table.to(x.device, torch.float32) for table in tables)
+        steps, signal, sigma = (table[t] for table in self._asked[known, x.device])
+        v = model(x, steps)
+        x0 = signal.view(-1, 1, 1, 1) * x - sigma.view(-1, 1, 1, 1) * v  # Salimans & Ho 2022, appendix D
+        signal, sigma = self._scales(t, x)
+        return (signal * x - x0) / sigma  # v of this schedule, from x = signal x_0 + sigma eps
 
     def spaced(self, steps: int, with_end: bool = False) -> list[int]:
         """The steps t of a sampler, noisiest first; exactly `steps`, also when it does not divide T.

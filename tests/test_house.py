@@ -60,8 +60,11 @@ WINGS = {
         setting
         settings_data
         settings_training
+        settings_loss
         settings_output
         settings
+        examples
+        subjects
         settings_toml
         token_tuning
         tuning
@@ -75,7 +78,11 @@ WINGS = {
         log
         saver
         run
+        mixture
+        buckets
+        sorting
         latents
+        rows
         batches
         class_pictures
         validation

@@ -114,6 +114,9 @@ def write_single(path: Path, source: Source) -> list[str]:
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: the name of a single file to save should end in .safetensors")
     tables, filler = Schedule(source.config.schedule).official_buffers(), names.unused_text(source.config.text)
+    carried = tables | source.extra
+    if source.config.schedule.zero_terminal_snr:  # the source's own tables may be those from before
+        carried |= tables
     dtype = next(tensor.dtype for name, tensor in source.tensors.items() if name.startswith(names.TEXT_PREFIX))
     for name, tensor in filler.items():
         tensor = source.extra.get(name, tensor)
@@ -125,5 +128,5 @@ def write_single(path: Path, source: Source) -> list[str]:
     }
     header |= modelspec.describe(source.config, source.title()) | source.metadata
     with replacing(path) as temporary:
-        save_tensors(temporary, tables | source.extra | filler | source.official_tensors(), header)
+        save_tensors(temporary, carried | filler | source.official_tensors(), header)
     return sorted(source.dropped)

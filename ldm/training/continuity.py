@@ -106,8 +106,10 @@ def digest(pictures: Iterable[Picture]) -> str:
 
 
 def sums(pictures: Iterable[Picture]) -> dict[str, str]:
-    """The SHA-256 of each file's content, by its name, in their order."""
-    return {picture.path.name: sha256(picture) for picture in pictures}
+    """The SHA-256 of each file's content, in their order, by its path from the folder that all files are in."""
+    files = {os.path.abspath(picture.path): sha256(picture) for picture in pictures}
+    common = os.path.commonpath(map(os.path.dirname, files)) if files else ""
+    return {os.path.relpath(path, common): digest for path, digest in files.items()}
 
 
 def sha256(picture: Picture) -> str:

@@ -6,38 +6,36 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.images import Picture
+from ldm.model import StableDiffusion
 from ldm.runtime import Stopped
 from ldm.training.class_pictures import ClassPictures
 from ldm.training.memory import Tuning, gigabytes, memory_notes
-from ldm.training.note import Note, counted
+from ldm.training.note import Note, counted, listed
 from ldm.training.note_photographs import photograph_notes
 from ldm.training.note_prompts import prompt_notes
 from ldm.training.run import Run
 from ldm.training.settings import Settings
+from ldm.training.sorting import sizes_of_photographs
 from ldm.training.state import TrainingState
+from ldm.training.subjects import Subject
 
 
 def tell_preflight(
     run: Run,
     tuning: Tuning,
     state: TrainingState,
-    photographs: Sequence[Picture],
-    class_pictures: ClassPictures | None,
+    subjects: Sequence[Subject],
+    class_pictures: Sequence[ClassPictures],
 ) -> None:
     """Prints the notes, a line or two each, and keeps them for RUN/preflight.json. Raises Stopped in a dry run."""
     settings, sd = run.settings, state.trainable.sd
 
     def tell() -> None:
-        notes = [
-            *prompt_notes(settings, sd.tokenizer),
-            *photograph_notes(settings, photographs),
-            *resolution_notes(settings, sd.config.resolution),
-            class_note(settings, class_pictures),
-            steps_note(settings, len(photographs), run.world.size),
-            *disk_notes(run, state, class_pictures),
-            *memory_notes(run, sd, tuning),
-        ]
+        notes = [note for subject in subjects for note in subject_notes(subject, settings, sd, len(subjects) > 1)]
+        notes += resolution_notes(settings, sd.config.resolution)
+        notes += [class_note(settings, class_pictures), steps_note(settings, subjects, run.world.size)]
+        notes += disk_notes(run, state, class_pictures)
+        notes += memory_notes(run, sd, tuning)
         for note in notes:
             print(note)
         run.notes = [dataclasses.asdict(note) for note in notes]
@@ -45,6 +43,14 @@ def tell_preflight(
     run.on_main(tell)
     if settings.dry_run:
         raise Stopped
+
+
+def subject_notes(subject: Subject, settings: Settings, sd: StableDiffusion, is_named: bool) -> list[Note]:
+    """The notes on the prompts and photographs of one subject. is_named: whether each begins with its name."""
+    size_of = sizes_of_photographs(settings, sd)
+    notes = prompt_notes(subject, settings, sd.tokenizer)
+    notes += photograph_notes([e.picture for e in subject.examples], [size_of(e) for e in subject.examples])
+    return [dataclasses.replace(note, text=f"{subject.name}: {note.text}") for note in notes] if is_named else notes
 
 
 def resolution_notes(settings: Settings, own: int) -> list[Note]:
@@ -55,28 +61,33 @@ def resolution_notes(settings: Settings, own: int) -> list[Note]:
     return [Note("resolution", text, warning=True)]
 
 
-def class_note(settings: Settings, class_pictures: ClassPictures | None) -> Note:
+def class_note(settings: Settings, class_pictures: Sequence[ClassPictures]) -> Note:
     """How many class pictures are still to be made. How long that takes is unknown before the first ones."""
     topic = "class pictures"
     if settings.predicts_prior:
         return Note(topic, "None are made: the base model's own prediction takes their place.")
-    if class_pictures is None:
+    if not class_pictures:
         return Note(topic, "None are made: the run has no prior term.")
-    missing, number = len(class_pictures.missing()), len(class_pictures.paths)
+    missing = sum(len(pictures.missing()) for pictures in class_pictures)
+    number = sum(len(pictures.paths) for pictures in class_pictures)
     if not missing:
         return Note(topic, f"All {number:,} are there.")
     text = f"{missing:,} of {number:,} are still to make, in {settings.sample_steps} sampling steps each."
     return Note(topic, f"{text} The first ones will tell how long it takes.")
 
 
-def steps_note(settings: Settings, photographs: int, processes: int) -> Note:
+def steps_note(settings: Settings, subjects: Sequence[Subject], processes: int) -> Note:
     """How often the run sees each photograph, and the effective batch."""
     parts = settings.train_batch_size, settings.gradient_accumulation_steps, processes
-    batch, steps = math.prod(parts), settings.max_train_steps
-    passes = steps * batch / photographs
-    many = f"{passes:.2g}" if passes < 10 else f"{passes:,.0f}"
-    text = f"{counted(steps, 'step')} = {many} passes over the {counted(photographs, 'photograph')}."
-    text += f" A step takes {batch:,} of them"
+    batch, weights = math.prod(parts), sum(subject.weight for subject in subjects)
+    passes = []
+    for subject in subjects:
+        share = subject.weight / weights
+        number = settings.max_train_steps * batch * share / sum(example.repeats for example in subject.examples)
+        many = f"{number:.2g}" if number < 10 else f"{number:,.0f}"
+        whose = f" of {subject.name}" if len(subjects) > 1 else ""
+        passes.append(f"{many} passes over the {counted(len(subject.examples), 'photograph')}{whose}")
+    text = f"{counted(settings.max_train_steps, 'step')} = {listed(passes)}. A step takes {batch:,} of them"
     if settings.with_prior_preservation and not settings.predicts_prior:
         text += " and as many class pictures"
     if batch > settings.train_batch_size:
@@ -84,14 +95,14 @@ def steps_note(settings: Settings, photographs: int, processes: int) -> Note:
     return Note("steps", f"{text}.")
 
 
-def disk_notes(run: Run, state: TrainingState, class_pictures: ClassPictures | None) -> list[Note]:
+def disk_notes(run: Run, state: TrainingState, class_pictures: Sequence[ClassPictures]) -> list[Note]:
     """How much of the disk the run fills at most, and a warning if it has less."""
     settings = run.settings
     saves = -(-settings.max_train_steps // settings.checkpointing_steps)
     kept = min(saves, settings.checkpoints_total_limit or saves)
     at_once = kept + (kept < saves)  # an old checkpoint goes when the new one is there
     checkpoints = at_once * state.bytes_saved
-    pictures = len(class_pictures.missing()) * 3 * settings.resolution**2 if class_pictures else 0
+    pictures = sum(len(pictures.missing()) for pictures in class_pictures) * 3 * settings.resolution**2
     needed, free = checkpoints + state.trainable.bytes_saved() + pictures, free_space(run.folder)
     most, part = f"at most {gigabytes(needed)} GB", f"{gigabytes(checkpoints)} of it with"
     text = f"The run fills {most}, {part} {counted(at_once, 'checkpoint')}; {gigabytes(free)} GB are free."

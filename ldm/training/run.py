@@ -18,7 +18,7 @@ from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, re
 from ldm.training import checkpoint, claim
 from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums
 from ldm.training.log import MetricsLog, Reporter
-from ldm.training.numbers import Numbers
+from ldm.training.numbers import Numbers, SubjectLosses
 from ldm.training.precision import Precision
 from ldm.training.saver import Saver
 from ldm.training.settings import SAVES_MEMORY, Settings
@@ -42,6 +42,7 @@ class Run:
         self.stopped = False  # whether a signal has come to any process, as of the last step
         batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
         self.identity = Identity(settings, global_batch=batch)
+        self.subject_losses = SubjectLosses((), world.device)  # of several subjects, set before training
         self.notes: list[dict[str, Any]] = []  # what `preflight` has said, ready for JSON
         self.state = self._lock = self._saver = self._log = None  # set when training, or the run, begins
         self.claim: claim.Claim = world.on_main(self._choose)
@@ -150,8 +151,8 @@ class Run:
     def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Numbers:
         """The losses of all processes and their batches, and the gradients' norm, on their way to the host."""
         signal = torch.full((1,), float(self.stop.asked), device=norm.device)
-        values = torch.cat([torch.stack([*map(torch.stack, losses)]).flatten(), norm[None], signal])
-        return Numbers(self.world.gather(values))
+        values = torch.cat([*map(torch.stack, losses), self.subject_losses.take(), norm[None], signal])
+        return Numbers(self.world.gather(values), self.subject_losses.names)
 
     def log(self, numbers: Numbers, metrics: Metrics) -> None:
         """Reports the step when its numbers have arrived: on a GPU while it runs the next step, else at once.

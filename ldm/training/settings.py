@@ -7,7 +7,8 @@ from ldm.errors import InputError
 from ldm.formats import MAX_RANK
 from ldm.tokenizer import check_prompt
 from ldm.training.setting import Group, flag
-from ldm.training.settings_data import Model, Photographs, Prior
+from ldm.training.settings_data import Model, Photographs, Prior, Shapes
+from ldm.training.settings_loss import Loss
 from ldm.training.settings_output import Output, Sampling
 from ldm.training.settings_training import (
     LORA_RATE,
@@ -23,11 +24,13 @@ from ldm.training.settings_training import (
 GROUPS: tuple[type[Group], ...] = (
     Model,
     Photographs,
+    Shapes,
     Prior,
     Trained,
     LoRASettings,
     TokenSettings,
     Optimization,
+    Loss,
     Machine,
     Output,
     Sampling,

@@ -46,6 +46,23 @@ class Photographs(Group):
 
 
 @dataclass(frozen=True)
+class Shapes(Group):
+    """Photographs that are not square"""
+
+    aspect_ratio_buckets: bool = setting(
+        False, "cut a photograph to the size of the nearest shape, and not to a square; all have about the same area"
+    )
+    upscale: bool = setting(
+        True, "enlarge photographs that are smaller than their bucket; if not, they get a bucket of their own size"
+    )
+
+    def problem(self) -> str | None:
+        if not self.upscale and not self.aspect_ratio_buckets:
+            return "--no-upscale is for --aspect-ratio-buckets: without them all pictures have one size"
+        return None
+
+
+@dataclass(frozen=True)
 class Prior(Group):
     """Prior preservation"""
 

@@ -84,13 +84,12 @@ class Optimization(Group):
     lr_scheduler: str = setting("constant", "learning rate over the steps", choices=LR_SCHEDULES)
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it; 0: any")
-    snr_gamma: float | None = setting(None, "min-SNR weighting of the loss; 5 is usual", type=float)
     use_ema: bool = setting(False, "save the average of the weights instead of the last ones")
     ema_decay: float = setting(0.9999, "decay of that average, once it has warmed up")
     seed: int = setting(0, "random seed of the order of pictures, noise, timesteps and class pictures")
 
     def problem(self) -> str | None:
-        if problem := not_positive(self, "learning_rate", "text_encoder_learning_rate", "snr_gamma"):
+        if problem := not_positive(self, "learning_rate", "text_encoder_learning_rate"):
             return problem
         if not 0 <= self.max_grad_norm < float("inf"):
             return f"--max-grad-norm {self.max_grad_norm} is not a number from 0; 0 leaves the gradients as they are"

@@ -12,21 +12,21 @@ from runs import SMALL, call, command, photograph, run
 
 from ldm import images
 from ldm.tokenizer import Tokenizer
-from ldm.training import Settings, log, pace
+from ldm.training import Example, Settings, Subject, log, pace
 from ldm.training.note import Note, listed
-from ldm.training.note_photographs import look, photograph_notes
+from ldm.training.note_photographs import ALIKE, fingerprint, photograph_notes
 from ldm.training.note_prompts import identifier, prompt_notes
 from ldm.training.preflight import class_note, disk_notes, resolution_notes, steps_note
 
 
 def notes_of(instance: str, class_prompt: str | None = "a photo of a dog", **settings: object) -> dict[str, list[str]]:
     """The texts of the notes on prompts in CLIP's vocabulary, by topic; a warning begins with an exclamation mark."""
-    given = replace(Settings(), instance_prompt=instance, class_prompt=class_prompt, **settings)
+    given = replace(Settings(), **settings)
     tokenizer = Tokenizer.clip()
     if given.placeholder_token:
         tokenizer = tokenizer.plus(given.placeholder_token, given.num_vectors)
     found: dict[str, list[str]] = {}
-    for note in prompt_notes(given, tokenizer):
+    for note in prompt_notes(Subject("subject", [], instance, class_prompt), given, tokenizer):
         found.setdefault(note.topic, []).append(("! " if note.warning else "") + note.text)
     return found
 
@@ -86,8 +86,7 @@ def test_the_instance_prompt_should_name_the_class():
 
 
 def test_another_vocabulary_than_clips_is_shown_without_warnings(random_model):
-    settings = replace(Settings(), instance_prompt="a sks dog", class_prompt="a dog")
-    (first, _) = prompt_notes(settings, random_model().tokenizer)
+    (first, _) = prompt_notes(Subject("subject", [], "a sks dog", "a dog"), Settings(), random_model().tokenizer)
     assert first.topic == "identifier" and not first.warning
 
 
@@ -108,9 +107,8 @@ def picture(name: str, image: Image.Image, format: str = "PNG", **options: objec
     return images.Picture(SimpleNamespace(name=name), content.getvalue())
 
 
-def photograph_texts(resolution: int, **pictures: Image.Image) -> list[str]:
-    settings = replace(Settings(), resolution=resolution)
-    notes = photograph_notes(settings, [picture(name, image) for name, image in pictures.items()])
+def photograph_texts(side: int, **pictures: Image.Image) -> list[str]:
+    notes = photograph_notes([picture(name, image) for name, image in pictures.items()], [(side, side)] * len(pictures))
     return [("! " if note.warning else "") + note.text for note in notes]
 
 
@@ -120,8 +118,8 @@ def test_photographs_are_counted_and_measured():
     ]
     sizes, small, cut = photograph_texts(300, a=scene(1), b=scene(2, (200, 200)), c=scene(3, (900, 300)))
     assert sizes == "3 photographs from 200 x 200 to 900 x 300 pixels; cutting them square removes 0 to 67 % of each."
-    assert small.startswith("! Smaller than 300 pixels") and "b (200 x 200)." in small
-    assert cut.startswith("! The square cut removes much of c (67 %).")
+    assert small.startswith("! Too small,") and "b (200 x 200)." in small
+    assert cut.startswith("! The cut removes much of c (67 %).")
     assert "removes nothing" in photograph_texts(64, a=scene(1, (64, 64)))[0]
 
 
@@ -141,41 +139,54 @@ def test_the_same_photograph_twice_is_found_and_two_photographs_are_not(seed):
         assert len(photograph_texts(64, a=first, b=other)) == 1
 
 
-def test_a_photograph_on_its_side_and_a_large_jpeg_are_measured_upright():
+def test_a_photograph_on_its_side_and_a_large_jpeg_are_looked_at_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     large = scene(5, (1603, 1201))
-    plain, turned = (look(picture("", large, "JPEG", **more)) for more in ({}, {"exif": exif.tobytes()}))
-    assert (plain.size, turned.size) == ("1603 x 1201", "1201 x 1603")
-    upright = look(picture("", large.transpose(Image.Transpose.ROTATE_270)))
-    assert (turned.bits != upright.bits).sum() <= 3
+    turned = fingerprint(picture("", large, "JPEG", exif=exif.tobytes()))
+    upright = fingerprint(picture("", large.transpose(Image.Transpose.ROTATE_270)))
+    assert (turned != upright).sum() <= 3 < ALIKE < (turned != fingerprint(picture("", large))).sum()
+
+
+def test_photographs_that_are_cut_to_several_sizes_lose_less():
+    pictures = [picture("a", scene(1)), picture("b", scene(2, (300, 400)))]
+    (note,) = photograph_notes(pictures, [(72, 56), (56, 72)])
+    assert note.text == "2 photographs from 300 x 400 to 400 x 300 pixels; cutting them to 2 sizes removes 4 % of each."
 
 
 def test_every_kind_of_picture_is_looked_at(tmp_path):
     for mode in ("1", "L", "P", "RGBA", "I;16", "CMYK"):
         image = scene(1) if mode != "I;16" else scene(1).convert("L").convert("I")
-        look(picture(mode, image if mode == "I;16" else image.convert(mode), "TIFF"))
+        fingerprint(picture(mode, image if mode == "I;16" else image.convert(mode), "TIFF"))
 
 
 # The work to do
 
 
+def subject(name: str, photographs: int, weight: float = 1.0, repeats: int = 1) -> Subject:
+    return Subject(name, [Example(None, "", repeats=repeats)] * photographs, "", weight=weight)
+
+
 def test_the_steps_are_counted_in_passes_over_the_photographs():
     settings = replace(Settings(), max_train_steps=100, train_batch_size=2, gradient_accumulation_steps=3)
-    assert steps_note(settings, 5, 2).text == (
+    assert steps_note(settings, [subject("dog", 5)], 2).text == (
         "100 steps = 240 passes over the 5 photographs. A step takes 12 of them and as many class pictures "
         "(batch of 2 x 3 accumulated x 2 processes)."
     )
     alone = replace(settings, with_prior_preservation=False, gradient_accumulation_steps=1, max_train_steps=1)
-    assert steps_note(alone, 5, 1).text == "1 step = 0.4 passes over the 5 photographs. A step takes 2 of them."
+    text = "1 step = 0.4 passes over the 5 photographs. A step takes 2 of them."
+    assert steps_note(alone, [subject("dog", 5)], 1).text == text
+    several = [subject("dog", 5, weight=3.0), subject("cat", 1, repeats=10)]  # 150 and 50 rows
+    text = "100 steps = 30 passes over the 5 photographs of dog and 5 passes over the 1 photograph of cat."
+    assert steps_note(replace(alone, max_train_steps=100), several, 1).text.startswith(text)
 
 
 def test_class_pictures_are_counted_and_no_minutes_are_invented():
-    some = SimpleNamespace(missing=lambda: ["x"] * 30, paths=["x"] * 1200)
+    some = [SimpleNamespace(missing=lambda: ["x"] * 10, paths=["x"] * 400) for _ in range(3)]
     assert class_note(Settings(), some).text.startswith("30 of 1,200 are still to make, in 50 sampling steps each.")
-    assert class_note(Settings(), SimpleNamespace(missing=list, paths=["x"] * 2)).text == "All 2 are there."
-    assert "no prior" in class_note(replace(Settings(), with_prior_preservation=False), None).text
-    assert "own prediction" in class_note(replace(Settings(), prior="prediction"), None).text
+    assert class_note(Settings(), [SimpleNamespace(missing=list, paths=["x"] * 2)]).text == "All 2 are there."
+    assert "no prior" in class_note(replace(Settings(), with_prior_preservation=False), []).text
+    assert "own prediction" in class_note(replace(Settings(), prior="prediction"), []).text
 
 
 def test_another_resolution_than_the_models_own_is_warned_of():
@@ -191,11 +202,11 @@ def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_result(every, limi
     state = SimpleNamespace(bytes_saved=10**9, trainable=SimpleNamespace(bytes_saved=lambda: 3 * 10**9))
     monkeypatch.setattr("ldm.training.preflight.free_space", lambda folder: (most + 3) * 10**9 - 1)
     run = SimpleNamespace(settings=settings, folder=tmp_path / "new" / "run")
-    text, warning = disk_notes(run, state, None)
+    text, warning = disk_notes(run, state, [])
     assert text.text.startswith(f"The run fills at most {most + 3}.0 GB, {most}.0 of it with {most} checkpoint")
     assert warning.warning
     monkeypatch.undo()
-    assert len(disk_notes(run, SimpleNamespace(bytes_saved=1, trainable=SimpleNamespace(bytes_saved=int)), None)) == 1
+    assert len(disk_notes(run, SimpleNamespace(bytes_saved=1, trainable=SimpleNamespace(bytes_saved=int)), [])) == 1
 
 
 def test_a_note_is_aligned_and_on_lines_that_fit_and_shows_nothing_that_moves_the_cursor():

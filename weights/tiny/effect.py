@@ -43,18 +43,31 @@ def drawings(name, count, seed):
     return np.stack([world.draw(world.subject(name, rng), rng) for _ in range(count)])
 
 
-def tune(output, flags):
-    """Runs train.py, which resumes where it stopped. Returns the tuned model; ends the program if train.py fails."""
+def train(output, flags):
+    """Runs train.py, which resumes where it stopped. Ends the program if train.py fails."""
     resume = ["--output-dir", output, "--resume-from-checkpoint", "latest"]
     if status := subprocess.run([sys.executable, ROOT / "train.py", *resume, *flags]).returncode:
         raise SystemExit(status)  # train.py has printed the reason
-    return StableDiffusion.load(output / "model.safetensors")
+
+
+def settings_of(output):
+    """The settings of a run."""
+    return json.loads((output / "config.json").read_text(encoding="utf-8"))
+
+
+def likeness(name):
+    """How to judge a likeness: the judge, the mean feature (64,) of drawings of the subject, and the cosine to it
+    that other drawings of the subject reach."""
+    eye = judge.load()
+    mean = eye.features(drawings(name, 48, "mean")).mean(0)
+    mean = mean / mean.norm()
+    return eye, mean, float((eye.features(drawings(name, 48, "real")) @ mean).mean())
 
 
 def measure(sd, settings, eye, subject, real):
     """Returns ({measure: number}, pictures of the subject, of the subject in new scenes, of the class).
 
-    subject: (64,) mean feature of the subject's drawings; real: the cosine that other drawings of the subject reach.
+    settings: prompts and sampling; eye, subject, real: from `likeness`.
     """
     sampling = dict(steps=settings["sample_steps"], guidance=settings["guidance_scale"])
 
@@ -101,20 +114,18 @@ def main():
     parser.add_argument("train_flags", nargs="*", help="more flags for train.py, after --")
     args = parser.parse_args()
 
-    eye = judge.load()
     photographs = world.write_subject(args.subject, args.work_dir / "subject")
-    subject = eye.features(drawings(args.subject, 48, "mean")).mean(0)
-    subject = subject / subject.norm()
-    real = float((eye.features(drawings(args.subject, 48, "real")) @ subject).mean())
-
+    eye, subject, real = likeness(args.subject)
     common = ["--config", HERE / "train.toml", "--model", args.model]
     common += ["--instance-data-dir", args.work_dir / "subject", *args.train_flags]
+    train(args.work_dir / "with", common)
+    train(args.work_dir / "without", [*common, "--no-with-prior-preservation"])
     models = {
         "base": StableDiffusion.load(args.model),
-        "with prior preservation": tune(args.work_dir / "with", common),
-        "without": tune(args.work_dir / "without", [*common, "--no-with-prior-preservation"]),
+        "with prior preservation": StableDiffusion.load(args.work_dir / "with" / "model.safetensors"),
+        "without": StableDiffusion.load(args.work_dir / "without" / "model.safetensors"),
     }
-    settings = json.loads((args.work_dir / "with" / "config.json").read_text(encoding="utf-8"))
+    settings = settings_of(args.work_dir / "with")
     results, rows = {}, [("four photographs of the subject", [Image.open(path) for path in photographs])]
     for model, sd in models.items():
         with torch.no_grad():

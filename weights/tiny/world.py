@@ -141,9 +141,12 @@ def texture(picture, centre, s, main, second):
     return sheet
 
 
-def draw(picture, rng):
-    """Draws a Picture as (64, 64, 3) uint8. rng places clouds and stars and varies the colours a little."""
-    canvas = scene(picture.scene, rng)
+def draw(picture, rng, canvas=None):
+    """Draws a Picture as (64, 64, 3) uint8. rng places clouds and stars and varies the colours a little.
+
+    canvas: a PIL image to draw the thing on instead of the picture's scene; it is changed.
+    """
+    canvas = scene(picture.scene, rng) if canvas is None else canvas
     s = picture.scale * CANVAS
     cx, cy = picture.x * CANVAS, picture.bottom * CANVAS - FLOOR[picture.kind] * s
     seconds = {"white": WHITE, **RARE_SECONDS}

@@ -1,0 +1,142 @@
+"""Measures what masks do: how much of the photographs' background leaks into new pictures.
+
+Draws four photographs of the subject, each in front of the same loud wallpaper, and their masks. Tunes the embedded
+model on them with and without the masks, with two seeds, and compares with effect.py's measures. Without masks a model
+learns the wallpaper together with the subject, and shows it where the prompt asks for another scene.
+
+    python weights/tiny/masks.py      # about 20 minutes on two cores
+
+A run that an earlier call left in the same --work-dir is resumed, and one that is measured is not measured again.
+"""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import effect
+import judge
+import numpy as np
+import torch
+import world
+from PIL import Image, ImageDraw
+from scenes import CANVAS
+
+from ldm import StableDiffusion, images
+from ldm.runtime import cli, replacing
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1)
+COLUMNS = {
+    "fidelity": "fidelity",
+    "right": "scene right",
+    "placed": "fidelity in new scenes",
+    "diversity": "class diversity",
+    "drift": "class drift",
+}
+
+
+def wallpaper(rng):
+    """Diagonal stripes in two loud colours, shifted at random, as a PIL image."""
+    canvas = Image.new("RGB", (CANVAS, CANVAS), (250, 120, 20))
+    pen, shift = ImageDraw.Draw(canvas), rng.uniform(0, 64)
+    for x in range(-CANVAS, 2 * CANVAS, 64):
+        left = x + shift
+        pen.polygon([(left, 0), (left + 32, 0), (left + 32 - CANVAS, CANVAS), (left - CANVAS, CANVAS)], (0, 120, 130))
+    return canvas
+
+
+def photograph(picture, name):
+    """A picture in front of the wallpaper, and its mask: (64, 64, 3) and (64, 64) uint8.
+
+    Drawn in front of black and of white: where the two differ, one sees the background (Smith & Blinn 1996).
+    """
+
+    def before(canvas):
+        return world.draw(picture, random.Random(name), canvas)
+
+    black, white = (before(Image.new("RGB", (CANVAS, CANVAS), colour)) for colour in ("black", "white"))
+    mask = 255 - (white.astype(int) - black).mean(2).round()
+    return before(wallpaper(random.Random(f"{name} wallpaper"))), mask.astype(np.uint8)
+
+
+def write_photographs(subject, folder, masks):
+    """Writes the four photographs, and with `masks` NAME-mask.png beside each. Returns the photographs' paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i}.png" for i in range(len(world.VIEWS))]
+    for path, (_, size, x) in zip(paths, world.VIEWS, strict=True):
+        name = f"{subject} {path.stem}"
+        picture = replace(world.subject(subject, random.Random(name), size=size, flip=False), x=x)
+        pixels, mask = photograph(picture, name)
+        Image.fromarray(pixels).save(path)
+        if masks:
+            Image.fromarray(mask).save(path.with_name(f"{path.stem}-mask.png"))
+    return paths
+
+
+def measured(folder, sd, settings, eye, likeness):
+    """The numbers and pictures of a model; both are kept in `folder`. likeness: the last arguments of `measure`."""
+    path, sheet = folder / "measures.json", folder / "measured.png"
+    if not path.exists():
+        with torch.no_grad():
+            numbers, plain, placed, _ = effect.measure(sd, settings, eye, *likeness)
+        world_sheet = Image.fromarray(np.concatenate([*plain[:2], *placed[:6]], 1))
+        with replacing(sheet) as temporary:
+            world_sheet.save(temporary, format="PNG")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(numbers), encoding="utf-8")
+    shown = np.split(np.asarray(Image.open(sheet)), 8, 1)
+    return json.loads(path.read_text(encoding="utf-8")), [Image.fromarray(picture) for picture in shown]
+
+
+def table(results):
+    """The results, {model: numbers}, as a Markdown table."""
+    lines = [f"| model | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for model, numbers in results.items():
+        numbers = numbers | {"diversity": numbers["diversity"] / results["base"]["diversity"]}
+        lines.append(f"| {model} | " + " | ".join(f"{numbers[name]:.0%}" for name in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = cli.Parser(description="Measure what masks do on the embedded model.")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/masks"), help="folder of the runs and the sheet")
+    parser.add_argument("--subject", default="baron", choices=world.SUBJECTS, help="subject of world.py to learn")
+    parser.add_argument("train_flags", nargs="*", help="more flags for train.py, after --")
+    args = parser.parse_args()
+
+    eye = judge.load()
+    subject = eye.features(effect.drawings(args.subject, 48, "mean")).mean(0)
+    subject = subject / subject.norm()
+    likeness = subject, float((eye.features(effect.drawings(args.subject, 48, "real")) @ subject).mean())
+
+    results, rows = {}, []
+    models = [(f"{how} masks, seed {seed}", how, seed) for how in ("with", "without") for seed in SEEDS]
+    for name, how, seed in models:
+        photographs = args.work_dir / f"photographs-{how}"
+        paths = write_photographs(args.subject, photographs, masks=how == "with")
+        run = args.work_dir / f"{how}-{seed}"
+        flags = [
+            "--config",
+            HERE / "train.toml",
+            "--seed",
+            str(seed),
+            "--class-data-dir",
+            args.work_dir / f"class-{seed}",
+        ]
+        sd = effect.tune(run, [*flags, "--instance-data-dir", photographs, *args.train_flags])
+        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if not results:
+            rows.append(("four photographs of the subject", [Image.open(path) for path in paths]))
+            base = StableDiffusion.load(HERE / "base")
+            results["base"], _ = measured(args.work_dir, base, settings, eye, likeness)
+        results[name], pictures = measured(run, sd, settings, eye, likeness)
+        rows.append((f'{name}: "{settings["instance_prompt"]}", then {", ".join(effect.NEW_SCENES)}', pictures))
+        print(table(results), flush=True)
+    images.grid(rows).save(args.work_dir / "masks.jpg", quality=90)
+    (args.work_dir / "masks.md").write_text(table(results) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with cli.reported("masks.py"):
+        main()
