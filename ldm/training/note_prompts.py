@@ -25,7 +25,7 @@ def prompt_notes(subject: Subject, settings: Settings, tokenizer: Tokenizer) -> 
         vectors = counted(len(tokenizer.ids(token)), "vector")
         notes = [Note(TOPIC, f'"{token}" is a new token of {vectors}, begun as "{settings.initializer_token}".')]
     elif not class_prompt:
-        notes = [Note(TOPIC, "It is not known: there is no --class-prompt to compare --instance-prompt with.")]
+        notes = [Note(TOPIC, "It is not known: there is no class prompt to compare the instance prompt with.")]
     else:
         notes = _of_identifier(identifier(subject.prompt, class_prompt), tokenizer)
     return [*notes, *_of_class_word(subject.prompt, class_prompt)]
@@ -44,7 +44,9 @@ def identifier(instance_prompt: str, class_prompt: str) -> list[str]:
 
 def _of_identifier(found: list[str], tokenizer: Tokenizer) -> list[Note]:
     if not found:
-        text = "--instance-prompt has no word that --class-prompt lacks: no word names your subject. Add a rare one."
+        text = (
+            "The instance prompt has no word that the class prompt lacks: no word names your subject. Add a rare one."
+        )
         return [Note(TOPIC, text, warning=True)]
     texts = {id: token.removesuffix("</w>") for token, id in (tokenizer.vocab | tokenizer.added_ids()).items()}
     pieces = {word: [(id, texts[id]) for id in tokenizer.ids(word)] for word in found}
