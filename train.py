@@ -21,6 +21,7 @@ import torch
 from ldm import images, training
 from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
+from ldm.guidance import seen
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped, cli, processes
 from ldm.training import Batches, ClassPictures, Run, Settings, Subject, TrainingState
@@ -74,7 +75,7 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
     model: `state.trainable`, wrapped so that processes average its gradients.
     """
     settings, schedule = run.settings, state.trainable.sd.schedule
-    noisy = schedule.add_noise(batch.latents, batch.noise, batch.t)
+    noisy = seen(schedule.add_noise(batch.latents, batch.noise, batch.t), batch.extra)  # beside a mask, to paint in
     with run.precision.autocast():
         prediction = model(noisy, batch.t, batch.prompts)
         target = schedule.target(batch.latents, batch.noise, batch.t)
@@ -103,19 +104,19 @@ def begin(
     settings, world = run.settings, run.world
     with run.together():
         subjects = training.read_subjects(settings)
-        photographs = [example.picture for subject in subjects for example in subject.examples]
         sd = load(run)
+        training.check_photographs(subjects, settings, sd)
     base = run.on_main(sd.source_fingerprint)
     with run.together():
         class_pictures = training.plan_class_pictures(run, sd, base, subjects)
         own = [images.read_picture(path) for pictures in class_pictures for path in pictures.own]
         generated = [path for pictures in class_pictures for path in pictures.paths if path.exists()]
-        for picture in [*photographs, *generated]:
+        for picture in generated:
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
     world.print_main(sd.summary)
     training.tell_preflight(run, tuning, state, subjects, class_pictures)  # a dry run ends here
-    checkpoint = run.begin(state, photographs, own)
+    checkpoint = run.begin(state, subjects, own)
     if checkpoint is not None:
         world.print_main(f"resuming from {checkpoint}")
     elif settings.resume_from_checkpoint is not None:
@@ -153,7 +154,7 @@ def prepare(run: Run, state: TrainingState, subjects: list[Subject], class_pictu
         prompts = tuple(subject.class_prompt for subject in subjects)
         state.trainable.keep_base(prompts[0], run.precision.dtype)
         rows.append(rows[0].of_class(prompts))  # the same noisy latents
-    if settings.random_crop:
+    if settings.random_crop or sd.config.unet.paints_in:  # then every step encodes pictures
         sd.freeze(sd.vae, torch.float32)
     else:
         sd.forget_encoder()

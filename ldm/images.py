@@ -3,7 +3,9 @@
 import io
 import os
 import warnings
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,16 +54,21 @@ def read_picture(path: Path) -> Picture:
         raise InputError(f"{path} can't be read ({error.strerror}); repair it or take it away") from None
 
 
-def find_pictures(folder: str | Path) -> list[Path]:
+def find_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
     """The picture files in a folder, sorted by name; see `list_pictures`.
 
     Raises InputError if there is no such folder, or no picture in it.
     """
-    if not exists(folder) or not os.path.isdir(folder):
-        raise InputError(f"{folder} is not a folder; give the folder of the photographs")
-    if pictures := list_pictures(folder):
+    check_folder(folder)
+    if pictures := list_pictures(folder, ours):
         return pictures
     raise InputError(f"{folder} holds no picture; put the photographs (.jpg, .png, ...) there")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises InputError if there is no such folder."""
+    if not exists(folder) or not os.path.isdir(folder):
+        raise InputError(f"{folder} is not a folder; give the folder of the photographs")
 
 
 def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
@@ -69,17 +76,26 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
 
     ours: names of files to skip without a warning.
     """
-    formats = Image.registered_extensions()
-    known = {extension for extension, format in formats.items() if format in readable_formats()}
     pictures = []
     for path in list_folder(folder):
         if path.name in ours:
             continue
-        if os.path.isfile(path) and path.suffix.lower() in known and not path.name.startswith("."):
+        if is_picture(path):
             pictures.append(path)
         else:
             warnings.warn(one_line(f"skipped {path}: not a picture file that can be read"), stacklevel=2)
     return pictures
+
+
+def is_picture(path: Path) -> bool:
+    """Whether this is a file whose name ends as that of a picture of a known format, and that is not hidden."""
+    return os.path.isfile(path) and path.suffix.lower() in _endings() and not path.name.startswith(".")
+
+
+@cache
+def _endings() -> frozenset[str]:
+    known = readable_formats()
+    return frozenset(ending for ending, format in Image.registered_extensions().items() if format in known)
 
 
 def load_picture(path: str | Path | Picture, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
@@ -97,11 +113,17 @@ def square(path: str | Path | Picture, resolution: int, centre: tuple[float, flo
     return fit(path, resolution, resolution, centre)
 
 
-def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def fit(
+    path: str | Path | Picture,
+    width: int,
+    height: int,
+    centre: tuple[float, float] = (0.5, 0.5),
+    convert: Callable[[Image.Image], Image.Image] | None = None,
+) -> Image.Image:
     """One picture as 8-bit RGB: upright, resized until it covers `width` x `height`, and cut to that.
 
-    centre: where it is cut, from (0, 0), left and top, to (1, 1). Raises InputError, which names the file, if it can't
-    be read.
+    centre: where it is cut, from (0, 0), left and top, to (1, 1). convert: used in place of `to_rgb`. Raises
+    InputError, which names the file, if it can't be read.
     """
     file: Path | io.BytesIO = path
     if isinstance(path, Picture):
@@ -111,9 +133,28 @@ def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float
     try:
         with open_picture(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
-            return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
+            return ImageOps.fit((convert or to_rgb)(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
     except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
+
+
+def load_mask(path: str | Path, of: tuple[int, int], width: int, height: int) -> Tensor:
+    """Where a picture is painted anew: a mask, cut as `fit` cuts the picture. (1, H, W) bool, True where it is white.
+
+    of: the picture's `upright_size`. Greys are white from half on. Raises InputError, which names the file, if it can't
+    be read, is not as large as the picture, or has transparent parts: some programs paint those, and others the rest.
+    """
+    mask = read_picture(Path(path))
+    if (size := upright_size(mask)) != of:
+        sizes = "{} x {} pixels, and the picture has {} x {}".format(*size, *of)
+        raise InputError(f"the mask {path} has {sizes}; save it as large as the picture")
+    with opened(mask) as image:
+        is_opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
+    if not is_opaque:
+        how = "white where the picture is to be painted and black where it stays"
+        raise InputError(f"the mask {path} has transparent parts; save it without transparency, {how}")
+    grey = fit(mask, width, height, convert=lambda image: to_rgb(image).convert("L"))
+    return torch.from_numpy(np.array(grey))[None] >= 128
 
 
 def readable_formats() -> list[str]:
@@ -134,14 +175,21 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
     return image
 
 
-def upright_size(picture: Picture) -> tuple[int, int]:
-    """Width and height of a picture as it is seen, from the file's first bytes. Raises InputError as `fit`."""
+@contextmanager
+def opened(picture: Picture) -> Iterator[Image.Image]:
+    """Opens a picture from its content. Turns whatever Pillow raises into an InputError, which names the file."""
     try:
         with open_picture(io.BytesIO(picture.content)) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
-    except Exception as error:
+            yield image
+    except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
         raise InputError(f"{picture.path} can't be read as a picture ({error}); repair it or take it away") from None
+
+
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """Width and height of a picture as it is seen, from the file's first bytes. Raises InputError as `fit`."""
+    with opened(picture) as image:
+        width, height = image.size
+        is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
     return (height, width) if is_turned else (width, height)
 
 

@@ -57,14 +57,21 @@ WINGS = {
         optimizer
         piecewise
         tracking
+        captions
+        variation
+        focus
+        beside
+        examples
+        masks
         setting
+        settings_subjects
         settings_data
         settings_training
         settings_loss
         settings_output
         settings
-        examples
         subjects
+        kohya
         settings_toml
         token_tuning
         tuning
@@ -82,6 +89,7 @@ WINGS = {
         buckets
         sorting
         latents
+        inpainting
         rows
         batches
         class_pictures

@@ -63,6 +63,7 @@ class Source:
         name = family(self.config) or "a model of its own size"
         layout = {"official": "official single file", "diffusers": "diffusers folder"}[self.layout]
         predicts = f"predicts {self.config.schedule.prediction} ({self.prediction_from})"
+        predicts += ", zero terminal SNR" if self.config.schedule.zero_terminal_snr else ""
         return f"{name}, {layout}, {'/'.join(self.dtypes)}, {predicts}"
 
     def official_tensors(self) -> Tensors:
@@ -157,6 +158,7 @@ def predicting(config: ModelConfig, prediction: str) -> ModelConfig:
 
 def family(config: ModelConfig) -> str | None:
     """The name of the family whose sizes a model has; None if it has sizes of its own."""
-    sizes = config.unet, config.vae, config.text
     official = {name: PRESETS[key] for key, name in FAMILIES.items()}
+    official |= {f"{name} for painting in": it.for_painting_in() for name, it in official.items()}
+    sizes = config.unet, config.vae, config.text
     return next((name for name, it in official.items() if sizes == (it.unet, it.vae, it.text)), None)

@@ -1,16 +1,24 @@
 """A training run: from settings and photographs to a tuned model. It stops and resumes at any step.
 
 setting         one setting, and a group of them
+settings_subjects  several subjects in one run
 settings_data, settings_training, settings_loss, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
+captions        the prompts of single pictures, and words for {token} and {class} in them
+variation       leaves captions out, and shuffles tags
+focus           where the subject of a photograph is
+beside          which files of a folder belong to which photograph
 examples        what a folder says about each of its photographs
+masks           where in a photograph the loss counts
 subjects        the subjects that a run teaches
+kohya           kohya's data-set folders as subjects
 options         reads settings from the command line and TOML files
 settings_toml   writes them as TOML, from which the run can be repeated
 mixture         which subject and which size of picture each row has
 buckets         sizes for photographs that are not square
 sorting         sorts the pictures of all subjects by their sizes
 latents         encodes the pictures once
+inpainting      random masks for a model for painting in
 rows            the rows of a run, a function of seed and index
 batches         the rows of each step
 class_pictures  the class prior, made by the base model
@@ -40,7 +48,9 @@ tracking        TensorBoard and Weights & Biases
 from ldm.training.batches import Batches
 from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
 from ldm.training.examples import Example, read_examples
-from ldm.training.latents import encode, encode_pictures
+from ldm.training.inpainting import draw_mask, widen
+from ldm.training.latents import check_photographs, encode, encode_pictures
+from ldm.training.masks import load_mask
 from ldm.training.memory import Memory, predict
 from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
@@ -55,6 +65,7 @@ from ldm.training.subjects import Subject, read_subjects
 from ldm.training.token_tuning import TokenTuning
 from ldm.training.tuning import LoRATuning, tuning_of
 from ldm.training.validation import make_comparison, make_sheet, sheet_path
+from ldm.training.variation import vary
 
 __all__ = [
     "Batches",
@@ -71,9 +82,12 @@ __all__ = [
     "SubjectLosses",
     "TokenTuning",
     "TrainingState",
+    "check_photographs",
     "cut_from_photographs",
+    "draw_mask",
     "encode",
     "encode_pictures",
+    "load_mask",
     "make_comparison",
     "make_rows",
     "make_sheet",
@@ -89,4 +103,6 @@ __all__ = [
     "sort_photographs",
     "tell_preflight",
     "tuning_of",
+    "vary",
+    "widen",
 ]

@@ -53,17 +53,13 @@ def cut_around(
 ) -> tuple[float, float]:
     """Where to cut the bucket out of a picture, from (0, 0), left and top, to (1, 1), so that the cut holds the focus.
 
-    focus: from (0, 0) to (1, 1). where: the place among all such cuts, drawn from 0 to 1; None: focus in the middle.
+    focus: from (0, 0) to (1, 1). where: the place among all such cuts, drawn from 0 to 1; None for focus in the middle.
     """
     scale = max(side / own for side, own in zip(bucket, picture, strict=True))
     found = []
     for i, (side, own) in enumerate(zip(bucket, picture, strict=True)):
         spare = own * scale - side  # pixels that are cut away along this side
-        if spare < 1e-6:
-            found.append(0.5)
-            continue
-        last = min(max(focus[i] * own * scale, 0.0), spare)
-        first = min(max(focus[i] * own * scale - side, 0.0), spare)
-        middle = min(max(focus[i] * own * scale - side / 2, 0.0), spare)
-        found.append((middle if where is None else first + where[i] * (last - first)) / spare)
-    return tuple(found)
+        first, middle, last = (min(max(focus[i] * own * scale - before, 0.0), spare) for before in (side, side / 2, 0))
+        cut = middle if where is None else first + where[i] * (last - first)
+        found.append(cut / spare if spare > 1e-6 else 0.5)
+    return found[0], found[1]

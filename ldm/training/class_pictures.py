@@ -16,9 +16,20 @@ from tqdm import tqdm
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import at_once, check_writable, exists, locked, progress_bar, read_json, side_by_side, written
+from ldm.runtime import (
+    at_once,
+    check_writable,
+    exists,
+    list_folder,
+    locked,
+    progress_bar,
+    read_json,
+    side_by_side,
+    written,
+)
 from ldm.training import continuity
-from ldm.training.examples import Example
+from ldm.training.beside import companions
+from ldm.training.examples import Example, captioned
 from ldm.training.pace import duration
 from ldm.training.run import Run
 from ldm.training.subjects import Subject
@@ -61,7 +72,7 @@ class ClassPictures:
         made = manifest["pictures"] if manifest else {}
         own: list[Path] = []
         if exists(self.folder) and self.folder.is_dir():
-            own = images.list_pictures(self.folder, ours={MANIFEST, *made})
+            own = images.list_pictures(self.folder, ours={MANIFEST, *made, *companions(list_folder(self.folder))})
         wanted = max(0, count - len(own))
         self.planned = {f"class-{i:05d}.png": rng.number(seed, "class picture", i) for i in range(wanted)}
         clash = [p.name for p in own if p.name in self.planned]
@@ -167,9 +178,12 @@ class ClassPictures:
 def plan_class_pictures(run: Run, sd: StableDiffusion, base: str, subjects: Sequence[Subject]) -> list[ClassPictures]:
     """The class pictures of each subject; none without the prior term. base: the base model's fingerprint.
 
-    Subjects of one class, with no folder of their own, share its pictures.
+    Subjects of one class, with no folder of their own, share its pictures. Raises InputError as `ClassPictures`.
     """
     settings = run.settings
+    classes = {subject.class_prompt for subject in subjects}
+    if settings.predicts_prior and len(classes) > 1:
+        raise InputError("--prior prediction needs one class prompt for all subjects; give --prior pictures")
     if not settings.with_prior_preservation or settings.predicts_prior:
         return []
     guidance = settings.class_guidance_scale
@@ -185,7 +199,7 @@ def plan_class_pictures(run: Run, sd: StableDiffusion, base: str, subjects: Sequ
     planned = []
     for subject in subjects:
         own = run.folder / "class"
-        if len(first) > 1:
+        if len(classes) > 1:
             own /= first[subject.class_prompt]
         folder = subject.class_data_dir or own
         about = {"prompt": subject.class_prompt, **recipe}
@@ -198,12 +212,21 @@ def read_class_pictures(run: Run, planned: Sequence[ClassPictures]) -> list[list
 
     Raises InputError if one can't be read, or is not the one that a resumed run began with.
     """
-    examples = [
-        [Example(images.read_picture(path), pictures.recipe["prompt"]) for path in pictures.paths]
-        for pictures in planned
+    examples = [_read(pictures) for pictures in planned]
+    found = [
+        (example, pictures.recipe["prompt"]) for pictures, own in zip(planned, examples, strict=True) for example in own
     ]
-    run.identify(class_pictures=continuity.sums(example.picture for own in examples for example in own))
+    sums = continuity.sums(example.picture for example, _ in found)
+    run.identify(class_pictures=sums, class_captions=continuity.captions(found))
     return examples
+
+
+def _read(pictures: ClassPictures) -> list[Example]:
+    """The user's own class pictures with their captions, and the generated ones."""
+    prompt = pictures.recipe["prompt"]
+    own = [Example(example.picture, example.prompt) for example in captioned(pictures.own, prompt)]
+    generated = [pictures.folder / name for name in pictures.planned]
+    return own + [Example(images.read_picture(path), prompt) for path in generated]
 
 
 def _write(path: Path, content: bytes) -> None:

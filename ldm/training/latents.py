@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from ldm.errors import InputError
 from ldm.images import fit, to_tensor, upright_size
@@ -13,9 +12,13 @@ from ldm.model import StableDiffusion
 from ldm.runtime import side_by_side
 from ldm.training.buckets import Size, cut_around
 from ldm.training.examples import Example
+from ldm.training.focus import Point
+from ldm.training.masks import load_mask
+from ldm.training.settings import Settings
+from ldm.training.sorting import sort_photographs
+from ldm.training.subjects import Subject
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-Centre = tuple[float, float]
 
 
 class Latents(NamedTuple):
@@ -46,7 +49,7 @@ def _encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean * sd.config.vae.scale_factor, posterior.std * sd.config.vae.scale_factor
 
 
-def centre_of(example: Example, size: Size, where: Centre | None = None) -> Centre:
+def centre_of(example: Example, size: Size, where: Point | None = None) -> Point:
     """Where a picture is cut to this size, from (0, 0), left and top, to (1, 1).
 
     where: a place drawn from 0 to 1; None for the middle. The cut of a picture with a focus always holds it.
@@ -56,7 +59,7 @@ def centre_of(example: Example, size: Size, where: Centre | None = None) -> Cent
     return cut_around(example.focus, upright_size(example.picture), size, where)
 
 
-def load_image(example: Example, size: Size, centre: Centre) -> Tensor:
+def load_image(example: Example, size: Size, centre: Point) -> Tensor:
     """A picture, resized and cut to this width and height, as (3, H, W) in [-1, 1]. Raises InputError as `fit`."""
     return to_tensor(fit(example.picture, *size, centre))
 
@@ -85,18 +88,16 @@ def encode_pictures(
     return Latents(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
 
-def mask_of(example: Example, size: Size, centre: Centre, shape: tuple[int, int, int]) -> Tensor:
-    """The mask of a picture that is cut at this centre, (1, h, w) from 0 to 1; 1 everywhere if it has none.
-
-    shape: (C, h, w) of the picture's latents.
-    """
-    if example.mask is None:
-        return torch.ones(1, *shape[1:])
-    image = (to_tensor(fit(example.mask, *size, centre)).mean(0, keepdim=True) + 1) / 2
-    return adaptive_avg_pool2d(image, shape[1:])
+def check_photographs(subjects: Sequence[Subject], settings: Settings, sd: StableDiffusion) -> None:
+    """Cuts each photograph and its mask once, as training does. Raises InputError, which names one that is wrong."""
+    for bucket in sort_photographs(subjects, settings, sd, rows=1).buckets:
+        for example in bucket.examples:
+            centre = centre_of(example, bucket.size)
+            load_image(example, bucket.size, centre)
+            load_mask(example, bucket.size, centre, bucket.shape)
 
 
 def encode_masks(examples: Sequence[Example], size: Size, shape: tuple[int, int, int], flip: bool) -> Tensor:
-    """The masks of pictures, cut as `encode_pictures` cuts them: (N, views, 1, h, w)."""
-    masks = torch.stack([mask_of(example, size, centre_of(example, size), shape) for example in examples])
+    """The masks of pictures, cut as `encode_pictures` cuts them: (N, views, 1, h, w). shape: that of the latents."""
+    masks = torch.stack([load_mask(example, size, centre_of(example, size), shape) for example in examples])
     return torch.stack([masks, masks.flip(3)] if flip else [masks], 1)

@@ -16,7 +16,7 @@ from ldm.errors import InputError, RunError
 from ldm.images import Picture
 from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, replacing, written
 from ldm.training import checkpoint, claim
-from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums
+from ldm.training.continuity import CONFIG, Identity, digest, read_config, what_is_taught
 from ldm.training.log import MetricsLog, Reporter
 from ldm.training.numbers import Numbers, SubjectLosses
 from ldm.training.precision import Precision
@@ -24,6 +24,7 @@ from ldm.training.saver import Saver
 from ldm.training.settings import SAVES_MEMORY, Settings
 from ldm.training.settings_toml import SETTINGS, to_toml
 from ldm.training.state import Metrics, TrainingState
+from ldm.training.subjects import Subject
 
 METRICS = checkpoint.METRICS
 PREFLIGHT = "preflight.json"
@@ -67,18 +68,18 @@ class Run:
             self.world.print_main(_farewell(self))
         return is_stop
 
-    def begin(self, state: TrainingState, photographs: Sequence[Picture], own: Sequence[Picture]) -> Path | None:
+    def begin(self, state: TrainingState, subjects: Sequence[Subject], own: Sequence[Picture]) -> Path | None:
         """Locks the folder, tidies it and writes the settings. Returns the checkpoint to resume from, if any.
 
-        own: the user's class pictures; a resumed run must have the same ones, and the same photographs. Raises
-        InputError if another run uses the folder, or used it with other settings; RunError for too little space.
+        own: the user's class pictures; a resumed run must have the same, and the same photographs, captions and masks.
+        Raises InputError if another run uses the folder, or used it with other settings; RunError for too little space.
         """
         self.identity.parts |= {
             "base": state.base,
             "tuning": type(state.trainable).__name__,
             "launch": processes.launch(),
-            "pictures": digest([*photographs, *own]),
-            "photographs": sums(photographs),
+            "pictures": digest([*(example.picture for one in subjects for example in one.examples), *own]),
+            **what_is_taught(subjects),
         }
         self.identity.check_everywhere(self.world)
         self.resumed_from: Path | None = self.world.on_main(lambda: self._begin(state))
