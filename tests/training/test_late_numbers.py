@@ -75,8 +75,8 @@ def test_a_step_reads_nothing_from_the_device(flags, loop):
 def test_a_read_in_a_step_is_found(read, loop, monkeypatch):
     loss = train.dreambooth_loss
 
-    def reading(*inputs):
-        losses = loss(*inputs)
+    def reading(*inputs, **options):
+        losses = loss(*inputs, **options)
         read(losses.total)
         return losses
 
