@@ -1,0 +1,83 @@
+"""What a run did, in sentences and in the few numbers that tell most."""
+
+import math
+from pathlib import Path
+
+from ldm.report.record import Record
+
+
+def story(record: Record) -> list[str]:
+    """A few sentences: what was trained on what, and how far it came. Leaves out what the folder does not say."""
+    return [text for text in (_subject(record), _prior(record), _training(record), _progress(record)) if text]
+
+
+def _subject(record: Record) -> str:
+    model, photographs = record.text("model"), record.identity.get("photographs")
+    base = f"The base model {'/'.join(Path(model).parts[-2:])}" if model else "The base model"
+    count = len(photographs) if isinstance(photographs, dict) and photographs else None
+    what = f"{count} photograph{'s' if count > 1 else ''}" if count else "photographs"
+    prompt = record.text("instance_prompt")
+    return f"{base} learned a subject from {what}" + (f" under the prompt “{prompt}”." if prompt else ".")
+
+
+def _prior(record: Record) -> str | None:
+    prompt, count = record.text("class_prompt"), record.count("num_class_images")
+    has_prior = record.settings.get("with_prior_preservation")
+    if has_prior is False or record.settings.get("train") == "token":
+        return "It trained without prior preservation."
+    if not has_prior or not prompt:
+        return None
+    if record.settings.get("prior") == "prediction":
+        return f"The base model's own predictions for “{prompt}” kept the meaning of the class."
+    return f"{count if count is not None else 'Some'} class pictures of “{prompt}” kept the meaning of the class."
+
+
+def _training(record: Record) -> str | None:
+    token = record.text("placeholder_token")
+    if record.settings.get("train") == "token":
+        what = f"Only the vectors of the new token {token or ''} trained"
+    elif rank := record.count("lora_rank"):
+        what = f"A LoRA of rank {rank} trained"
+    elif "train_text_encoder" in record.settings:
+        text = record.settings["train_text_encoder"] is True
+        what = "All weights of the UNet" + (" and of the text encoder" if text else "") + " trained"
+        what += f", with a new token {token}" if token else ""
+    else:
+        return None
+    rate = record.settings.get("learning_rate")
+    return what + (f", at a learning rate of {rate:g}." if isinstance(rate, float) and math.isfinite(rate) else ".")
+
+
+def _progress(record: Record) -> str:
+    planned = record.planned
+    if record.is_finished:
+        return f"It ran all {record.steps:,} steps and wrote {record.result.name}."
+    if record.steps == 0:
+        return "It has not trained a step yet."
+    whole = f" of {planned:,}" if planned else ""
+    return f"It is not finished: step {record.steps:,}{whole} is the last one known."
+
+
+def key_numbers(record: Record) -> list[tuple[str, str]]:
+    """Name and value of the numbers at the top of the page."""
+    planned, batch = record.planned, record.identity.get("global_batch")
+    found = [
+        ("steps", f"{record.steps:,}" + (f" of {planned:,}" if planned and planned != record.steps else "")),
+        ("photographs a step", f"{batch:,}" if type(batch) is int else None),
+        ("resolution", f"{record.count('resolution')} px" if record.count("resolution") else None),
+        ("training time", _duration(record)),
+        ("step to take", f"{record.advised:,}" if record.advised is not None else None),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _duration(record: Record) -> str | None:
+    """The time of all steps; estimated from the lines that were read."""
+    seconds = [line["seconds"] for line in record.metrics if isinstance(line.get("seconds"), int | float)]
+    seconds = [value for value in seconds if 0 <= value < 1e9]
+    if not seconds:
+        return None
+    total = sum(seconds) / len(seconds) * record.metrics[-1]["step"]
+    if total < 90:
+        return f"{total:.0f} s"
+    return f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} h"
