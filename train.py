@@ -14,7 +14,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,10 +21,9 @@ import torch
 from ldm import images, training
 from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
-from ldm.images import Picture
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped, cli, processes
-from ldm.training import Batches, ClassPictures, Run, Settings, TrainingState
+from ldm.training import Batches, ClassPictures, Run, Settings, Subject, TrainingState
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny" / "train.toml"
 
@@ -38,15 +36,15 @@ def main(
     world = processes.start(settings.device)
     training.set_exactness(settings.allow_tf32, settings.deterministic)
     with Run(settings, world) as run:  # inside, a signal ends the current work, then this block
-        state, photographs, class_pictures = begin(run, tuning)
+        state, subjects, class_pictures = begin(run, tuning)
         # Pictures by the base model before training: the sheet and the class pictures.
         training.make_sheet(run, state.trainable.sd, "before")
-        if class_pictures is not None:
-            class_pictures.generate(run, state.trainable.sd)
-        batches = prepare(run, state, photographs, class_pictures)
+        for pictures in class_pictures:
+            pictures.generate(run, state.trainable.sd)
+        batches = prepare(run, state, subjects, class_pictures)
         run.restore(state)
         train(run, state, batches)
-        finish(run, state, photographs)
+        finish(run, state, subjects)
     world.close()
 
 
@@ -89,34 +87,40 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
     if batch.mask is not None:
         place_weight = mask_weight(batch.mask, settings.unmasked_weight)
     weights = {"row_weight": snr_weight, "place_weight": place_weight}
-    terms = batch.is_class, settings.prior_loss_weight
-    return dreambooth_loss(prediction, target, *terms, **weights, huber_c=settings.huber)
+
+    def loss(is_class: torch.Tensor) -> Losses:
+        terms = is_class, settings.prior_loss_weight
+        return dreambooth_loss(prediction, target, *terms, **weights, huber_c=settings.huber)
+
+    run.subject_losses.add(batch, loss)  # for people to read, if there are several subjects
+    return loss(batch.is_class)
 
 
 def begin(
     run: Run, tuning: Callable[[StableDiffusion, Settings], Trainable]
-) -> tuple[TrainingState, list[Picture], ClassPictures | None]:
+) -> tuple[TrainingState, list[Subject], list[ClassPictures]]:
     """Loads the model and the photographs, and begins the run. Raises InputError for wrong input before it begins."""
     settings, world = run.settings, run.world
     with run.together():
-        photographs = [images.read_picture(path) for path in images.find_pictures(settings.instance_data_dir)]
+        subjects = training.read_subjects(settings)
         sd = load(run)
+        training.check_photographs(subjects, settings, sd)
     base = run.on_main(sd.source_fingerprint)
     with run.together():
-        class_pictures = plan_class_pictures(run, sd, base)
-        own = [images.read_picture(path) for path in class_pictures.own] if class_pictures else []
-        generated = [path for path in class_pictures.paths if path.exists()] if class_pictures else []
-        for picture in [*photographs, *generated]:
+        class_pictures = training.plan_class_pictures(run, sd, base, subjects)
+        own = [images.read_picture(path) for pictures in class_pictures for path in pictures.own]
+        generated = [path for pictures in class_pictures for path in pictures.paths if path.exists()]
+        for picture in generated:
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
-    checkpoint = run.begin(state, photographs, own)
+    checkpoint = run.begin(state, subjects, own)
     world.print_main(sd.summary)
     training.tell_memory(run, sd, tuning)
     if checkpoint is not None:
         world.print_main(f"resuming from {checkpoint}")
     elif settings.resume_from_checkpoint is not None:
         world.print_main(f"no checkpoint in {run.claim.checkpoints} yet: starting from the base model")
-    return state, photographs, class_pictures
+    return state, subjects, class_pictures
 
 
 def load(run: Run) -> StableDiffusion:
@@ -133,56 +137,40 @@ def load(run: Run) -> StableDiffusion:
     return sd
 
 
-def plan_class_pictures(run: Run, sd: StableDiffusion, base: str) -> ClassPictures | None:
-    """The class pictures that the run needs; None without the prior term. base: the base model's fingerprint."""
-    settings = run.settings
-    if not settings.with_prior_preservation or settings.predicts_prior:
-        return None
-    guidance = settings.class_guidance_scale
-    recipe = {
-        "prompt": settings.class_prompt,
-        "sampler": settings.sampler,
-        "steps": settings.sample_steps,
-        "guidance_scale": settings.guidance_scale if guidance is None else guidance,
-        "resolution": settings.resolution,
-        "prediction": sd.config.schedule.prediction,
-        "model": base,
-    }
-    folder = settings.class_data_dir or run.folder / "class"
-    return ClassPictures(folder, settings.num_class_images, settings.seed, recipe)
-
-
-def prepare(
-    run: Run, state: TrainingState, photographs: list[Picture], class_pictures: ClassPictures | None
-) -> Batches:
+def prepare(run: Run, state: TrainingState, subjects: list[Subject], class_pictures: list[ClassPictures]) -> Batches:
     """Encodes pictures and prompts once where possible, and casts frozen networks to the compute type."""
     settings, sd = run.settings, state.trainable.sd
     if settings.rescale_betas_zero_snr:  # only now: the base model's own pictures are made as it was trained
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
-    kinds = [("instance", settings.instance_prompt, photographs)]
     with run.world.agreed():
-        if class_pictures is not None:
-            kinds.append(("class", settings.class_prompt, class_pictures.read(run)))
-        rows = [training.make_rows(run, sd, *kind) for kind in kinds]
+        photographs = training.sort_photographs(subjects, settings, sd, run.identity.parts["global_batch"])
+        rows = [training.make_rows(run, sd, "instance", photographs)]
+        if class_pictures:
+            examples = training.read_class_pictures(run, class_pictures)
+            rows.append(training.make_rows(run, sd, "class", training.sort_class_pictures(photographs, examples)))
+    run.subject_losses = training.SubjectLosses([subject.name for subject in subjects], run.world.device)
     if settings.predicts_prior:
-        state.trainable.keep_base(settings.class_prompt, run.precision.dtype)
-        rows.append(replace(rows[0], prompt=settings.class_prompt, is_class=True))  # the same noisy latents
+        prompts = tuple(subject.class_prompt for subject in subjects)
+        state.trainable.keep_base(prompts[0], run.precision.dtype)
+        rows.append(rows[0].of_class(prompts))  # the same noisy latents
     if settings.random_crop:
         sd.freeze(sd.vae, torch.float32)
     else:
         sd.forget_encoder()
         sd.freeze(sd.vae, run.precision.dtype)
-    state.trainable.prepare(tuple(dict.fromkeys(part.prompt for part in rows)), run.precision.dtype)
+    prompts = dict.fromkeys(prompt for part in rows for prompt in part.draws.distinct_prompts)
+    state.trainable.prepare(tuple(prompts), run.precision.dtype)
     return Batches(rows, settings, run.world)
 
 
-def finish(run: Run, state: TrainingState, photographs: list[Picture]) -> None:
+def finish(run: Run, state: TrainingState, subjects: list[Subject]) -> None:
     """Writes the result, and the sheets that show what the model has learned."""
     with state.averaged():
         path, left_out = run.world.on_main(lambda: state.save_result(run.folder))
         if left_out:
             run.world.print_main(f"not in the model: {abbreviate(left_out)}")
         training.make_sheet(run, state.trainable.sd, "after")
+    photographs = [example.picture for subject in subjects for example in subject.examples]
     sheet = run.world.on_main(lambda: training.make_comparison(run, photographs))
     run.world.on_main(lambda: illustrate(path, sheet))
     run.world.print_main(f"model: {path}\nsheet: {sheet}")

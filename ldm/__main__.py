@@ -155,6 +155,7 @@ def convert(args: Namespace) -> None:
     metadata = dict(sd.source.metadata)
     for path, scale in args.lora:
         adapter = sd.merge_lora(path, scale)
+        sd.adopt_schedule([adapter])
         metadata = {key: text for key, text in adapter.metadata.items() if key == formats.SAMPLING_KEY} | metadata
         print(f"added {scale:g} x {path}: {len(adapter.pairs)} modules")
     if args.lora and (bad := formats.not_finite(sd.state())):
@@ -255,7 +256,7 @@ def extract_lora(args: Namespace) -> None:
     print(f"kept {kept:.1%} of the squared change of {len(adapter.pairs)} weights")
     print(f"not in the LoRA: {1 - inside / whole:.1%} of the squared change of the whole model, in other tensors")
     names = {"sd_model_name": Path(args.base).name, "output_name": output.stem}
-    about = tuned.source.metadata | formats.kohya_metadata(base.config, adapter, **names)
+    about = tuned.source.metadata | formats.kohya_metadata(tuned.config, adapter, **names)
     _write_lora(output, adapter, about, args)
 
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from ldm import formats
 from ldm.clip import Block
 from ldm.formats import Tensors
+from ldm.guidance import Contexts
 from ldm.model import StableDiffusion
 from ldm.runtime import compile_blocks, replacing
 from ldm.tokens import LearnedToken
 from ldm.unet import ResBlock, TransformerBlock
 
 Prompts = tuple[str, ...]
+PROMPTS_AT_ONCE = 64  # that a frozen text encoder encodes before training
 TRAIN_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -93,6 +95,7 @@ class Batch:
     class_rows: Tensor  # the places of those rows, int64
     last: bool = True  # whether this is the last batch whose gradients the step accumulates
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], 1 where the loss counts in full; 1 in rows of the class prior
+    subject: Tensor | None = None  # (B,) the number of each row's subject, int64
 
 
 class Trainable(nn.Module):
@@ -122,32 +125,20 @@ class Trainable(nn.Module):
         sd.unet.checkpointing = sd.text_encoder.text_model.checkpointing = settings.gradient_checkpointing
         self._base: list[Any] = []  # see `keep_base`
         self._base_schedule = sd.schedule  # what the base model was trained on, also if the run trains on another one
-        self._ids: dict[Prompts, Tensor] = {}
-        self._rows: dict[Prompts, Tensor] = {}  # (B,) places of a batch's prompts among its distinct ones
-        self._contexts: dict[Prompts, Tensor] = {}  # while the text encoder is frozen
+        self._contexts = Contexts(sd.tokenizer, sd.text_encoder, sd.device)
 
     # One forward pass
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """noisy: (B, 4, h, w); t: (B,); prompts: B, one a row. Returns the prediction, (B, 4, h, w)."""
-        prompts, distinct = tuple(prompts), tuple(dict.fromkeys(prompts))
-        if prompts not in self._rows:  # made once, since the device may have to copy it
-            self._rows[prompts] = torch.tensor([distinct.index(prompt) for prompt in prompts]).to(noisy.device)
-        context = self.context(distinct).index_select(0, self._rows[prompts])  # (B, L, D)
+        context = self.context(prompts)  # (B, L, D)
         if (dtype := next(self.sd.unet.parameters()).dtype) != torch.float32:
             noisy, context = noisy.to(dtype), context.to(dtype)
         return self.sd.unet(noisy, t, context)
 
-    def context(self, prompts: Prompts) -> Tensor:
-        """Distinct prompts -> (P, L, D). While the text encoder is frozen it runs once for all steps."""
-        if prompts not in self._ids:
-            self._ids[prompts] = self.sd.tokenizer(list(prompts)).to(self.sd.device)
-        if self.text_encoder_trains:
-            return self.sd.text_encoder(self._ids[prompts])
-        if prompts not in self._contexts:
-            with torch.no_grad():
-                self._contexts[prompts] = self.sd.text_encoder(self._ids[prompts])
-        return self._contexts[prompts]
+    def context(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> (B, L, D). While the text encoder is frozen it encodes each prompt of `prepare` once."""
+        return self._contexts.trained(prompts) if self.text_encoder_trains else self._contexts.frozen(prompts)
 
     @property
     def text_encoder_trains(self) -> bool:
@@ -178,9 +169,16 @@ class Trainable(nn.Module):
         If the settings say so, torch compiles UNet and text encoder when they first run.
         """
         self.compile_networks()
+        self.keep_prompts(prompts)
         if not self.text_encoder_trains:
-            self.context(prompts)
             self.sd.freeze(self.sd.text_encoder, dtype)
+
+    def keep_prompts(self, prompts: Prompts) -> None:
+        """Encodes these prompts once, if the text encoder is frozen."""
+        self._contexts.keep(prompts)
+        if not self.text_encoder_trains:
+            for i in range(0, len(prompts), PROMPTS_AT_ONCE):
+                self.context(prompts[i : i + PROMPTS_AT_ONCE])
 
     def compile_networks(self) -> None:
         """Makes torch compile UNet and text encoder block by block, if the settings say so."""

@@ -3,7 +3,9 @@
 import io
 import os
 import warnings
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ MAX_SIDE = 8192  # pixels along a picture to make
 MAX_PIXELS = 125_000_000  # of a picture to read and of a sheet to write; Pillow takes 4 bytes for each
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
 MAX_BYTES = 1 << 28  # of a picture's file
+ORIENTATION = 274  # EXIF's tag
 TILE = 1024  # pixels along a part that is converted at once
 
 MIN_CELL = 128  # pixels along a cell of a contact sheet
@@ -51,14 +54,14 @@ def read_picture(path: Path) -> Picture:
         raise InputError(f"{path} can't be read ({error.strerror}); repair it or take it away") from None
 
 
-def find_pictures(folder: str | Path) -> list[Path]:
+def find_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
     """The picture files in a folder, sorted by name; see `list_pictures`.
 
     Raises InputError if there is no such folder, or no picture in it.
     """
     if not exists(folder) or not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder; give the folder of the photographs")
-    if pictures := list_pictures(folder):
+    if pictures := list_pictures(folder, ours):
         return pictures
     raise InputError(f"{folder} holds no picture; put the photographs (.jpg, .png, ...) there")
 
@@ -68,17 +71,26 @@ def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
 
     ours: names of files to skip without a warning.
     """
-    formats = Image.registered_extensions()
-    known = {extension for extension, format in formats.items() if format in readable_formats()}
     pictures = []
     for path in list_folder(folder):
         if path.name in ours:
             continue
-        if os.path.isfile(path) and path.suffix.lower() in known and not path.name.startswith("."):
+        if is_picture(path):
             pictures.append(path)
         else:
             warnings.warn(one_line(f"skipped {path}: not a picture file that can be read"), stacklevel=2)
     return pictures
+
+
+def is_picture(path: Path) -> bool:
+    """Whether this is a file whose name ends as that of a picture of a known format, and that is not hidden."""
+    return os.path.isfile(path) and path.suffix.lower() in _endings() and not path.name.startswith(".")
+
+
+@cache
+def _endings() -> frozenset[str]:
+    known = readable_formats()
+    return frozenset(ending for ending, format in Image.registered_extensions().items() if format in known)
 
 
 def load_picture(path: str | Path | Picture, resolution: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
@@ -96,11 +108,17 @@ def square(path: str | Path | Picture, resolution: int, centre: tuple[float, flo
     return fit(path, resolution, resolution, centre)
 
 
-def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+def fit(
+    path: str | Path | Picture,
+    width: int,
+    height: int,
+    centre: tuple[float, float] = (0.5, 0.5),
+    convert: Callable[[Image.Image], Image.Image] | None = None,
+) -> Image.Image:
     """One picture as 8-bit RGB: upright, resized until it covers `width` x `height`, and cut to that.
 
-    centre: where it is cut, from (0, 0), left and top, to (1, 1). Raises InputError, which names the file, if it can't
-    be read.
+    centre: where it is cut, from (0, 0), left and top, to (1, 1). convert: used in place of `to_rgb`. Raises
+    InputError, which names the file, if it can't be read.
     """
     file: Path | io.BytesIO = path
     if isinstance(path, Picture):
@@ -110,7 +128,7 @@ def fit(path: str | Path | Picture, width: int, height: int, centre: tuple[float
     try:
         with open_picture(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
-            return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
+            return ImageOps.fit((convert or to_rgb)(image), (width, height), Image.Resampling.LANCZOS, centering=centre)
     except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
@@ -131,6 +149,37 @@ def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
     return image
+
+
+@contextmanager
+def opened(picture: Picture) -> Iterator[Image.Image]:
+    """Opens a picture from its content. Turns whatever Pillow raises into an InputError, which names the file."""
+    try:
+        with open_picture(io.BytesIO(picture.content)) as image:
+            yield image
+    except Exception as error:  # Pillow's plugins can raise anything on a damaged picture
+        raise InputError(f"{picture.path} can't be read as a picture ({error}); repair it or take it away") from None
+
+
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """Width and height of a picture as it is seen, from the file's first bytes. Raises InputError as `fit`."""
+    with opened(picture) as image:
+        width, height = image.size
+        is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
+    return (height, width) if is_turned else (width, height)
+
+
+def centre_at(point: tuple[float, float], size: tuple[int, int], cut: tuple[int, int]) -> tuple[float, float]:
+    """The `centre` for `fit` that has a point of a picture as near to the middle of the cut as possible.
+
+    point: from (0, 0), left and top, to (1, 1). size, cut: width and height of the picture, and of what `fit` makes.
+    """
+    scale = max(c / s for c, s in zip(cut, size, strict=True))
+    centre = []
+    for at, whole, part in zip(point, size, cut, strict=True):
+        share = min(1.0, part / (whole * scale))  # of the side that the cut keeps
+        centre.append(0.5 if share > 1 - 1e-9 else min(1.0, max(0.0, (at - share / 2) / (1 - share))))
+    return centre[0], centre[1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

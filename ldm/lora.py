@@ -145,6 +145,11 @@ class Adaptable:
             self._applied += (attach(layer, lora, scale),)
         return adapter
 
+    def adopt_schedule(self, adapters: Iterable[Adapter]) -> None:
+        """Samples with zero terminal SNR from now on, if a LoRA was trained so and the model predicts v."""
+        if self.config.schedule.prediction == "v" and any(adapter.has_zero_terminal_snr for adapter in adapters):
+            self.reschedule(zero_terminal_snr=True, spacing="trailing")
+
     def remove_lora(self) -> None:
         """Removes all applied LoRAs: the model computes what it did before, to the bit."""
         for handle in self._applied:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ldm.config import ScheduleConfig
 from ldm.errors import InputError
 
-FLOOR = 2.0**-24  # smallest abar; only a schedule with zero terminal SNR reaches it
+FLOOR = 2.0**-24  # smallest abar of a schedule without zero terminal SNR
+LAST_FLOOR = 2.0**-32  # and with it
 
 
 class Schedule:
@@ -26,6 +27,7 @@ class Schedule:
     With zero terminal SNR the last beta is 1 and abar would end on 0, where x_0 does not follow from eps. It ends on
     2**-24 instead, as in diffusers' Euler and DPM-Solver++. In float32, x0 = (x - sqrt(1 - abar) eps) / sqrt(abar)
     loses about 2**-24 / sqrt(abar) to rounding, and the floor shifts it by sqrt(abar): both are 2**-12 here.
+    Betas above SD's can bring abar below that one step earlier; it ends on half of that step's then.
 
     Raises InputError for betas that make NaN, for an unknown spacing, and for zero terminal SNR with a model that
     predicts eps or with leading steps.
@@ -48,11 +50,14 @@ class Schedule:
             if config.spacing != "trailing":
                 raise InputError("zero terminal SNR needs trailing steps: leading steps never begin at the last one")
             self.betas = _zero_terminal_snr(self.betas)
-        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0).clamp(min=FLOOR)
+        least = LAST_FLOOR if config.zero_terminal_snr else FLOOR
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0).clamp(min=least)
+        if config.zero_terminal_snr:
+            self.alphas_cumprod[-1] = min(FLOOR, self.alphas_cumprod[-2].item() / 2)
         if self.alphas_cumprod[0] > 1.0 - FLOOR or not (self.alphas_cumprod.diff() < 0.0).all():
             raise InputError(
                 f"{config.timesteps} betas from {config.beta_start} to {config.beta_end} make NaN: alphas_cumprod, the "
-                f"share of the picture in x_t, has to fall at every step, from at most 1 - 2**-24 to at least 2**-24"
+                f"share of the picture in x_t, has to fall at every step, from at most 1 - 2**-24 to {least:.0e}"
             )
         self._moved: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._asked: dict[tuple[Schedule, torch.device], tuple[Tensor, Tensor, Tensor]] = {}

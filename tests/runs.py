@@ -21,8 +21,11 @@ from torch.utils.data import default_collate
 
 import train
 from ldm import InputError
-from ldm.training import LatentDraws, Rows
+from ldm.images import Picture
+from ldm.training import Example, LatentDraws, Rows
 from ldm.training.latents import Latents
+from ldm.training.mixture import Mixture
+from ldm.training.sorting import Bucket, Collection
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = """--instance-prompt=a sks dog|--class-prompt=a dog|--resolution=16|--sample-steps=1|--guidance-scale=1
@@ -121,15 +124,22 @@ def run(line: Sequence[str], folder: Path, status: int | None = 0, **environment
     return done
 
 
-def latent_rows(kind: str, mean: torch.Tensor, std: torch.Tensor, seed: int = 0) -> Rows:
+def collection(pictures: Sequence[Picture], size: tuple[int, int], shape: tuple[int, int, int]) -> Collection:
+    """Pictures of one subject, all cut to one size. shape: (C, h, w) of their latents."""
+    examples = tuple(Example(picture, "") for picture in pictures)
+    return Collection((Bucket(size, shape, examples, (tuple(range(len(pictures))),)),), Mixture())
+
+
+def latent_rows(kind: str, mean: torch.Tensor, std: torch.Tensor, seed: int = 0, prompt: str = "") -> Rows:
     """Rows of pictures with these latents, mean and std (N, views, C, h, w), for a schedule of 1000 steps."""
-    draws = LatentDraws(seed, kind, len(mean), tuple(mean.shape[2:]), range(1000), views=mean.shape[1])
-    return Rows("", draws, mean.device, Latents(mean, std), is_class=kind == "class")
+    pictures = collection([Picture(Path(), b"")] * len(mean), (0, 0), tuple(mean.shape[2:]))
+    draws = LatentDraws(seed, kind, pictures, range(1000), prompts=(prompt,), views=mean.shape[1])
+    return Rows(draws, mean.device, (Latents(mean, std),), is_class=kind == "class")
 
 
 def sample_rows(rows: Rows, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents, noise and t of the rows first ... first + count - 1."""
-    return rows.sample(default_collate([rows.draws[index] for index in range(first, first + count)]))
+    return rows.sample(default_collate([rows.draws[index] for index in range(first, first + count)]))[:3]
 
 
 def metrics(run: Path) -> list[dict]:

@@ -57,15 +57,22 @@ WINGS = {
         optimizer
         piecewise
         tracking
+        captions
+        variation
+        focus
+        beside
+        examples
+        masks
         setting
+        settings_subjects
         settings_data
         settings_training
         settings_loss
         settings_output
         settings
-        examples
         subjects
         settings_toml
+        kohya
         token_tuning
         tuning
         options
@@ -77,7 +84,11 @@ WINGS = {
         log
         saver
         run
+        mixture
+        buckets
+        sorting
         latents
+        rows
         batches
         class_pictures
         validation

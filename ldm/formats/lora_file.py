@@ -50,6 +50,11 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
 
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether it was trained on a schedule with zero terminal SNR, as its file says under kohya's name."""
+        return self.metadata.get("ss_zero_terminal_snr") == "True"
+
     def tensors(self) -> Tensors:
         """The tensors under kohya's names."""
         tensors = {}
@@ -208,6 +213,8 @@ def kohya_metadata(config: ModelConfig, adapter: Adapter, **names: str) -> dict[
         "network_dim": str(linear.rank),
         "network_alpha": f"{linear.alpha:g}",
     }
+    if config.schedule.zero_terminal_snr:
+        facts["zero_terminal_snr"] = "True"
     if kernels:
         pair = pairs[kernels[0]]
         facts["network_args"] = json.dumps({"conv_dim": str(pair.rank), "conv_alpha": f"{pair.alpha:g}"})

@@ -63,6 +63,7 @@ class Source:
         name = family(self.config) or "a model of its own size"
         layout = {"official": "official single file", "diffusers": "diffusers folder"}[self.layout]
         predicts = f"predicts {self.config.schedule.prediction} ({self.prediction_from})"
+        predicts += ", zero terminal SNR" if self.config.schedule.zero_terminal_snr else ""
         return f"{name}, {layout}, {'/'.join(self.dtypes)}, {predicts}"
 
     def official_tensors(self) -> Tensors:

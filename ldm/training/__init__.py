@@ -2,13 +2,24 @@
 
 setting         one setting, and a group of them
 settings_data, settings_training, settings_loss, settings_output      the groups
+settings_subjects  several subjects in one run
 settings        every setting of a run, and whether a run that resumes may change it
+captions        the prompts of single pictures, and words for {token} and {class} in them
+variation       leaves captions out, and shuffles tags
+focus           where the subject of a photograph is
+beside          which files of a folder belong to which photograph
 examples        what a folder says about each of its photographs
+masks           where in a photograph the loss counts
 subjects        the subjects that a run teaches
+kohya           kohya's data-set folders as subjects
 options         reads settings from the command line and TOML files
 settings_toml   writes them as TOML, from which the run can be repeated
+mixture         which subject and which size of picture each row has
+buckets         sizes for photographs that are not square
+sorting         sorts the pictures of all subjects by their sizes
 latents         encodes the pictures once
-batches         the rows of each step, a function of seed and index
+rows            the rows of a run, a function of seed and index
+batches         the rows of each step
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
 tuning          which parameters train: a LoRA, or the whole networks
@@ -29,20 +40,25 @@ validation      sheets of pictures, before and after
 tracking        TensorBoard and Weights & Biases
 """
 
-from ldm.training.batches import Batches, CropDraws, LatentDraws, Rows, make_rows
-from ldm.training.class_pictures import ClassPictures
-from ldm.training.examples import Example, read_examples
-from ldm.training.latents import encode, encode_pictures
+from ldm.training.batches import Batches
+from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
+from ldm.training.examples import Example
+from ldm.training.latents import check_photographs, encode, encode_pictures
+from ldm.training.masks import load_mask
 from ldm.training.memory import Memory, predict, tell_memory
+from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
 from ldm.training.precision import set_exactness
+from ldm.training.rows import CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.run import Run
 from ldm.training.settings import Settings
+from ldm.training.sorting import cut_from_photographs, sort_class_pictures, sort_photographs
 from ldm.training.state import TrainingState
 from ldm.training.subjects import Subject, read_subjects
 from ldm.training.token_tuning import TokenTuning
 from ldm.training.tuning import LoRATuning, tuning_of
 from ldm.training.validation import make_comparison, make_sheet, sheet_path
+from ldm.training.variation import vary
 
 __all__ = [
     "Batches",
@@ -50,25 +66,33 @@ __all__ = [
     "CropDraws",
     "Example",
     "LatentDraws",
-    "Memory",
     "LoRATuning",
+    "Memory",
     "Rows",
     "Run",
     "Settings",
     "Subject",
+    "SubjectLosses",
     "TokenTuning",
     "TrainingState",
+    "check_photographs",
+    "cut_from_photographs",
     "encode",
     "encode_pictures",
+    "load_mask",
     "make_comparison",
     "make_rows",
     "make_sheet",
     "parse",
+    "plan_class_pictures",
     "predict",
-    "read_examples",
+    "read_class_pictures",
     "read_subjects",
     "set_exactness",
     "sheet_path",
+    "sort_class_pictures",
+    "sort_photographs",
     "tell_memory",
     "tuning_of",
+    "vary",
 ]

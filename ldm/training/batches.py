@@ -1,122 +1,18 @@
-"""Photographs -> the batches of a run. Every row is a function of (seed, kind, index) alone.
-
-A run has the same rows with any split into batches and processes, and after a resume. torch's loader draws the random
-part of each row on the CPU. All rows of a batch are moved to the device and turned into latents at once.
-"""
+"""Rows -> the batches of each step, the same rows of a step for any number of processes and accumulated batches."""
 
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
-from ldm import rng
 from ldm.dreambooth import Batch
 from ldm.errors import InputError
-from ldm.images import Picture, load_picture
-from ldm.model import StableDiffusion
-from ldm.runtime import World, progress_bar
-from ldm.training.latents import Encode, Latents, encode, encode_pictures
-from ldm.training.run import Run
+from ldm.runtime import World
+from ldm.training.rows import Columns, Draws, Rows, Sample
 from ldm.training.settings import Settings
-
-Columns = dict[str, Tensor]  # of several rows
-
-
-@dataclass(frozen=True)
-class Draws(Dataset):
-    """The random part of the rows of one kind: draws[index] has the picture's number, t, noise and spread.
-
-    noise, spread: (C, h, w) standard normal; the row's latents are mean + std * spread.
-    """
-
-    seed: int
-    kind: str  # "instance" or "class"
-    count: int  # pictures; each epoch takes every picture once, newly shuffled
-    shape: tuple[int, int, int]  # (C, h, w) of the latents
-    timesteps: range  # those that t is drawn from
-    noise_offset: float = 0.0  # standard deviation of a shift of each of the noise's channels
-
-    def __getitem__(self, index: int) -> Columns | InputError:
-        generator = rng.generator(self.seed, self.kind, "noise", index)
-        spread, noise = torch.randn((2, *self.shape), generator=generator)
-        t = torch.randint(self.timesteps.start, self.timesteps.stop, (), generator=generator)
-        k = rng.pick(self.seed, self.kind, index, self.count)
-        try:
-            view = self.view(k, generator)
-            if self.noise_offset:  # Guttenberg 2023; drawn last, so that all else is drawn as without it
-                noise = noise + self.noise_offset * torch.randn(self.shape[0], 1, 1, generator=generator)
-            return {"spread": spread, "noise": noise, "t": t, **view}
-        except InputError as error:  # a loader's process can't raise it in one line, so it is returned as a row
-            return error
-
-    def view(self, k: int, generator: torch.Generator) -> Columns:
-        """The columns that say which picture and view the row has, or hold its pixels."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class LatentDraws(Draws):
-    """Draws for pictures whose latents are kept. views: 2 if each is also kept mirrored."""
-
-    views: int = 1
-
-    def view(self, k: int, generator: torch.Generator) -> Columns:
-        view = torch.randint(self.views, (), generator=generator) if self.views > 1 else torch.tensor(0)
-        return {"picture": torch.tensor(k), "view": view}
-
-
-@dataclass(frozen=True)
-class CropDraws(Draws):
-    """Draws for pictures that are cut at a random place each time, and mirrored half of the time if `flip`."""
-
-    pictures: Sequence[Picture] = ()
-    resolution: int = 0
-    flip: bool = False
-
-    def view(self, k: int, generator: torch.Generator) -> Columns:
-        x, y, mirrored = torch.rand(3, generator=generator).tolist()
-        image = load_picture(self.pictures[k], self.resolution, (x, y))
-        return {"image": image.flip(2) if self.flip and mirrored < 0.5 else image}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one prompt. latents: the pictures' latents if they are kept; else `encode` makes them from each image."""
-
-    prompt: str
-    draws: Draws
-    device: torch.device
-    latents: Latents | None = None
-    encode: Encode | None = None
-    is_class: bool = False
-
-    def sample(self, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
-        """Columns of B rows -> latents and noise, (B, C, h, w), and t, (B,), on the device."""
-        drawn = {name: column.to(self.device, non_blocking=True) for name, column in columns.items()}
-        if self.latents is not None:
-            mean, std = (part[drawn["picture"], drawn["view"]] for part in self.latents)
-        else:
-            mean, std = self.encode(drawn["image"])
-        return mean + std * drawn["spread"], drawn["noise"], drawn["t"]
-
-
-def make_rows(run: Run, sd: StableDiffusion, kind: str, prompt: str, pictures: Sequence[Picture]) -> Rows:
-    """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
-    settings, device = run.settings, run.world.device
-    shape = sd.latent_shape(settings.resolution, settings.resolution)
-    common = (settings.seed, kind, len(pictures), shape, settings.timesteps(sd.schedule), settings.noise_offset)
-    if settings.random_crop:
-        draws = CropDraws(*common, tuple(pictures), settings.resolution, settings.random_flip)
-        return Rows(prompt, draws, device, encode=partial(encode, sd), is_class=kind == "class")
-    title = f"encoding {kind} pictures"
-    with progress_bar(run.stop, title, len(pictures), "picture", show=run.world.main) as progress:
-        latents = encode_pictures(sd, pictures, settings.resolution, settings.random_flip, progress)
-    draws = LatentDraws(*common, views=latents.mean.shape[1])
-    return Rows(prompt, draws, device, latents, is_class=kind == "class")
 
 
 class Batches:
@@ -132,7 +28,6 @@ class Batches:
         self.class_rows = torch.tensor(
             [i for i, row in enumerate(is_class) if row], dtype=torch.long, device=world.device
         )
-        self.prompts = tuple(part.prompt for part in rows for _ in range(self.size))
         self._next: int | None = None
 
     def take(self, taken: int) -> Iterator[Batch]:
@@ -141,17 +36,23 @@ class Batches:
             self._columns = zip(*(iter(self._loader(rows.draws, taken)) for rows in self.rows), strict=True)
         self._next = taken + 1
         for part in range(self.parts):
-            sampled = [
+            samples = [
                 self._sample(rows, columns) for rows, columns in zip(self.rows, next(self._columns), strict=True)
             ]
-            latents, noise, t = (torch.cat(column) for column in zip(*sampled, strict=True))
-            last = part == self.parts - 1
-            yield Batch(latents, noise, t, self.prompts, self.is_class, self.class_rows, last)
+            yield self._batch(samples, last=part == self.parts - 1)
 
-    def _sample(self, rows: Rows, columns: Columns | InputError) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, rows: Rows, columns: Columns | InputError) -> Sample:
         if isinstance(columns, InputError):
             raise columns
         return rows.sample(columns)
+
+    def _batch(self, samples: Sequence[Sample], last: bool) -> Batch:
+        latents, noise, t, subject = (torch.cat([sample[i] for sample in samples]) for i in range(4))
+        prompts = tuple(prompt for sample in samples for prompt in sample.prompts)
+        mask = None
+        if any(sample.mask is not None for sample in samples):
+            mask = torch.cat([_full(s.latents) if s.mask is None else s.mask for s in samples])
+        return Batch(latents, noise, t, prompts, self.is_class, self.class_rows, last, mask, subject)
 
     def _loader(self, draws: Draws, start: int) -> DataLoader:
         return DataLoader(
@@ -162,6 +63,11 @@ class Batches:
             worker_init_fn=_ignore_signals,
             pin_memory=self.world.device.type == "cuda",
         )
+
+
+def _full(latents: Tensor) -> Tensor:
+    """A mask that is 1 everywhere."""
+    return torch.ones_like(latents[:, :1])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,22 @@ from typing import Any
 from ldm import images, rng, samplers
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import at_once, check_writable, exists, locked, progress_bar, read_json, side_by_side, written
+from ldm.runtime import (
+    at_once,
+    check_writable,
+    exists,
+    list_folder,
+    locked,
+    progress_bar,
+    read_json,
+    side_by_side,
+    written,
+)
 from ldm.training import continuity
+from ldm.training.beside import companions
+from ldm.training.examples import Example
 from ldm.training.run import Run
+from ldm.training.subjects import Subject
 
 MANIFEST = "manifest.json"
 # The temporary name of a file, with the host and the process that write it.
@@ -55,7 +68,7 @@ class ClassPictures:
         made = manifest["pictures"] if manifest else {}
         own: list[Path] = []
         if exists(self.folder) and self.folder.is_dir():
-            own = images.list_pictures(self.folder, ours={MANIFEST, *made})
+            own = images.list_pictures(self.folder, ours={MANIFEST, *made, *companions(list_folder(self.folder))})
         wanted = max(0, count - len(own))
         self.planned = {f"class-{i:05d}.png": rng.number(seed, "class picture", i) for i in range(wanted)}
         clash = [p.name for p in own if p.name in self.planned]
@@ -91,12 +104,6 @@ class ClassPictures:
     def missing(self) -> list[str]:
         """Names of the pictures that are still to be generated."""
         return [name for name in self.planned if not os.path.lexists(self.folder / name)]
-
-    def read(self, run: Run) -> list[images.Picture]:
-        """All pictures. Raises InputError if one can't be read, or is not the one that a resumed run began with."""
-        pictures = [images.read_picture(path) for path in self.paths]
-        run.identify(class_pictures=continuity.sums(pictures))
-        return pictures
 
     def generate(self, run: Run, sd: StableDiffusion) -> None:
         """Writes the manifest, then generates missing pictures; each process makes a share.
@@ -158,6 +165,51 @@ class ClassPictures:
                 content = io.BytesIO()
                 picture.save(content, format="PNG")
                 _write(self.folder / name, content.getvalue())
+
+
+def plan_class_pictures(run: Run, sd: StableDiffusion, base: str, subjects: Sequence[Subject]) -> list[ClassPictures]:
+    """The class pictures of each subject; none without the prior term. base: the base model's fingerprint.
+
+    Subjects of one class, with no folder of their own, share its pictures. Raises InputError as `ClassPictures`.
+    """
+    settings = run.settings
+    classes = {subject.class_prompt for subject in subjects}
+    if settings.predicts_prior and len(classes) > 1:
+        raise InputError("--prior prediction needs one class prompt for all subjects; give --prior pictures")
+    if not settings.with_prior_preservation or settings.predicts_prior:
+        return []
+    guidance = settings.class_guidance_scale
+    recipe = {
+        "sampler": settings.sampler,
+        "steps": settings.sample_steps,
+        "guidance_scale": settings.guidance_scale if guidance is None else guidance,
+        "resolution": settings.resolution,
+        "prediction": sd.config.schedule.prediction,
+        "model": base,
+    }
+    first = {subject.class_prompt: subject.name for subject in reversed(subjects)}  # of each class
+    planned = []
+    for subject in subjects:
+        own = run.folder / "class"
+        if len(classes) > 1:
+            own /= first[subject.class_prompt]
+        folder = subject.class_data_dir or own
+        about = {"prompt": subject.class_prompt, **recipe}
+        planned.append(ClassPictures(folder, subject.num_class_images, settings.seed, about))
+    return planned
+
+
+def read_class_pictures(run: Run, planned: Sequence[ClassPictures]) -> list[list[Example]]:
+    """All class pictures of each subject.
+
+    Raises InputError if one can't be read, or is not the one that a resumed run began with.
+    """
+    examples = [
+        [Example(images.read_picture(path), pictures.recipe["prompt"]) for path in pictures.paths]
+        for pictures in planned
+    ]
+    run.identify(class_pictures=continuity.sums(example.picture for own in examples for example in own))
+    return examples
 
 
 def _write(path: Path, content: bytes) -> None:

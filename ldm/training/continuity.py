@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,18 @@ from ldm.images import Picture
 from ldm.runtime import World, read_json
 from ldm.training.checkpoint import load_state
 from ldm.training.settings import Settings
+from ldm.training.settings_subjects import FOLDERS
+from ldm.training.subjects import Subject
 
 CONFIG = "config.json"  # in a run's folder
-PICTURES = {"photographs": "photograph", "class_pictures": "class picture"}  # compared by content, and named
+# Compared one by one, and named: what is recorded of each file, and the word for it.
+FILES = {
+    "photographs": "photograph",
+    "captions": "caption of",
+    "masks": "mask of",
+    "focus": "focal point of",
+    "class_pictures": "class picture",
+}
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -37,7 +46,8 @@ class Identity:
     """What identifies a run: its settings, and the parts below.
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
-    class pictures; photographs and class_pictures, the SHA-256 of each by its name; tuning, the name of its
+    class pictures; photographs and class_pictures, the SHA-256 of each by its name; captions, masks (SHA-256) and focus
+    of each photograph; tuning, the name of its
     `Trainable`; launch, the torchrun that it belongs to. The run adds them one after another.
     """
 
@@ -57,16 +67,18 @@ class Identity:
         """
         if before is None:
             return
-        defaults = {field.name: field.default for field in dataclasses.fields(Settings)} | {"tuning": "FullTuning"}
+        defaults = {f.name: f.default for f in dataclasses.fields(Settings)} | {"tuning": "FullTuning", "subjects": []}
         changes = []
         for name, value in self.config.items():
             was = before.get(name, defaults.get(name))
-            if name in PICTURES:
+            if name in FILES:
                 was = was if isinstance(was, dict | None) else {}
                 if was is not None and list(was.values()) != list(value.values()):
-                    changes.append(f"{PICTURES[name]} {first_difference(was, value)}")
+                    changes.append(f"{FILES[name]} {first_difference(was, value)}")
             elif name == "pictures" and "photographs" in before:
                 pass  # compared one by one
+            elif name == "subjects":
+                changes += different_subjects(was, value)
             elif was != value and not self.settings.may_change(name):
                 changes.append(f"{name} was {was!r} and is {value!r}")
         if changes:
@@ -88,8 +100,22 @@ class Identity:
             raise InputError(f"{path} is beyond --max-train-steps {self.settings.max_train_steps}")
 
 
-def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """The first difference between two lists of files (name -> SHA-256), in words."""
+def different_subjects(before: Any, now: list[dict[str, Any]]) -> list[str]:
+    """The differences between the [[subjects]] of two runs, in words. Their folders may have moved."""
+    was = [item for item in before if isinstance(item, dict)] if isinstance(before, list) else []
+    names = [[item.get("name") for item in subjects] for subjects in (was, now)]
+    if names[0] != names[1]:
+        return [f"the subjects were {names[0]} and are {names[1]}"]
+    return [
+        f"{key} of subject {new['name']} was {old.get(key)!r} and is {value!r}"
+        for old, new in zip(was, now, strict=True)
+        for key, value in new.items()
+        if key not in FOLDERS and old.get(key) != value
+    ]
+
+
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first difference between two lists of files (name -> SHA-256 or what else is recorded), in words."""
     for old, new in zip_longest(before.items(), now.items()):
         if old is None:
             return f"{new[0]} is new"
@@ -100,14 +126,34 @@ def first_difference(before: dict[str, str], now: dict[str, str]) -> str:
     return "are in another order"
 
 
+def what_is_taught(subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
+    """The parts of an `Identity` that say what is trained on: what is recorded of each photograph, by its name."""
+    examples = [example for subject in subjects for example in subject.examples]
+    paths = [example.picture.path for example in examples]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):  # in two folders
+        names = [f"{path.parent.name}/{path.name}" for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    table = dict(zip(names, examples, strict=True))
+    return {
+        "photographs": {name: sha256(example.picture) for name, example in table.items()},
+        "captions": {name: example.prompt for name, example in table.items()},
+        "masks": {name: sha256(example.mask) if example.mask else None for name, example in table.items()},
+        "focus": {name: example.focus for name, example in table.items()},
+    }
+
+
 def digest(pictures: Iterable[Picture]) -> str:
     """SHA-256 over the contents of files, in their order."""
     return hashlib.sha256("".join(sha256(picture) for picture in pictures).encode()).hexdigest()
 
 
 def sums(pictures: Iterable[Picture]) -> dict[str, str]:
-    """The SHA-256 of each file's content, by its name, in their order."""
-    return {picture.path.name: sha256(picture) for picture in pictures}
+    """The SHA-256 of each file's content, in their order, by its path from the folder that all files are in."""
+    files = {os.path.abspath(picture.path): sha256(picture) for picture in pictures}
+    common = os.path.commonpath(map(os.path.dirname, files)) if files else ""
+    return {os.path.relpath(path, common): digest for path, digest in files.items()}
 
 
 def sha256(picture: Picture) -> str:

@@ -1,10 +1,20 @@
 """What a folder says about each of its photographs: a prompt, a mask, where the subject is."""
 
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ldm import images
+from ldm.errors import InputError, one_line
 from ldm.images import Picture
+from ldm.runtime import list_folder
+from ldm.training.beside import Files, companions, sort_files
+from ldm.training.captions import ENDINGS, Words, fill, read_lines, read_list
+from ldm.training.focus import Point, camera_focus, read_focus
+
+MIDDLE = (0.5, 0.5)
+STRETCH = 0.01  # between the sides' ratios of a photograph and its mask: sizes are rounded
 
 
 @dataclass(frozen=True)
@@ -18,13 +28,94 @@ class Example:
     picture: Picture
     prompt: str
     mask: Picture | None = None
-    focus: tuple[float, float] | None = None
+    focus: Point | None = None
     repeats: int = 1
 
+    def centre(self, width: int, height: int) -> Point:
+        """Where to cut a picture of this size out of the photograph: around its focus, or the middle if it has none.
 
-def read_examples(folder: str | Path, prompt: str) -> list[Example]:
-    """The photographs in a folder, sorted by name. prompt: that of each.
+        For `images.fit`. Raises InputError, which names the file, if it can't be read.
+        """
+        if self.focus is None:
+            return MIDDLE
+        return images.centre_at(self.focus, images.upright_size(self.picture), (width, height))
 
-    Raises InputError, which names the folder or the file, if there is none, or if one can't be read.
+
+def read_examples(folder: str | Path, prompt: str, words: Words | None = None) -> list[Example]:
+    """The photographs in a folder, sorted by name; of folders within it, those that the folder's list names.
+
+    prompt: that of photographs without a caption. words: what {token} and {class} stand for in captions. Raises
+    InputError, which names the folder or the file, if there is none, or if something can't be read.
     """
-    return [Example(images.read_picture(path), prompt) for path in images.find_pictures(folder)]
+    root, listed = Path(folder), {}
+    if os.path.isdir(root):
+        listed = read_list(root)
+    for name in listed:
+        if not images.is_picture(root / name):
+            raise InputError(f"{root / name} is in the folder's list, and is no picture file that can be read")
+    within = {root / name for name in listed if (root / name).parent != root}
+    ours = {path.relative_to(root).parts[0] for path in within}
+    if os.path.isdir(root):
+        ours |= companions(list_folder(root))
+    beside = images.list_pictures(root, ours) if within else images.find_pictures(root, ours)
+    captions = _Captions(root, listed, prompt, words or {})
+    examples = [captions.example(path) for path in sorted([*beside, *within])]
+    captions.warn()
+    return examples
+
+
+class _Captions:
+    """Finds the caption of each photograph; collects what a person should know of all of them."""
+
+    def __init__(self, root: Path, listed: dict[str, str | None], prompt: str, words: Words):
+        self.root, self.prompt, self.words = root, prompt, words
+        self.listed = {root / name: text for name, text in listed.items()}
+        self.files: dict[Path, Files] = {}
+        self.longer: list[Path] = []  # captions of several lines
+        self.double: list[Path] = []  # photographs with two captions that differ
+
+    def example(self, path: Path) -> Example:
+        if path.parent not in self.files:
+            self.files[path.parent] = sort_files(list_folder(path.parent))
+        files, picture = self.files[path.parent], images.read_picture(path)
+        mask, notes = files.mask(path), files.notes(path)
+        focus = (read_focus(notes) if notes else None) or camera_focus(picture)
+        mask = images.read_picture(mask) if mask else None
+        if mask is not None:
+            check_shape(mask, picture)
+        return Example(picture, self._caption(path, files), mask, focus)
+
+    def _caption(self, path: Path, files: Files) -> str:
+        """The caption of a photograph: the file beside it, else the folder's list, else the usual prompt."""
+        found = files.captions(path)
+        texts = [read_lines(file) for file in found]
+        if not texts:
+            listed = self.listed.get(path)
+            return fill(listed, self.words, f"the caption of {path}") if listed else self.prompt
+        if len(texts[0]) > 1:
+            self.longer.append(found[0])
+        if any(other[0] != texts[0][0] for other in texts):
+            self.double.append(path)
+        return fill(texts[0][0], self.words, found[0])
+
+    def warn(self) -> None:
+        if self.longer:
+            said = f"{self.longer[0]} has several lines, and the first is the caption"
+            warnings.warn(_of_several(said, self.longer), stacklevel=3)
+        if self.double:
+            said = f"{self.double[0]} has two captions, and the one that ends in {ENDINGS[0]} is taken"
+            warnings.warn(_of_several(said, self.double), stacklevel=3)
+
+
+def _of_several(said: str, cases: list[Path]) -> str:
+    return one_line(said if len(cases) == 1 else f"{said}; {len(cases)} pictures in all")
+
+
+def check_shape(mask: Picture, picture: Picture) -> None:
+    """Raises InputError, which names the mask, if it has another shape than its photograph. It may be smaller."""
+    (a, b), (width, height) = images.upright_size(mask), images.upright_size(picture)
+    if abs(a * height - b * width) > max(STRETCH * b * width, max(width, height, a, b)):
+        raise InputError(
+            f"{mask.path} has {a} x {b} pixels, and {picture.path.name} has {width} x {height}; "
+            "a mask should have its photograph's size, or that shape"
+        )

@@ -7,18 +7,29 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
-from ldm.images import Picture, load_picture
+from ldm.images import fit, to_tensor, upright_size
 from ldm.model import StableDiffusion
 from ldm.runtime import side_by_side
+from ldm.training.buckets import Size, cut_around
+from ldm.training.examples import Example
+from ldm.training.focus import Point
+from ldm.training.masks import load_mask
+from ldm.training.settings import Settings
+from ldm.training.sorting import sort_photographs
+from ldm.training.subjects import Subject
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Latents(NamedTuple):
-    """mean, std: (N, views, C, h, w) for N pictures; two views if each is also mirrored, else one."""
+    """mean, std: (N, views, C, h, w) for N pictures; two views if each is also mirrored, else one.
+
+    mask: (N, views, 1, h, w) from 0 to 1, 1 where the loss counts; None without masks.
+    """
 
     mean: Tensor
     std: Tensor
+    mask: Tensor | None = None
 
 
 def encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,25 +49,55 @@ def _encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean * sd.config.vae.scale_factor, posterior.std * sd.config.vae.scale_factor
 
 
+def centre_of(example: Example, size: Size, where: Point) -> Point:
+    """Where a picture is cut to this size, from (0, 0), left and top, to (1, 1).
+
+    where: a place drawn from 0 to 1. The cut of a picture with a focus always holds it.
+    """
+    if example.focus is None:
+        return where
+    return cut_around(example.focus, upright_size(example.picture), size, where)
+
+
+def load_image(example: Example, size: Size, centre: Point) -> Tensor:
+    """A picture, resized and cut to this width and height, as (3, H, W) in [-1, 1]. Raises InputError as `fit`."""
+    return to_tensor(fit(example.picture, *size, centre))
+
+
 def encode_pictures(
-    sd: StableDiffusion, pictures: Sequence[Picture], resolution: int, flip: bool, progress: Callable[[], object]
+    sd: StableDiffusion, examples: Sequence[Example], size: Size, flip: bool, progress: Callable[[], object]
 ) -> Latents:
-    """The latents of pictures, each encoded once, and once more mirrored if `flip`.
+    """The latents of pictures, cut to this width and height. Each is encoded once, and once more mirrored if `flip`.
 
     progress: called after each picture, in any thread. Raises InputError for a picture that can't be read, and for
     latents that are NaN or infinity.
     """
 
-    def work(picture: Picture) -> tuple[Tensor, Tensor]:
-        image = load_picture(picture, resolution).to(sd.device)
+    def work(example: Example) -> tuple[Tensor, Tensor]:
+        image = load_image(example, size, example.centre(*size)).to(sd.device)
         views = [image, image.flip(2)] if flip else [image]
         mean, std = (torch.cat(part) for part in zip(*(_encode(sd, view[None]) for view in views), strict=True))
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise InputError(
-                f"the model's autoencoder makes NaN or infinity of {picture.path}; its weights are damaged"
+                f"the model's autoencoder makes NaN or infinity of {example.picture.path}; its weights are damaged"
             )
         progress()
         return mean, std  # (views, 4, h, w) each
 
-    parts = side_by_side(work, pictures, sd.device)
+    parts = side_by_side(work, examples, sd.device)
     return Latents(*(torch.stack(part) for part in zip(*parts, strict=True)))
+
+
+def check_photographs(subjects: Sequence[Subject], settings: Settings, sd: StableDiffusion) -> None:
+    """Cuts each photograph and its mask once, as training does. Raises InputError, which names one that is wrong."""
+    for bucket in sort_photographs(subjects, settings, sd, rows=1).buckets:
+        for example in bucket.examples:
+            centre = example.centre(*bucket.size)
+            load_image(example, bucket.size, centre)
+            load_mask(example, *bucket.size, centre, bucket.factor)
+
+
+def encode_masks(examples: Sequence[Example], size: Size, factor: int, flip: bool) -> Tensor:
+    """The masks of pictures, cut as `encode_pictures` cuts them: (N, views, 1, h, w). factor: pixels along a latent."""
+    masks = torch.stack([load_mask(example, *size, example.centre(*size), factor) for example in examples])
+    return torch.stack([masks, masks.flip(3)] if flip else [masks], 1)

@@ -112,13 +112,14 @@ class Rehearsal:
         self._sampled: tuple[int, int] | None = None
         precision = Precision(settings.mixed_precision, device, settings.train_dtype)
         self.kernels = Kernels(precision.dtype, device, sd.config.unet.upcast_attention)
-        prompts = [settings.instance_prompt, *([settings.class_prompt] if settings.with_prior_preservation else [])]
+        subject = settings.taught[0]
+        prompts = [subject.instance_prompt, *([subject.class_prompt] if settings.with_prior_preservation else [])]
         self.prompts = tuple(prompt for prompt in prompts for _ in range(settings.train_batch_size))
 
     def class_pictures(self) -> Memory:
         """The sheet before training, or batches of class pictures, on a CPU as many at once as it has cores."""
         given, batches = self.settings, 1
-        pictures = (len(given.validation_prompt) or 2) * given.num_validation_images
+        pictures = len(given.validation_prompt or given.prompts) * given.num_validation_images
         if given.with_prior_preservation:
             pictures = max(pictures, given.num_class_images)
             batches = min(at_once(self.device), -(-given.num_class_images // given.sample_batch_size))
@@ -163,7 +164,7 @@ class Rehearsal:
 
     def sheet(self) -> Memory:
         """The sheet after training, while AdamW's moments are still there."""
-        pictures = (len(self.settings.validation_prompt) or 2) * self.settings.num_validation_images
+        pictures = len(self.settings.validation_prompt or self.settings.prompts) * self.settings.num_validation_images
         work = self._sampling(min(self.settings.sample_batch_size, pictures))
         return self._memory("while it samples the sheet after training", 0, work)
 

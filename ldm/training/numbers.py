@@ -1,9 +1,12 @@
 """The losses and the norm of one step, on their way from the device to the host."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from ldm.dreambooth import Batch, Losses
 
 
 class Numbers:
@@ -13,8 +16,11 @@ class Numbers:
     step runs. `found_inf` stays on the device, where fused AdamW leaves out the update without asking the host.
     """
 
-    def __init__(self, values: Tensor):
-        """values: (processes, 3 * parts + 2): total, subject and prior loss of each part; then norm and signal."""
+    def __init__(self, values: Tensor, subjects: Sequence[str] = ()):
+        """values: (processes, n): a process's row has total, subject and prior loss of each part; the sum of the loss
+        and the number of rows of each subject; the norm; the signal. subjects: their names.
+        """
+        self._subjects = subjects
         self.found_inf = values.isfinite().all().logical_not().float()  # (), 1 if one of them is not finite
         self._copy = to_host(values)
         self._copied = torch.cuda.Event() if values.is_cuda else None
@@ -22,19 +28,51 @@ class Numbers:
             self._copied.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> dict[str, float]:
-        """loss, subject_loss, prior_loss: means over processes and parts; grad_norm; signals: how many have come."""
+        """loss, subject_loss, prior_loss: means over processes and parts; grad_norm; signals: how many have come.
+
+        subject_loss/NAME: the mean over the subject's rows, if the step has any.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         rows = self._copy.tolist()
-        losses = ([value for row in rows for value in row[kind:-2:3]] for kind in range(3))
+        end = len(rows[0]) - 2 - 2 * len(self._subjects)
+        losses = ([value for row in rows for value in row[kind:end:3]] for kind in range(3))
         total, subject, prior = (math.fsum(values) / len(values) for values in losses)
-        named = {"loss": total, "subject_loss": subject, "prior_loss": prior, "grad_norm": rows[0][-2]}
-        return named | {"signals": sum(row[-1] for row in rows)}
+        named = {"loss": total, "subject_loss": subject, "prior_loss": prior}
+        for i, name in enumerate(self._subjects):
+            summed, count = (math.fsum(row[end + 2 * i + k] for row in rows) for k in range(2))
+            if count:
+                named[f"subject_loss/{name}"] = summed / count
+        return named | {"grad_norm": rows[0][-2], "signals": sum(row[-1] for row in rows)}
 
     @property
     def are_finite(self) -> bool:
         """Waits for the copy."""
         return all(map(math.isfinite, self.read().values()))
+
+
+class SubjectLosses:
+    """The losses of several subjects, each summed over the batches of a step on the device. Nothing for one subject."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = tuple(names) if len(names) > 1 else ()
+        self._none = self._sums = torch.zeros(len(self.names), 2, device=device)
+
+    @torch.no_grad()
+    def add(self, batch: Batch, loss: Callable[[Tensor], Losses]) -> None:
+        """loss: gives the losses of the batch where a mask (B,) says which rows are not the subject's."""
+        found = []
+        for i in range(len(self.names)):
+            own = (batch.subject == i) & ~batch.is_class
+            count = own.sum()
+            found.append(torch.stack([loss(~own).subject * count, count]))
+        if found:
+            self._sums = self._sums + torch.stack(found)
+
+    def take(self) -> Tensor:
+        """(2 * subjects,): the sum of the loss and the number of rows of each subject since the last call."""
+        sums, self._sums = self._sums, self._none
+        return sums.flatten()
 
 
 def to_host(values: Tensor) -> Tensor:

@@ -4,14 +4,17 @@ import argparse
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import InputError
 from ldm.runtime import check_path, cli, read_toml
+from ldm.training.captions import Words, fill, words_of
+from ldm.training.kohya import named_folders, with_subjects_of_folders
 from ldm.training.setting import flag
 from ldm.training.settings import Settings
+from ldm.training.settings_subjects import read_tables
 from ldm.training.settings_toml import run_of
 from ldm.training.settings_training import LORA_RATE, LOW_LORA_RATE
 
@@ -40,7 +43,7 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     from_file = _read_toml(Path(config)) if config else {}
     is_tiny = "model" not in given and "model" not in from_file
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    named = (_read_toml(tiny) if is_tiny else {}) | from_file | given
+    named = (_of_tiny(tiny, from_file | given) if is_tiny else {}) | from_file | given
     if config and "output_dir" not in named and (run := run_of(Path(config))):
         resume = named.get("resume_from_checkpoint")
         if resume is not None and not os.path.exists(resume):  # "latest", or the name of a checkpoint in that run
@@ -49,12 +52,45 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     for f in fields(Settings):
         if f.metadata["path"] and (path := getattr(settings, f.name)) is not None:
             check_path(path, flag(f.name))
+    settings = _with_words(with_subjects_of_folders(settings))
     if problem := settings.problems():
         raise InputError(problem)
     if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
         said = f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
         warnings.warn(said, stacklevel=2)
     return settings
+
+
+def _of_tiny(tiny: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the embedded model. Its subject's are left out if other subjects are given with their prompts."""
+    settings = _read_toml(tiny)
+    folder = given.get("instance_data_dir")
+    if "subjects" in given or (folder and os.path.isdir(folder) and named_folders(Path(folder))):
+        own = ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt")
+        settings = {name: value for name, value in settings.items() if name not in own}
+    return settings
+
+
+def _with_words(settings: Settings) -> Settings:
+    """Fills in {token} and {class} in the prompts; a validation prompt that holds them becomes one for each subject."""
+
+    def words(prompt: str | None, class_prompt: str | None) -> Words:
+        return words_of(prompt or "", class_prompt, settings.placeholder_token, settings.initializer_token)
+
+    def filled(group: Any, where: str = "") -> Any:
+        known = words(group.instance_prompt, group.class_prompt)
+        texts = {name: getattr(group, name) for name in ("instance_prompt", "class_prompt")}
+        texts = {name: fill(text, known, f"{where}{flag(name)}") for name, text in texts.items() if text}
+        return replace(group, **texts)
+
+    several = tuple(filled(subject, f"subject {subject.name!r}: ") for subject in settings.subjects)
+    settings = replace(filled(settings), subjects=several)
+    shown = [
+        fill(prompt, words(subject.instance_prompt, subject.class_prompt), "--validation-prompt")
+        for prompt in settings.validation_prompt
+        for subject in settings.taught
+    ]
+    return replace(settings, validation_prompt=tuple(dict.fromkeys(shown)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     for title, settings in groups.items():
         section = parser.add_argument_group(title)
         for f in settings:
-            if f.name not in shown:
+            if f.name not in shown and not f.metadata["in_file_only"]:
                 _add(section, f)
                 shown.add(f.name)
     return parser
@@ -109,6 +145,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if (f := known.get(_key(key))) is None:
             nearest = cli.did_you_mean(key, [f.name for f in fields(Settings)])
             raise InputError(f"--config {path}: {key}: {nearest or 'there is no such setting; --help lists them'}")
+        if f.name == "subjects":
+            settings[f.name] = read_tables(f"--config {path}", value, path.parent)
+            continue
         settings[f.name] = _checked(f"--config {path}: {key}", f, value, path.parent)
     return settings
 

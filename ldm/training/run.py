@@ -16,14 +16,15 @@ from ldm.errors import InputError, RunError
 from ldm.images import Picture
 from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, replacing, written
 from ldm.training import checkpoint, claim
-from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums
+from ldm.training.continuity import CONFIG, Identity, digest, read_config, what_is_taught
 from ldm.training.log import MetricsLog, Reporter
-from ldm.training.numbers import Numbers
+from ldm.training.numbers import Numbers, SubjectLosses
 from ldm.training.precision import Precision
 from ldm.training.saver import Saver
 from ldm.training.settings import SAVES_MEMORY, Settings
 from ldm.training.settings_toml import SETTINGS, to_toml
 from ldm.training.state import Metrics, TrainingState
+from ldm.training.subjects import Subject
 
 METRICS = checkpoint.METRICS
 PREFLIGHT = "preflight.json"
@@ -42,6 +43,7 @@ class Run:
         self.stopped = False  # whether a signal has come to any process, as of the last step
         batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
         self.identity = Identity(settings, global_batch=batch)
+        self.subject_losses = SubjectLosses((), world.device)  # of several subjects, set before training
         self.notes: list[dict[str, Any]] = []  # what `preflight` has said, ready for JSON
         self.state = self._lock = self._saver = self._log = None  # set when training, or the run, begins
         self.claim: claim.Claim = world.on_main(self._choose)
@@ -66,18 +68,18 @@ class Run:
             self.world.print_main(_farewell(self))
         return is_stop
 
-    def begin(self, state: TrainingState, photographs: Sequence[Picture], own: Sequence[Picture]) -> Path | None:
+    def begin(self, state: TrainingState, subjects: Sequence[Subject], own: Sequence[Picture]) -> Path | None:
         """Locks the folder, tidies it and writes the settings. Returns the checkpoint to resume from, if any.
 
-        own: the user's class pictures; a resumed run must have the same ones, and the same photographs. Raises
-        InputError if another run uses the folder, or used it with other settings; RunError for too little space.
+        own: the user's class pictures; a resumed run must have the same, and the same photographs, captions and masks.
+        Raises InputError if another run uses the folder, or used it with other settings; RunError for too little space.
         """
         self.identity.parts |= {
             "base": state.base,
             "tuning": type(state.trainable).__name__,
             "launch": processes.launch(),
-            "pictures": digest([*photographs, *own]),
-            "photographs": sums(photographs),
+            "pictures": digest([*(example.picture for one in subjects for example in one.examples), *own]),
+            **what_is_taught(subjects),
         }
         self.identity.check_everywhere(self.world)
         self.resumed_from: Path | None = self.world.on_main(lambda: self._begin(state))
@@ -150,8 +152,8 @@ class Run:
     def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Numbers:
         """The losses of all processes and their batches, and the gradients' norm, on their way to the host."""
         signal = torch.full((1,), float(self.stop.asked), device=norm.device)
-        values = torch.cat([torch.stack([*map(torch.stack, losses)]).flatten(), norm[None], signal])
-        return Numbers(self.world.gather(values))
+        values = torch.cat([*map(torch.stack, losses), self.subject_losses.take(), norm[None], signal])
+        return Numbers(self.world.gather(values), self.subject_losses.names)
 
     def log(self, numbers: Numbers, metrics: Metrics) -> None:
         """Reports the step when its numbers have arrived: on a GPU while it runs the next step, else at once.

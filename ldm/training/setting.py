@@ -13,15 +13,17 @@ def setting(
     flags: tuple[str, ...] = (),
     path: bool = False,
     may_change: bool | Callable[[Any], bool] = False,
+    in_file_only: bool = False,
     **options: Any,
 ) -> Any:
     """A field with metadata for the command line and for resumed runs.
 
     flags: other names. path: whether it is a path, which in a TOML file is relative to that file's folder. may_change:
     whether a resumed run may have another value than before; a function of the settings where that depends on others.
-    options: for argparse.
+    in_file_only: whether it has no flag, and is given in a TOML file. options: for argparse.
     """
-    known = {"help": text, "flags": flags, "path": path, "may_change": may_change, "options": options}
+    known = {"help": text, "flags": flags, "path": path, "may_change": may_change}
+    known |= {"in_file_only": in_file_only, "options": options}
     return field(default=default, metadata=known)
 
 

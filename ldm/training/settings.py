@@ -7,9 +7,10 @@ from ldm.errors import InputError
 from ldm.formats import MAX_RANK
 from ldm.tokenizer import check_prompt
 from ldm.training.setting import Group, flag
-from ldm.training.settings_data import Model, Photographs, Prior
+from ldm.training.settings_data import Captions, Model, Photographs, Prior, Shapes
 from ldm.training.settings_loss import Loss
 from ldm.training.settings_output import Output, Sampling
+from ldm.training.settings_subjects import SubjectSettings
 from ldm.training.settings_training import (
     LORA_RATE,
     RATE,
@@ -24,6 +25,8 @@ from ldm.training.settings_training import (
 GROUPS: tuple[type[Group], ...] = (
     Model,
     Photographs,
+    Captions,
+    Shapes,
     Prior,
     Trained,
     LoRASettings,
@@ -67,6 +70,20 @@ class Settings(*GROUPS):
     def predicts_prior(self) -> bool:
         """Whether the base model's own prediction is the target of the prior term."""
         return self.with_prior_preservation and self.prior == "prediction"
+
+    @property
+    def taught(self) -> tuple[SubjectSettings, ...]:
+        """The subjects, with the defaults that all share: those of [[subjects]], or else the one of the flags."""
+        usual = {name: getattr(self, name) for name in ("class_prompt", "class_data_dir", "num_class_images")}
+        if not self.subjects:
+            return (SubjectSettings("subject", self.instance_data_dir or "", self.instance_prompt or "", **usual),)
+        return tuple(SubjectSettings(**usual | subject.given()) for subject in self.subjects)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of all subjects, then those of their classes; each once."""
+        named = [subject.instance_prompt for subject in self.taught]
+        return tuple(dict.fromkeys(filter(None, named + [subject.class_prompt for subject in self.taught])))
 
     @classmethod
     def groups(cls) -> list[tuple[type[Group], list[Field]]]:

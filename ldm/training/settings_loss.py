@@ -1,6 +1,6 @@
 """Settings of the loss, and of the noise and the timesteps that it is computed at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ldm.errors import InputError
 from ldm.schedule import Schedule
@@ -52,11 +52,15 @@ class Loss(Group):
                 f"--min-timestep {steps.start} and --max-timestep {steps.stop} hold no timestep of the model's; they "
                 f"should be from 0 to {schedule.timesteps}, the first below the second"
             )
-        if self.rescale_betas_zero_snr and schedule.config.prediction == "eps":
-            raise InputError(
-                "--rescale-betas-zero-snr needs a model that predicts v, and this one predicts eps, which tells "
-                "nothing about pure noise; leave it out, or give --prediction-type v if the model does predict v"
-            )
+        if self.rescale_betas_zero_snr:
+            if schedule.config.prediction == "eps":
+                raise InputError(
+                    "--rescale-betas-zero-snr needs a model that predicts v, and this one predicts eps, which tells "
+                    "nothing about pure noise; leave it out, or give --prediction-type v if the model does predict v"
+                )
+            Schedule(
+                replace(schedule.config, zero_terminal_snr=True, spacing="trailing")
+            )  # raises for betas that it does not suit
 
     def problem(self) -> str | None:
         if problem := not_positive(self, "huber_c", "snr_gamma"):

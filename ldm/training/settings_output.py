@@ -55,6 +55,6 @@ class Sampling(Group):
         if problem := not_a_number(self, "guidance_scale"):
             return problem
         samplers.find(self.sampler)
-        rows = len(self.validation_prompt) or 2
+        rows = len(self.validation_prompt or self.prompts)
         images.check_sheet(rows, self.num_validation_images, self.resolution, self.resolution)
         return None

@@ -1,9 +1,14 @@
-"""The subjects that a run teaches: usually one, from --instance-data-dir and --instance-prompt."""
+"""The subjects that a run teaches, with their photographs: usually one, the folder and the prompt of the flags."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from ldm.errors import InputError
+from ldm.training.captions import words_of
 from ldm.training.examples import Example, read_examples
+from ldm.training.masks import has_alpha
 from ldm.training.settings import Settings
+from ldm.training.settings_subjects import SubjectSettings
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,46 @@ class Subject:
 
 
 def read_subjects(settings: Settings) -> list[Subject]:
-    """The subjects that the settings name, with their photographs. Raises InputError if one can't be read."""
-    return [
-        Subject(
-            name="subject",
-            examples=read_examples(settings.instance_data_dir, settings.instance_prompt),
-            prompt=settings.instance_prompt,
-            class_prompt=settings.class_prompt if settings.with_prior_preservation else None,
-            class_data_dir=settings.class_data_dir,
-            num_class_images=settings.num_class_images,
+    """The subjects that the settings name, with their photographs.
+
+    Raises InputError, which names the file or the folder, if one can't be read.
+    """
+    folders: dict[str, list[SubjectSettings]] = {}
+    for one in settings.taught:
+        folders.setdefault(one.name, []).append(one)
+    subjects = [_subject(parts, settings) for parts in folders.values()]
+    if settings.alpha_masks and not any(example.mask for subject in subjects for example in subject.examples):
+        raise InputError("--alpha-masks: no photograph has an alpha channel or a mask's file")
+    return subjects
+
+
+def _subject(parts: Sequence[SubjectSettings], settings: Settings) -> Subject:
+    """parts: the folders of one subject."""
+    first, examples = parts[0], []
+    for part in parts:
+        words = words_of(
+            part.instance_prompt, part.class_prompt, settings.placeholder_token, settings.initializer_token
         )
-    ]
+        found = read_examples(part.instance_data_dir, part.instance_prompt, words)
+        examples += [replace(_as_set(example, settings), repeats=part.repeats or 1) for example in found]
+    weight = next((part.weight for part in parts if part.weight is not None), None)
+    if weight is None:
+        is_counted = any(part.repeats is not None for part in parts)
+        weight = float(sum(example.repeats for example in examples)) if is_counted else 1.0
+    return Subject(
+        name=first.name,
+        examples=examples,
+        prompt=first.instance_prompt,
+        class_prompt=first.class_prompt if settings.with_prior_preservation else None,
+        class_data_dir=first.class_data_dir,
+        num_class_images=first.num_class_images,
+        weight=weight,
+    )
+
+
+def _as_set(example: Example, settings: Settings) -> Example:
+    if settings.center_crop:
+        example = replace(example, focus=None)
+    if settings.alpha_masks and example.mask is None and has_alpha(example.picture):
+        example = replace(example, mask=example.picture)
+    return example

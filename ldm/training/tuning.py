@@ -42,8 +42,7 @@ class LoRATuning(Trainable):
 
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
         self.compile_networks()
-        if not self.text_encoder_trains:
-            self.context(prompts)
+        self.keep_prompts(prompts)
         for network in (self.sd.unet, self.sd.text_encoder):
             network.to(dtype)  # not `sd.freeze`, which keeps a copy to save: no base model is saved here
 

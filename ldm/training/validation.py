@@ -46,7 +46,7 @@ def _save(run: Run, name: str, sheet: Image.Image) -> Path:
 def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
     """A row of pictures for each validation prompt; every row, before and after, has the same seeds."""
     settings = run.settings
-    prompts = settings.validation_prompt or tuple(filter(None, (settings.instance_prompt, settings.class_prompt)))
+    prompts = settings.validation_prompt or settings.prompts
     seeds = range(settings.seed, settings.seed + settings.num_validation_images)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     batches = [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]

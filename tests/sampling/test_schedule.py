@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,17 @@ def test_zero_terminal_snr_equals_published_numbers_and_ends_at_noise():
     last_step = torch.tensor([999])
     torch.testing.assert_close(ZERO_SNR.add_noise(x0, noise, last_step), noise, rtol=0, atol=2**-12 * 5)
     torch.testing.assert_close(ZERO_SNR.target(x0, noise, last_step), -x0, rtol=0, atol=2**-12 * 5)
+
+
+def test_zero_terminal_snr_suits_betas_above_those_of_sd():
+    """The embedded model's end on 0.02: abar is 2.4e-8 at step 998, below 2**-24, and falls on."""
+    schedule = Schedule(ScheduleConfig(beta_end=0.02, prediction="v", zero_terminal_snr=True, spacing="trailing"))
+    root = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2) ** 0.5
+    expected = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2  # Lin et al. 2023, algorithm 1
+    np.testing.assert_allclose(schedule.alphas_cumprod[:-1], expected[:-1], rtol=1e-9)
+    assert expected[-2] < 2.0**-24 and 0 < schedule.alphas_cumprod[-1] < schedule.alphas_cumprod[-2]
+    with pytest.raises(InputError, match="make NaN"):
+        Schedule(ScheduleConfig(beta_end=0.05, prediction="v", zero_terminal_snr=True, spacing="trailing"))
 
 
 def test_zero_terminal_snr_needs_trailing_steps_and_a_schedule_needs_two_timesteps():

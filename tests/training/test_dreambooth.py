@@ -13,7 +13,7 @@ from ldm import InputError, rng
 from ldm.dreambooth import FullTuning, dreambooth_loss
 from ldm.images import load_picture, read_picture
 from ldm.runtime.processes import World
-from ldm.training import ClassPictures, Rows, Run, Settings, encode_pictures
+from ldm.training import ClassPictures, Example, Rows, Run, Settings, encode_pictures
 from ldm.training.class_pictures import FLAGS
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped")
@@ -118,7 +118,8 @@ def test_random_numbers_are_the_same_on_every_machine_and_in_every_version():
 
 def test_pictures_are_encoded_to_the_scaled_posterior(random_model, photographs):
     sd, paths = random_model(), sorted(photographs.iterdir())
-    made = encode_pictures(sd, [read_picture(path) for path in paths], 32, flip=False, progress=lambda: None)
+    examples = [Example(read_picture(path), "") for path in paths]
+    made = encode_pictures(sd, examples, (32, 32), flip=False, progress=lambda: None)
     assert made.mean.shape == made.std.shape == (3, 1, 4, 8, 8) and not made.mean.requires_grad
     with torch.no_grad():
         posterior = sd.vae.encode(load_picture(paths[1], 32)[None])

@@ -5,7 +5,6 @@ On torch's meta device tensors have no values, so that any read raises, and so d
 
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +48,7 @@ def loop(base, random_model, tmp_path, monkeypatch):
         state.trainable.prepare((settings.instance_prompt, settings.class_prompt), torch.float32)
         latents = torch.empty(3, 1, *sd.latent_shape(settings.resolution, settings.resolution), device=META)
         rows = [
-            replace(latent_rows(kind, latents, latents), prompt=prompt)
+            latent_rows(kind, latents, latents, prompt=prompt)
             for kind, prompt in (("instance", settings.instance_prompt), ("class", settings.class_prompt))
         ]
         batches = Batches(rows, settings, run.world)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, call, check_same, losses, metrics, weights
+from runs import SMALL, call, check_same, collection, losses, metrics, weights
 
 from ldm import StableDiffusion, rng
 from ldm.dreambooth import FullTuning, min_snr_weight
@@ -136,8 +136,9 @@ def test_crops_are_a_function_of_seed_and_index(base, saved, photographs, tmp_pa
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-6)
 
     paths, sd = sorted(photographs.iterdir()), StableDiffusion.load(saved["official"])
-    draws = CropDraws(7, "instance", len(paths), (4, 8, 8), 1000, tuple(map(read_picture, paths)), 32, True)
-    rows = Rows("", draws, torch.device("cpu"), encode=partial(encode, sd))
+    pictures = collection([*map(read_picture, paths)], (32, 32), (4, 8, 8))
+    draws = CropDraws(7, "instance", pictures, range(1000), flip=True)
+    rows = Rows(draws, torch.device("cpu"), encode=partial(encode, sd))
     settings = Settings(random_crop=True, train_batch_size=3, seed=7)
     batches = Batches([rows], settings, World(0, 1, torch.device("cpu")))
     for step in (5, 6, 7):

@@ -9,13 +9,13 @@ learns the wallpaper together with the subject, and shows it where the prompt as
 A run that an earlier call left in the same --work-dir is resumed, and one that is measured is not measured again.
 """
 
+import itertools
 import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import effect
-import judge
 import numpy as np
 import torch
 import world
@@ -27,13 +27,6 @@ from ldm.runtime import cli, replacing
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1)
-COLUMNS = {
-    "fidelity": "fidelity",
-    "right": "scene right",
-    "placed": "fidelity in new scenes",
-    "diversity": "class diversity",
-    "drift": "class drift",
-}
 
 
 def wallpaper(rng):
@@ -74,28 +67,18 @@ def write_photographs(subject, folder, masks):
     return paths
 
 
-def measured(folder, sd, settings, eye, likeness):
-    """The numbers and pictures of a model; both are kept in `folder`. likeness: the last arguments of `measure`."""
-    path, sheet = folder / "measures.json", folder / "measured.png"
-    if not path.exists():
+def measured(folder, model, settings, likeness):
+    """The numbers and eight pictures of a model; both are kept in `folder`. likeness: from effect.likeness."""
+    numbers, shown = folder / "measures.json", folder / "measured.png"
+    if not numbers.exists():
         with torch.no_grad():
-            numbers, plain, placed, _ = effect.measure(sd, settings, eye, *likeness)
-        world_sheet = Image.fromarray(np.concatenate([*plain[:2], *placed[:6]], 1))
-        with replacing(sheet) as temporary:
-            world_sheet.save(temporary, format="PNG")
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(numbers), encoding="utf-8")
-    shown = np.split(np.asarray(Image.open(sheet)), 8, 1)
-    return json.loads(path.read_text(encoding="utf-8")), [Image.fromarray(picture) for picture in shown]
-
-
-def table(results):
-    """The results, {model: numbers}, as a Markdown table."""
-    lines = [f"| model | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for model, numbers in results.items():
-        numbers = numbers | {"diversity": numbers["diversity"] / results["base"]["diversity"]}
-        lines.append(f"| {model} | " + " | ".join(f"{numbers[name]:.0%}" for name in COLUMNS) + " |")
-    return "\n".join(lines)
+            found, plain, placed, _ = effect.measure(StableDiffusion.load(model), settings, *likeness)
+        with replacing(shown) as temporary:
+            Image.fromarray(np.concatenate([*plain[:2], *placed[:6]], 1)).save(temporary, format="PNG")
+        with replacing(numbers) as temporary:
+            temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    pictures = np.split(np.asarray(Image.open(shown)), 8, 1)
+    return json.loads(numbers.read_text(encoding="utf-8")), [Image.fromarray(picture) for picture in pictures]
 
 
 def main():
@@ -105,36 +88,22 @@ def main():
     parser.add_argument("train_flags", nargs="*", help="more flags for train.py, after --")
     args = parser.parse_args()
 
-    eye = judge.load()
-    subject = eye.features(effect.drawings(args.subject, 48, "mean")).mean(0)
-    subject = subject / subject.norm()
-    likeness = subject, float((eye.features(effect.drawings(args.subject, 48, "real")) @ subject).mean())
-
-    results, rows = {}, []
-    models = [(f"{how} masks, seed {seed}", how, seed) for how in ("with", "without") for seed in SEEDS]
-    for name, how, seed in models:
-        photographs = args.work_dir / f"photographs-{how}"
+    likeness, results, rows = effect.likeness(args.subject), {}, []
+    for seed, how in itertools.product(SEEDS, ("without", "with")):
+        photographs, run = args.work_dir / f"photographs-{how}", args.work_dir / f"{how}-{seed}"
         paths = write_photographs(args.subject, photographs, masks=how == "with")
-        run = args.work_dir / f"{how}-{seed}"
-        flags = [
-            "--config",
-            HERE / "train.toml",
-            "--seed",
-            str(seed),
-            "--class-data-dir",
-            args.work_dir / f"class-{seed}",
-        ]
-        sd = effect.tune(run, [*flags, "--instance-data-dir", photographs, *args.train_flags])
-        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        if not results:
+        flags = ["--config", HERE / "train.toml", "--instance-data-dir", photographs, "--seed", str(seed)]
+        effect.train(run, [*flags, "--class-data-dir", args.work_dir / f"class-{seed}", *args.train_flags])
+        settings = effect.settings_of(run)
+        if not rows:
             rows.append(("four photographs of the subject", [Image.open(path) for path in paths]))
-            base = StableDiffusion.load(HERE / "base")
-            results["base"], _ = measured(args.work_dir, base, settings, eye, likeness)
-        results[name], pictures = measured(run, sd, settings, eye, likeness)
+            results["base"], _ = measured(args.work_dir, HERE / "base", settings, likeness)
+        name = f"{how} masks, seed {seed}"
+        results[name], pictures = measured(run, run / "model.safetensors", settings, likeness)
         rows.append((f'{name}: "{settings["instance_prompt"]}", then {", ".join(effect.NEW_SCENES)}', pictures))
-        print(table(results), flush=True)
+        print(effect.table(results), flush=True)
     images.grid(rows).save(args.work_dir / "masks.jpg", quality=90)
-    (args.work_dir / "masks.md").write_text(table(results) + "\n", encoding="utf-8")
+    (args.work_dir / "masks.md").write_text(effect.table(results) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
