@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ldm import images, training
+from ldm import images, report, training
 from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
 from ldm.model import StableDiffusion
@@ -41,10 +41,12 @@ def main(
         training.make_sheet(run, state.trainable.sd, "before")
         for pictures in class_pictures:
             pictures.generate(run, state.trainable.sd)
+        report.begin(run, subjects, class_pictures)
         batches = prepare(run, state, subjects, class_pictures)
         run.restore(state)
         train(run, state, batches)
         finish(run, state, subjects)
+        report.finish(run)
     world.close()
 
 

@@ -95,7 +95,7 @@ WINGS = {
         ledger
         memory
     """,
-    "report": "markup numbers scale chart pictures record story commands document page compare",
+    "report": "markup numbers scale chart pictures record story commands document page compare file upkeep",
 }
 
 

@@ -43,7 +43,7 @@ def _launcher(record: Record) -> str:
 
 
 def _sampling(record: Record) -> list[Command]:
-    prompt = f"--prompt {shlex.quote(record.text('instance_prompt') or 'a photo')} --num-images 4 --grid"
+    prompt = f"--prompt {shlex.quote(_prompt(record))} --num-images 4 --grid"
     base = f"--model {_quoted(record.text('model') or 'BASE')} "
     result = record.result
     if result is None:
@@ -79,7 +79,7 @@ def _elsewhere(record: Record) -> list[Command]:
     if result is None:
         return []
     kind, path = kind_of(result, record), json.dumps(_shown(result), ensure_ascii=False)
-    prompt = json.dumps(record.text("instance_prompt") or "a photo", ensure_ascii=False)
+    prompt = json.dumps(_prompt(record), ensure_ascii=False)
     start, end = "from diffusers import StableDiffusionPipeline\n", f"pipe({prompt}).images[0]"
     if kind == "model":
         return _model_elsewhere(result, start, end)
@@ -131,6 +131,10 @@ def _model_elsewhere(result: Path, start: str, end: str) -> list[Command]:
         ]
     code = f"python -m ldm weights convert {_quoted(result)} {_quoted(result.with_name('model.safetensors'))}"
     return [*found, Command("Write it as one file, for the folder of checkpoints of ComfyUI or A1111", code)]
+
+
+def _prompt(record: Record) -> str:
+    return next(iter(record.of_subjects("instance_prompt")), "a photo")
 
 
 def _quoted(path: str | Path) -> str:

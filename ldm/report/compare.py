@@ -1,16 +1,20 @@
 """A page with two or more runs side by side: what differs, the curves in one chart, sheets beside each other."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from ldm.report import chart
 from ldm.report.chart import Series
 from ldm.report.document import document
-from ldm.report.markup import Html, el, join
+from ldm.report.markup import Html, broken, el, join
 from ldm.report.numbers import points, smooth, thin
 from ldm.report.page import MAX_FRAMES, picture, problem_list, slider, value_text
 from ldm.report.pictures import Album
 from ldm.report.record import Record
 from ldm.report.story import key_numbers
+from ldm.training import Settings
+
+ONCE = {"output_dir", "resume_from_checkpoint", "dry_run"}  # settings of one start of train.py, not of the run
 
 # (caption, file, name of the number): what is drawn, one chart each.
 CURVES = (
@@ -55,7 +59,7 @@ def _runs(records: Sequence[Record], names: Sequence[str]) -> Html:
     for i, record in enumerate(records):
         cells = [found[i].get(name, "–") for name in columns]
         cells.append(record.result.name if record.result else "not finished")
-        first = el("th", chart.swatch(i), " ", names[i], scope="row")
+        first = el("th", chart.swatch(i), names[i], scope="row")
         rows.append(el("tr", first, [el("td", cell) for cell in cells]))
     notes = []
     for name, record in zip(names, records, strict=True):
@@ -99,15 +103,16 @@ def _curves(records: Sequence[Record], names: Sequence[str]) -> Html | None:
 
 
 def _settings(records: Sequence[Record], names: Sequence[str]) -> Html | None:
-    """The settings whose values are not the same in all runs."""
-    known = list(dict.fromkeys(name for record in records for name in record.settings))
+    """The settings whose values are not the same in all runs. One that a run does not know has its default there."""
+    defaults = {f.name: f.default for f in fields(Settings)}
+    known = list(dict.fromkeys(name for record in records for name in record.settings if name not in ONCE))
     rows = []
     for name in known:
-        values = [value_text(record.settings.get(name)) for record in records]
+        values = [value_text(record.settings.get(name, defaults.get(name))) for record in records]
         if len(set(values)) > 1:
-            rows.append(el("tr", el("th", name, scope="row"), [el("td", value) for value in values]))
+            rows.append(el("tr", el("th", broken(name), scope="row"), [el("td", value) for value in values]))
     if not rows:
         return el("p", "All settings are the same.")
     head = el("tr", [el("th", text, scope="col") for text in ("setting", *names)])
-    table = el("table", el("thead", head), el("tbody", rows), class_="compared")
+    table = el("table", el("thead", head), el("tbody", rows), class_="compared equal")
     return el("div", table, class_="scroll", tabindex=0, role="region", aria_label="Settings that differ")

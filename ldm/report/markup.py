@@ -45,3 +45,8 @@ def escape(text: object) -> str:
     """A text without markup. What is not printable, such as marks that turn the direction of text, is spelled out."""
     lines = (one_line(line, len(line) * 10 + 10) for line in str(text).split("\n"))
     return html.escape("\n".join(lines))
+
+
+def broken(name: str) -> Html:
+    """A setting's name, whose line can break after each underscore."""
+    return Html(escape(name).replace("_", "_<wbr>"))

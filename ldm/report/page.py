@@ -7,14 +7,15 @@ from ldm.errors import one_line
 from ldm.report import chart, commands, story
 from ldm.report.chart import Mark, Series
 from ldm.report.document import document, key_numbers
-from ldm.report.markup import Html, el, escape, join
-from ldm.report.numbers import Line, points, thin
+from ldm.report.markup import Html, broken, el, join
+from ldm.report.numbers import Line, Points, points, thin
 from ldm.report.pictures import Album, Thumbnail
 from ldm.report.record import MAX_TEXT, Record
 from ldm.report.scale import short
 from ldm.training import Settings
 
 MAX_FRAMES = 24  # sheets behind the slider
+MAX_SUBJECTS = 4  # with curves of their own
 MAX_ROWS = 60  # of a table
 UNITS = "mean squared error"
 
@@ -82,8 +83,8 @@ def _pictures(record: Record, album: Album) -> Html | None:
         parts.append(el("details", el("summary", "All steps at once"), el("figure", shown, class_="narrow")))
     small = []
     for path, caption in (
-        (record.photographs, f"Photographs: “{record.text('instance_prompt') or 'unknown prompt'}”"),
-        (record.class_pictures, f"Class pictures: “{record.text('class_prompt') or 'unknown prompt'}”"),
+        (record.photographs, f"Photographs of {story.quoted(record, 'instance_prompt')}"),
+        (record.class_pictures, f"Class pictures of {story.quoted(record, 'class_prompt')}"),
     ):
         if path:
             small.append(el("figure", el("figcaption", caption), picture(album.show(path), caption)))
@@ -125,10 +126,13 @@ def marks(record: Record) -> list[Mark]:
 def _curves(record: Record) -> Html | None:
     """Losses of the training steps and on a fixed grid of noise and timesteps, drift and diversity, learning rate."""
     metrics, validations, marked = record.metrics, record.validations, marks(record)
-    steps = [Series.smoothed("subject", points(metrics, "subject_loss"))]
+    steps = [
+        Series.smoothed(name, curve, style)
+        for style, (name, curve) in zip((0, 2, 3, 4), _subjects(metrics).items(), strict=False)
+    ]
     prior = points(metrics, "prior_loss")
     if any(value for _, value in prior):  # it is 0 without prior preservation
-        steps.append(Series.smoothed("class", prior, 1))
+        steps.insert(1, Series.smoothed("class", prior, 1))
     held_out = points(validations, "validation_loss")
     grid = [
         Series("held-out photographs", held_out, 2),
@@ -156,6 +160,14 @@ def _curves(record: Record) -> Html | None:
         text.append("Diversity is 1 for the base model, and 0 where the class's pictures are all the same.")
     table = _validations(validations) if any(found[1:3]) else None
     return join(el("p", " ".join(text)), el("div", found, class_="charts"), table)
+
+
+def _subjects(metrics: Sequence[Line]) -> dict[str, Points]:
+    """The loss of each subject by its name; "subject" if there is only one."""
+    names = {name for line in metrics for name in line if name.startswith("subject_loss/")}
+    if not names:
+        return {"subject": points(metrics, "subject_loss")}
+    return {one_line(name.partition("/")[2], 60): points(metrics, name) for name in sorted(names)[:MAX_SUBJECTS]}
 
 
 def _validations(lines: Sequence[Line]) -> Html:
@@ -221,7 +233,7 @@ def _setting(name: str, value: Any, text: str, is_changed: bool) -> Html:
     shown = value_text(value)
     return el(
         "tr",
-        el("th", Html(escape(name).replace("_", "_<wbr>")), scope="row", title=text or None),
+        el("th", broken(name), scope="row", title=text or None),
         el("td", shown),
         class_="changed" if is_changed else None,
     )
@@ -233,7 +245,7 @@ def value_text(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list) and len(value) < 100:
+    if isinstance(value, list | tuple) and len(value) < 100:
         return one_line(" | ".join(map(str, value)), MAX_TEXT) or "–"
     return one_line(str(value)[: 10 * MAX_TEXT], MAX_TEXT)
 

@@ -79,8 +79,16 @@ class Record:
         given = self.settings.get("validation_prompt")
         if isinstance(given, list) and given and all(isinstance(text, str) for text in given):
             return [one_line(text, MAX_TEXT) for text in given[:MAX_ENTRIES]]
-        names = ("instance_prompt", "class_prompt")
-        return [text for name in names if (text := self.text(name))]
+        return [*self.of_subjects("instance_prompt"), *self.of_subjects("class_prompt")]
+
+    def of_subjects(self, name: str) -> list[str]:
+        """A setting of each subject that is a text: that of the run, or those in its [[subjects]]."""
+        if text := self.text(name):
+            return [text]
+        subjects = self.settings.get("subjects")
+        subjects = subjects[:MAX_ENTRIES] if isinstance(subjects, list) else []
+        found = [one.get(name) for one in subjects if isinstance(one, dict)]
+        return list(dict.fromkeys(one_line(text, MAX_TEXT) for text in found if isinstance(text, str) and text.strip()))
 
     @property
     def advice(self) -> "training.Advice":
@@ -94,7 +102,9 @@ class Record:
 
     @property
     def title(self) -> str:
-        return self.text("instance_prompt") or one_line(self.folder.absolute().name, MAX_TEXT)
+        """The prompts of the subjects; the folder's name where they are unknown."""
+        prompts = " · ".join(self.of_subjects("instance_prompt"))
+        return one_line(prompts or self.folder.absolute().name, MAX_TEXT)
 
 
 def read(folder: str | Path) -> Record:
@@ -134,7 +144,7 @@ def _read_settings(record: Record, names: set[str]) -> None:
 
 
 # What config.json says beside settings: see ldm.training.continuity.
-IDENTITY = {"global_batch", "base", "tuning", "launch", "pictures", "photographs", "class_pictures"}
+IDENTITY = set("global_batch base tuning launch pictures photographs captions masks focus class_pictures".split())
 
 
 # Sheets without a step.

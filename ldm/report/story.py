@@ -11,25 +11,32 @@ def story(record: Record) -> list[str]:
     return [text for text in (_subject(record), _prior(record), _training(record), _progress(record)) if text]
 
 
+def quoted(record: Record, name: str) -> str:
+    """The prompts of this name in quotation marks."""
+    return ", ".join(f"“{text}”" for text in record.of_subjects(name)) or "an unknown prompt"
+
+
 def _subject(record: Record) -> str:
     model, photographs = record.text("model"), record.identity.get("photographs")
     base = f"The base model {'/'.join(Path(model).parts[-2:])}" if model else "The base model"
+    subjects = len(record.of_subjects("instance_prompt"))
+    taught = f"{subjects} subjects" if subjects > 1 else "a subject"
     count = len(photographs) if isinstance(photographs, dict) and photographs else None
     what = f"{count} photograph{'s' if count > 1 else ''}" if count else "photographs"
-    prompt = record.text("instance_prompt")
-    return f"{base} learned a subject from {what}" + (f" under the prompt “{prompt}”." if prompt else ".")
+    prompts = f" of {quoted(record, 'instance_prompt')}" if subjects else ""
+    return f"{base} learned {taught} from {what}{prompts}."
 
 
 def _prior(record: Record) -> str | None:
-    prompt, count = record.text("class_prompt"), record.count("num_class_images")
     has_prior = record.settings.get("with_prior_preservation")
     if has_prior is False or record.settings.get("train") == "token":
         return "It trained without prior preservation."
-    if not has_prior or not prompt:
+    if not has_prior or not record.of_subjects("class_prompt"):
         return None
+    prompts, count = quoted(record, "class_prompt"), record.count("num_class_images")
     if record.settings.get("prior") == "prediction":
-        return f"The base model's own predictions for “{prompt}” kept the meaning of the class."
-    return f"{count if count is not None else 'Some'} class pictures of “{prompt}” kept the meaning of the class."
+        return f"The base model's own predictions for {prompts} kept the meaning of the class."
+    return f"{'Some' if count is None else count} class pictures of {prompts} kept the meaning of the class."
 
 
 def _training(record: Record) -> str | None:
@@ -44,7 +51,7 @@ def _training(record: Record) -> str | None:
         what += f", with a new token {token}" if token else ""
     else:
         return None
-    rate = record.settings.get("learning_rate")
+    rate = record.settings.get("token_learning_rate" if record.settings.get("train") == "token" else "learning_rate")
     return what + (f", at a learning rate of {rate:g}." if isinstance(rate, float) and math.isfinite(rate) else ".")
 
 

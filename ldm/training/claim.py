@@ -72,6 +72,7 @@ class Claim:
             f".{SETTINGS}.*",
             ".preflight.json.*",
             ".metrics.jsonl.*",
+            ".report.html.*",
             ".model.*",
             ".*.safetensors.*",
             ".reserve",
