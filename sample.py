@@ -23,12 +23,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm import formats, images, samplers, tokens
 from ldm.errors import InputError, RunError, one_line
 from ldm.formats import Adapter
+from ldm.guidance import Canvas
 from ldm.model import StableDiffusion
 from ldm.runtime import (
     Stop,
@@ -93,23 +93,25 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
         from_run = fill_in(args, sd, adapters)
         if args.grid:
             images.check_sheet(len(prompts), args.num_images, args.width, args.height)
-        init_image = load_init_image(args, sd)
+        canvas = load_canvas(args, sd)
         how = recipe(args, sd)
         check_model(args, how)
     jobs = world.on_main(lambda: make_jobs(args, prompts))
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     batches = batches[world.rank :: world.size]  # torchrun's processes share them
-    steps = args.steps if init_image is None else samplers.steps_for_strength(args.steps, args.strength)
+    steps = args.steps if canvas is None else samplers.steps_for_strength(args.steps, canvas.strength)
     total = len(batches) * samplers.find(args.sampler).evaluations(steps)
 
     if world.main:
         print(sd.summary)
         if from_run:
             print(f"sampling as in the model's training run: {', '.join(from_run)}")
+        if canvas is not None:
+            tell_size(args)
     with world.agreed(), tqdm(total=total, desc="sampling", unit="step", disable=not world.main) as bar:
         for batch in batches:
             with stop.at_once():
-                pictures = make(args, sd, init_image, batch, bar.update)
+                pictures = make(args, sd, canvas, batch, bar.update)
             for row, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
                 facts = {"prompt": job.prompt, "seed": job.seed, "width": picture.width, "height": picture.height}
                 facts |= how | batch_place(args, batch, row)
@@ -163,11 +165,33 @@ def fill_in(args: Namespace, sd: StableDiffusion, adapters: Sequence[Adapter]) -
     return from_run
 
 
-def load_init_image(args: Namespace, sd: StableDiffusion) -> Tensor | None:
-    """The picture to start from, (3, H, W) in [-1, 1], resized and cut to the size to sample; None if there is none."""
+def load_canvas(args: Namespace, sd: StableDiffusion) -> Canvas | None:
+    """The picture to start from and its mask, resized and cut to the size to sample; None if there is none.
+
+    Raises InputError for files that can't be used.
+    """
     if args.init_image is None:
         return None
-    return images.to_tensor(images.fit(args.init_image, args.width, args.height))
+    size, mask = (args.width, args.height), None
+    picture = images.read_picture(Path(args.init_image))
+    image = images.to_tensor(images.fit(picture, *size))
+    if args.mask is not None:
+        mask = images.load_mask(args.mask, images.upright_size(picture), *size)
+    canvas = Canvas.of(image, mask, args.strength)
+    args.strength = canvas.strength
+    try:
+        canvas.latent_mask(sd.latent_shape(args.height, args.width)[1:])
+    except InputError as error:
+        raise InputError(f"--mask {args.mask}: {error}") from None
+    return canvas
+
+
+def tell_size(args: Namespace) -> None:
+    """Prints that --init-image has another size than the pictures, if it has."""
+    size = images.upright_size(images.read_picture(Path(args.init_image)))
+    if size != (args.width, args.height):
+        sizes = "{} x {} to {} x {} pixels".format(*size, args.width, args.height)
+        print(f"{args.init_image} is resized and cut from {sizes}; --width and --height give another size")
 
 
 def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
@@ -190,6 +214,8 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
         how["lora"] = ", ".join(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)
     if args.init_image is not None:
         how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
+    if args.mask is not None:
+        how["mask"] = Path(args.mask).name
     if args.tokens:
         how["tokens"] = " ".join(args.tokens)
     return how
@@ -232,14 +258,14 @@ def batch_place(args: Namespace, batch: list[Job], row: int) -> dict[str, int]:
 def make(
     args: Namespace,
     sd: StableDiffusion,
-    init_image: Tensor | None,
+    canvas: Canvas | None,
     batch: list[Job],
     progress: Callable[[], object],
 ) -> list[Image.Image]:
     """The pictures of a batch of jobs. Raises RunError if the device has too little memory for the batch."""
     place = batch_place(args, batch, 0)
     if len(batch) < place["batch_size"]:
-        again = make(args, sd, init_image, batch * place["batch_size"], progress)
+        again = make(args, sd, canvas, batch * place["batch_size"], progress)
         return [again[place["batch_row"]]]
     with out_of_memory_named(
         sd.device, "while it made pictures", "lower --batch-size, or give --dtype bf16 or --vae-tiling"
@@ -255,7 +281,8 @@ def make(
             seeds=[job.seed for job in batch],
             height=args.height,
             width=args.width,
-            init_image=init_image,
+            init_image=None if canvas is None else canvas.image,
+            mask=None if canvas is None else canvas.mask,
             strength=args.strength,
             progress=progress,
         )
@@ -283,13 +310,15 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         said = formats.picture_text.read_text(args.from_picture)
     except InputError as error:
         raise InputError(f"--from-picture {error}") from None
-    flags = vars(args).keys() - {"prompt", "init_image", "lora", "model", "tokens"}
+    flags = vars(args).keys() - {"prompt", "init_image", "mask", "lora", "model", "tokens"}
     p.set_defaults(picture=said, **{name: value for name, value in said.items() if name in flags})
     args = p.parse_args(argv)
     if not args.prompt and args.prompts_file is None:
         args.prompt = [said["prompt"]]
     if "init_image" in said and args.init_image is None:
         raise InputError(f"{args.from_picture} was made from a picture {said['init_image']}: give it as --init-image")
+    if "mask" in said and args.mask is None:
+        raise InputError(f"{args.from_picture} was painted in a mask {said['mask']}: give it as --mask")
     if "lora" in said and not args.lora:
         raise InputError(f"{args.from_picture} was made with {said['lora']}: give it as --lora")
     if "tokens" in said and not args.embedding:
@@ -349,8 +378,18 @@ def parser() -> cli.Parser:
         "in it",
     )
     p.set_defaults(picture={})
-    p.add_argument("--init-image", help="picture to start from instead of noise")
-    p.add_argument("--strength", type=float, default=0.8, help="fraction of the steps to run from that picture, 0 to 1")
+    p.add_argument("--init-image", help="picture to start from instead of noise; resized and cut to the size to sample")
+    p.add_argument(
+        "--mask",
+        help="picture as large as --init-image that says which part of it to paint: white; where it is black, "
+        "--init-image keeps its bits",
+    )
+    p.add_argument(
+        "--strength",
+        type=float,
+        help="fraction of the steps to run from --init-image: 0 returns it, 1 ignores what is there; if not given, "
+        "0.8, and 1 with --mask",
+    )
     p.add_argument("--batch-size", type=cli.positive, default=4, help="pictures computed at once")
     p.add_argument("--device", help="cuda, cpu, ...; the best one on this machine if not given")
     p.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="type that the networks compute in")
@@ -375,7 +414,9 @@ def check_flags(args: Namespace) -> None:
         raise InputError(f"--guidance-scale {args.guidance_scale} is not a number; 7.5 is usual")
     if not 0.0 <= args.guidance_rescale <= 1.0:
         raise InputError(f"--guidance-rescale {args.guidance_rescale} is not between 0 and 1")
-    samplers.steps_for_strength(args.steps or 1, args.strength)
+    samplers.steps_for_strength(args.steps or 1, 1.0 if args.strength is None else args.strength)
+    if args.mask is not None and args.init_image is None:
+        raise InputError(f"--mask {args.mask} needs --init-image: the picture of which a part is painted")
     if not 0.0 <= args.eta <= 1.0:
         raise InputError(f"--eta {args.eta} is not between 0 and 1")
     if args.batch_size > MAX_BATCH:

@@ -21,6 +21,7 @@ import torch
 from ldm import images, report, training
 from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
+from ldm.guidance import seen
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped, cli, processes
 from ldm.training import Batches, ClassPictures, Run, Settings, Subject, TrainingState
@@ -76,7 +77,7 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
     model: `state.trainable`, wrapped so that processes average its gradients.
     """
     settings, schedule = run.settings, state.trainable.sd.schedule
-    noisy = schedule.add_noise(batch.latents, batch.noise, batch.t)
+    noisy = seen(schedule.add_noise(batch.latents, batch.noise, batch.t), batch.extra)  # beside a mask, to paint in
     with run.precision.autocast():
         prediction = model(noisy, batch.t, batch.prompts)
         target = schedule.target(batch.latents, batch.noise, batch.t)
@@ -155,7 +156,7 @@ def prepare(run: Run, state: TrainingState, subjects: list[Subject], class_pictu
         prompts = tuple(subject.class_prompt for subject in subjects)
         state.trainable.keep_base(prompts[0], run.precision.dtype)
         rows.append(rows[0].of_class(prompts))  # the same noisy latents
-    if settings.random_crop:
+    if settings.random_crop or sd.config.unet.paints_in:  # then every step encodes pictures
         sd.freeze(sd.vae, torch.float32)
     else:
         sd.forget_encoder()

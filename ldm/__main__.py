@@ -20,6 +20,7 @@ from ldm.errors import InputError, one_line
 from ldm.lora import TARGETS, chosen, extract
 from ldm.model import StableDiffusion
 from ldm.runtime import check_path, check_writable, cli, list_folder, read_text, written
+from ldm.training import widen
 
 OFFICIAL_SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
 
@@ -54,7 +55,10 @@ def _add_weights(actions: Any) -> None:
     text = "describe a model and list its problems; status 1 if there are any"
     cli.add_source_flags(_action(actions, "inspect", inspect, text, path))
     text, output = "write the same model in another layout or type", ("output", "new file or folder to write")
-    _add_output_flags(_action(actions, "convert", convert, text, path, output))
+    p = _action(actions, "convert", convert, text, path, output)
+    _add_output_flags(p)
+    what = "add the five input channels of a model for painting in, at 0: train.py then trains them with random masks"
+    p.add_argument("--inpaint", action="store_true", help=what)
     text = "compare a file's SHA-256 with the official files' in weights/SHA256SUMS"
     _action(actions, "verify", verify, text, path)
 
@@ -104,7 +108,7 @@ def _action(
     p = actions.add_parser(name, help=text, description=text)
     for argument, what in positional:
         p.add_argument(argument, help=what)
-    p.set_defaults(run=run, lora=[], names="kohya")
+    p.set_defaults(run=run, lora=[], names="kohya", inpaint=False)
     return p
 
 
@@ -153,6 +157,9 @@ def convert(args: Namespace) -> None:
     sd.check_finite()
     print(sd.summary)
     metadata = dict(sd.source.metadata)
+    if args.inpaint:
+        widen(sd)
+        print("added the input channels for painting in, which are still to be trained")
     for path, scale in args.lora:
         adapter = sd.merge_lora(path, scale)
         sd.adopt_schedule([adapter])

@@ -1,7 +1,9 @@
 """A model as data: one frozen dataclass for each network, and the presets of the official releases.
 
-Sources of the presets: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml and
-Stability-AI/stablediffusion configs/stable-diffusion/v2-inference{,-v}.yaml.
+Sources of the presets: CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml,
+Stability-AI/stablediffusion configs/stable-diffusion/v2-inference{,-v}.yaml, and for painting in
+runwayml/stable-diffusion configs/stable-diffusion/v1-inpainting-inference.yaml and
+Stability-AI/stablediffusion configs/stable-diffusion/v2-inpainting-inference.yaml.
 """
 
 import sys
@@ -49,7 +51,7 @@ def _fits(value: Any, kind: Any) -> bool:
 class UNetConfig(Checked):
     """The denoiser. Level i works at 1/2**i of the latents' size, `channels[i]` wide."""
 
-    in_channels: int = 4
+    in_channels: int = 4  # 9 in models for painting in: noisy latents, the mask, the latents of the masked picture
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     attention: tuple[bool, ...] = (True, True, True, False)  # levels with cross-attention to the text
@@ -59,6 +61,11 @@ class UNetConfig(Checked):
     linear_projection: bool = False  # SD2: proj_in and proj_out are matrices, not 1x1 convolutions
     context_dim: int = 768
     norm_groups: int = 32
+
+    @property
+    def paints_in(self) -> bool:
+        """Whether the UNet also sees a mask and the latents of the masked picture."""
+        return self.in_channels == 2 * self.out_channels + 1
 
     @property
     def upcast_attention(self) -> bool:
@@ -149,10 +156,14 @@ class ModelConfig(Checked):
         for width, heads in (*((w, unet.heads_at(w)) for w in (*wide, unet.channels[-1])), (text.width, text.heads)):
             if heads == 0 or width % heads:
                 raise ValueError(f"width {width} does not divide into {heads} heads")
-        if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        if unet.out_channels != vae.latent_channels or not (unet.in_channels == unet.out_channels or unet.paints_in):
             raise ValueError("the UNet's latents do not have the channels of the autoencoder's")
         if unet.context_dim != text.width:
             raise ValueError(f"context_dim {unet.context_dim} is not the text encoder's width {text.width}")
+
+    def for_painting_in(self) -> "ModelConfig":
+        """The same model, whose UNet also sees a mask and the latents of the masked picture: nine channels."""
+        return replace(self, unet=replace(self.unet, in_channels=2 * self.unet.out_channels + 1))
 
     @property
     def resolution(self) -> int:
@@ -181,3 +192,4 @@ SD2 = ModelConfig(
     text=TextConfig(width=1024, mlp_width=4096, layers=23, heads=16, activation="gelu", pad_id=0),
 )
 SD2_V = replace(SD2, schedule=ScheduleConfig(prediction="v"), sample_size=96)
+SD1_INPAINT, SD2_INPAINT = SD1.for_painting_in(), SD2.for_painting_in()

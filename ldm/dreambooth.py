@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm import formats
 from ldm.clip import Block
 from ldm.formats import Tensors
-from ldm.guidance import Contexts
+from ldm.guidance import Contexts, seen
 from ldm.model import StableDiffusion
 from ldm.runtime import compile_blocks, replacing
 from ldm.tokens import LearnedToken
@@ -96,6 +96,7 @@ class Batch:
     last: bool = True  # whether this is the last batch whose gradients the step accumulates
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], 1 where the loss counts in full; 1 in rows of the class prior
     subject: Tensor | None = None  # (B,) the number of each row's subject, int64
+    extra: Tensor | None = None  # (B, 5, h, w), a mask and the masked picture, which a model for painting in sees too
 
 
 class Trainable(nn.Module):
@@ -130,7 +131,7 @@ class Trainable(nn.Module):
     # One forward pass
 
     def forward(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
-        """noisy: (B, 4, h, w); t: (B,); prompts: B, one a row. Returns the prediction, (B, 4, h, w)."""
+        """noisy: (B, 4 or 9, h, w), see `guidance.seen`; t: (B,); prompts: B, one a row. Returns (B, 4, h, w)."""
         context = self.context(prompts)  # (B, L, D)
         if (dtype := next(self.sd.unet.parameters()).dtype) != torch.float32:
             noisy, context = noisy.to(dtype), context.to(dtype)
@@ -153,11 +154,13 @@ class Trainable(nn.Module):
 
     @torch.no_grad()
     def base(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """What the base model predicts for the prompt of `keep_base`. noisy: (B, 4, h, w); t: (B,)."""
+        """What the base model predicts for the prompt of `keep_base`. noisy: (B, 4 or 9, h, w); t: (B,)."""
         unet, context = self._base
         dtype = next(unet.parameters()).dtype
         context = context.to(dtype).expand(len(noisy), -1, -1)
-        return self.sd.schedule.ask(lambda x, t: unet(x.to(dtype), t, context), self._base_schedule, noisy, t)
+        channels = unet.config.out_channels
+        x, beside = noisy[:, :channels], noisy[:, channels:]
+        return self.sd.schedule.ask(lambda x, t: unet(seen(x, beside).to(dtype), t, context), self._base_schedule, x, t)
 
     def base_parameters(self) -> list[nn.Parameter]:
         """The parameters of the copy that `keep_base` has made, if it has."""

@@ -59,11 +59,16 @@ def find_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
 
     Raises InputError if there is no such folder, or no picture in it.
     """
-    if not exists(folder) or not os.path.isdir(folder):
-        raise InputError(f"{folder} is not a folder; give the folder of the photographs")
+    check_folder(folder)
     if pictures := list_pictures(folder, ours):
         return pictures
     raise InputError(f"{folder} holds no picture; put the photographs (.jpg, .png, ...) there")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises InputError if there is no such folder."""
+    if not exists(folder) or not os.path.isdir(folder):
+        raise InputError(f"{folder} is not a folder; give the folder of the photographs")
 
 
 def list_pictures(folder: str | Path, ours: Container[str] = ()) -> list[Path]:
@@ -133,6 +138,25 @@ def fit(
         raise InputError(f"{path} can't be read as a picture ({error}); repair it or take it away") from None
 
 
+def load_mask(path: str | Path, of: tuple[int, int], width: int, height: int) -> Tensor:
+    """Where a picture is painted anew: a mask, cut as `fit` cuts the picture. (1, H, W) bool, True where it is white.
+
+    of: the picture's `upright_size`. Greys are white from half on. Raises InputError, which names the file, if it can't
+    be read, is not as large as the picture, or has transparent parts: some programs paint those, and others the rest.
+    """
+    mask = read_picture(Path(path))
+    if (size := upright_size(mask)) != of:
+        sizes = "{} x {} pixels, and the picture has {} x {}".format(*size, *of)
+        raise InputError(f"the mask {path} has {sizes}; save it as large as the picture")
+    with opened(mask) as image:
+        is_opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
+    if not is_opaque:
+        how = "white where the picture is to be painted and black where it stays"
+        raise InputError(f"the mask {path} has transparent parts; save it without transparency, {how}")
+    grey = fit(mask, width, height, convert=lambda image: to_rgb(image).convert("L"))
+    return torch.from_numpy(np.array(grey))[None] >= 128
+
+
 def readable_formats() -> list[str]:
     """Those of `FORMATS` that this build of Pillow knows."""
     Image.init()  # loads Pillow's plugins
@@ -167,19 +191,6 @@ def upright_size(picture: Picture) -> tuple[int, int]:
         width, height = image.size
         is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # by a quarter; EXIF 2.3
     return (height, width) if is_turned else (width, height)
-
-
-def centre_at(point: tuple[float, float], size: tuple[int, int], cut: tuple[int, int]) -> tuple[float, float]:
-    """The `centre` for `fit` that has a point of a picture as near to the middle of the cut as possible.
-
-    point: from (0, 0), left and top, to (1, 1). size, cut: width and height of the picture, and of what `fit` makes.
-    """
-    scale = max(c / s for c, s in zip(cut, size, strict=True))
-    centre = []
-    for at, whole, part in zip(point, size, cut, strict=True):
-        share = min(1.0, part / (whole * scale))  # of the side that the cut keeps
-        centre.append(0.5 if share > 1 - 1e-9 else min(1.0, max(0.0, (at - share / 2) / (1 - share))))
-    return centre[0], centre[1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from ldm import formats, samplers, tiling
 from ldm.clip import TextEncoder
 from ldm.config import ModelConfig
 from ldm.errors import InputError
-from ldm.guidance import SeededNoise, denoiser, pair_up
+from ldm.guidance import Canvas, SeededNoise, Start, denoiser, pair_up
 from ldm.images import to_pil
 from ldm.lora import Adaptable
 from ldm.schedule import Schedule
@@ -150,53 +150,49 @@ class StableDiffusion(Adaptable):
         width: int | None = None,
         latents: Tensor | None = None,
         init_image: Tensor | None = None,
-        strength: float = 0.8,
+        mask: Tensor | None = None,
+        strength: float | None = None,
         output: str = "pil",
         progress: Callable[[], object] | None = None,
     ) -> list[Image.Image] | Tensor:
         """Pictures for prompts: one prompt per seed; a list of length one is broadcast to the other's length.
 
         A picture depends on its prompt and its seed alone, not on the batch: initial latents, then the sampler's
-        noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU.
+        noise, come from `torch.Generator().manual_seed(seed)`, float32 on the CPU. progress: called after each
+        evaluation of the UNet; `Sampler.evaluations` gives their number.
         height, width: pixels, multiples of the autoencoder's factor (8 in SD); the training size if None. latents:
         (B, 4, h, w) standard normal noise to start from instead of the seeds' noise, for B pictures.
-        init_image: (3, H, W) in [-1, 1], a picture to start from, which gives the size; strength: fraction of the steps
-        to run: 0 returns the picture, 1 ignores it (SDEdit, Meng et al. 2022). progress: called after each evaluation
-        of the UNet; `Sampler.evaluations` gives their number.
+        init_image, mask, strength: a picture to start from, which gives the size; see `Canvas`. Strength is 0.8 if
+        None, and 1 with a mask. Outside the mask the picture keeps its bits.
         output: "pil" for a list of images, "tensor" for (B, 3, H, W) in [-1, 1], "latent" for scaled latents.
         Raises InputError for impossible arguments, and RunError if a picture for PIL is NaN or infinity.
         """
+        canvas = Canvas.of(init_image, mask, strength)
         shape = self._start_shape(latents, init_image, height, width)
         prompts, seeds = pair_up(prompts, seeds, 1 if latents is None else len(latents))
         if output not in ("pil", "tensor", "latent"):
             raise InputError(f"unknown output {output!r}; there are pil, tensor and latent")
-        times = (chosen := samplers.find(sampler)).times(self.schedule, steps)
-        noise = SeededNoise(seeds, shape, self.device)
-        picture = self._samples(init_image, noise.generators) if init_image is not None else None  # draws before x
-        x = noise() if latents is None else latents.to(self.device, torch.float32)
-        if picture is not None:
-            times = times[steps - samplers.steps_for_strength(steps, strength) :]
-            x = self.schedule.add_noise(picture, x, times[0]) if times else picture
+        chosen, noise = samplers.find(sampler), SeededNoise(seeds, shape, self.device)
+        start = Start(canvas, self.config, self.schedule, self._samples)
+        x, times = start.begin(noise, latents, chosen.times(self.schedule, steps))
         context = self.encode_prompt(([negative_prompt] * len(prompts) if guidance != 1.0 else []) + prompts)
-        denoise = denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress)
-        z = chosen.loop(denoise, x, self.schedule, times, eta=eta, noise=noise)
+        denoise = denoiser(self.unet, self.schedule, context, guidance, guidance_rescale, progress, start.beside)
+        z = start.finish(chosen.loop(start.keeping(denoise), x, self.schedule, times, eta=eta, noise=noise))
         del denoise  # frees the recording's memory before the autoencoder needs it
         if output == "latent":
             return z
-        images = self.decode_latents(z).float()
+        images = start.paste(self.decode_latents(z).float())
         return images if output == "tensor" else to_pil(images)
 
     def _start_shape(
         self, latents: Tensor | None, init_image: Tensor | None, height: int | None, width: int | None
     ) -> tuple[int, ...]:
         """(4, h, w) of the latents to sample. Raises InputError unless sampling can start from these."""
-        channels = self.config.unet.in_channels
+        channels = self.config.vae.latent_channels
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels or 0 in latents.shape):
             raise InputError(f"latents are {tuple(latents.shape)}, and should be (B, {channels}, h, w)")
         if init_image is None:
             return self.latent_shape(height, width) if latents is None else tuple(latents.shape[1:])
-        if init_image.ndim != 3 or len(init_image) != 3:
-            raise InputError(f"init_image is {tuple(init_image.shape)}, and should be (3, H, W)")
         shape = self.latent_shape(*init_image.shape[1:])
         if latents is not None and (found := tuple(latents.shape[1:])) != shape:
             raise InputError(f"latents are {found} each, and init_image {tuple(init_image.shape)} makes {shape}")
@@ -212,7 +208,7 @@ class StableDiffusion(Adaptable):
         """(4, h, w) for a picture of this size in pixels, of the training size if None. Raises as `check_size`."""
         height, width = (self.config.resolution if side is None else side for side in (height, width))
         self.check_size(height, width)
-        return self.config.unet.in_channels, height // self.config.vae.factor, width // self.config.vae.factor
+        return self.config.vae.latent_channels, height // self.config.vae.factor, width // self.config.vae.factor
 
     def check_size(self, height: int, width: int) -> None:
         """Raises InputError if the autoencoder can't make pictures of this size in pixels."""

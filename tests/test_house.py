@@ -71,8 +71,8 @@ WINGS = {
         settings_output
         settings
         subjects
-        settings_toml
         kohya
+        settings_toml
         token_tuning
         tuning
         options
@@ -88,6 +88,7 @@ WINGS = {
         buckets
         sorting
         latents
+        inpainting
         rows
         batches
         class_pictures

@@ -41,11 +41,14 @@ def model_card(source: Source) -> str:
         lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items()]
         lines.append("")
     prompt = said.get("ldm.instance_prompt", "a photo of a cat")
+    paints_in = source.config.unet.paints_in
+    pipeline = "StableDiffusionInpaintPipeline" if paints_in else "StableDiffusionPipeline"
+    pictures = ", image=picture, mask_image=mask" if paints_in else ""
     lines += [
-        "    from diffusers import StableDiffusionPipeline",
+        f"    from diffusers import {pipeline}",
         "",
-        '    pipe = StableDiffusionPipeline.from_pretrained("path/of/this/folder")',
-        f"    pipe({one_line(json.dumps(prompt, ensure_ascii=False), 10_000)}).images[0]",
+        f'    pipe = {pipeline}.from_pretrained("path/of/this/folder")',
+        f"    pipe({one_line(json.dumps(prompt, ensure_ascii=False), 10_000)}{pictures}).images[0]",
     ]
     return "\n".join(lines) + "\n"
 

@@ -134,7 +134,7 @@ def config_files(config: ModelConfig, eos_id: int, bos_id: int) -> dict[str, dic
     nothing = [None, None]
     return {
         "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": "StableDiffusionInpaintPipeline" if unet.paints_in else "StableDiffusionPipeline",
             "_diffusers_version": "0.30.0",
             "feature_extractor": nothing,
             "image_encoder": nothing,

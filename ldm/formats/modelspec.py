@@ -41,6 +41,8 @@ def describe(config: ModelConfig, title: str, adapter: str | None = None) -> dic
     architecture = "stable-diffusion-v1"
     if config.text.openclip:
         architecture = {"eps": "stable-diffusion-v2-512", "v": "stable-diffusion-v2-768-v"}[prediction]
+    if config.unet.paints_in and adapter is None:  # the names in SwarmUI's list
+        architecture = "stable-diffusion-v2-inpainting" if config.text.openclip else "stable-diffusion-v1/inpaint"
     entries = {
         "sai_model_spec": VERSION,
         "architecture": f"{architecture}/{adapter}" if adapter else architecture,

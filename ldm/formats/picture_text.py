@@ -200,7 +200,8 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
-TEXTS = ("prompt", "negative_prompt", "sampler", "init_image", "lora", "tokens", "model", "model_name", "model_hash")
+TEXTS = ("prompt", "negative_prompt", "sampler", "init_image", "mask", "lora", "tokens", "model", "model_name")
+TEXTS += ("model_hash",)
 # How a fact is read from its text. A parser raises ValueError, whose message says what the text should be.
 PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(TEXTS, str),

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.config import ModelConfig
+from ldm.config import SD1_INPAINT, ModelConfig
 from ldm.errors import InputError
 from ldm.formats import modelspec, names
 from ldm.formats.checks import abbreviate
@@ -24,6 +24,7 @@ CARRIED = re.compile(
     r"|cond_stage_model\.((model|transformer)\.)?(text_projection(\.weight)?|logit_scale|attn_mask)"
 )
 MODELSPEC_PREDICTIONS = DIFFUSERS_PREDICTIONS | {"v": "v"}  # modelspec says epsilon or v; some write diffusers' word
+FIRST_LAYER = names.UNET_PREFIX + "input_blocks.0.0.weight"
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors: ComfyUI marks a model that predicts v, others its schedule
 
 
@@ -79,13 +80,18 @@ def _identify(
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: its metadata is damaged: {error}") from None
     stated, stated_by = _stated_prediction(tensors, metadata)
+    first = tensors.get(FIRST_LAYER)
+    paints_in = first is not None and first.ndim == 4 and first.shape[1] == SD1_INPAINT.unet.in_channels
     if names.TEXT_PREFIX + "text_model.embeddings.token_embedding.weight" in tensors:
         config, reason = predicting(PRESETS["sd1"], stated or "eps"), "SD 1.x always does"
     elif names.OPENCLIP_PREFIX + "token_embedding.weight" in tensors:
-        config = PRESETS[{"eps": "sd2", "v": "sd2_v"}[prediction or stated or "v"]]
-        reason = "assumed for SD 2.x; a 512-base model needs prediction eps"
+        guess = "eps" if paints_in else "v"  # Stability AI's only model for painting in predicts eps
+        config = PRESETS[{"eps": "sd2", "v": "sd2_v"}[prediction or stated or guess]]
+        reason = "assumed for SD 2.x" + ("" if paints_in else "; a 512-base model needs prediction eps")
     else:
         raise InputError(f"{path} does not look like Stable Diffusion 1 or 2: it has no text encoder that we know")
+    if paints_in:
+        config = config.for_painting_in()
     if ZERO_SNR_MARK in tensors and (prediction or config.schedule.prediction) == "v":
         schedule = replace(config.schedule, zero_terminal_snr=True, spacing="trailing")
         config = replace(config, schedule=schedule)

@@ -158,6 +158,7 @@ def predicting(config: ModelConfig, prediction: str) -> ModelConfig:
 
 def family(config: ModelConfig) -> str | None:
     """The name of the family whose sizes a model has; None if it has sizes of its own."""
-    sizes = config.unet, config.vae, config.text
     official = {name: PRESETS[key] for key, name in FAMILIES.items()}
+    official |= {f"{name} for painting in": it.for_painting_in() for name, it in official.items()}
+    sizes = config.unet, config.vae, config.text
     return next((name for name, it in official.items() if sizes == (it.unet, it.vae, it.text)), None)

@@ -1,8 +1,8 @@
 """A training run: from settings and photographs to a tuned model. It stops and resumes at any step.
 
 setting         one setting, and a group of them
-settings_data, settings_training, settings_loss, settings_output      the groups
 settings_subjects  several subjects in one run
+settings_data, settings_training, settings_loss, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 captions        the prompts of single pictures, and words for {token} and {class} in them
 variation       leaves captions out, and shuffles tags
@@ -18,6 +18,7 @@ mixture         which subject and which size of picture each row has
 buckets         sizes for photographs that are not square
 sorting         sorts the pictures of all subjects by their sizes
 latents         encodes the pictures once
+inpainting      random masks for a model for painting in
 rows            the rows of a run, a function of seed and index
 batches         the rows of each step
 class_pictures  the class prior, made by the base model
@@ -42,7 +43,8 @@ tracking        TensorBoard and Weights & Biases
 
 from ldm.training.batches import Batches
 from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
-from ldm.training.examples import Example
+from ldm.training.examples import Example, read_examples
+from ldm.training.inpainting import draw_mask, widen
 from ldm.training.latents import check_photographs, encode, encode_pictures
 from ldm.training.masks import load_mask
 from ldm.training.memory import Memory, predict, tell_memory
@@ -77,6 +79,7 @@ __all__ = [
     "TrainingState",
     "check_photographs",
     "cut_from_photographs",
+    "draw_mask",
     "encode",
     "encode_pictures",
     "load_mask",
@@ -87,6 +90,7 @@ __all__ = [
     "plan_class_pictures",
     "predict",
     "read_class_pictures",
+    "read_examples",
     "read_subjects",
     "set_exactness",
     "sheet_path",
@@ -95,4 +99,5 @@ __all__ = [
     "tell_memory",
     "tuning_of",
     "vary",
+    "widen",
 ]

@@ -52,7 +52,8 @@ class Batches:
         mask = None
         if any(sample.mask is not None for sample in samples):
             mask = torch.cat([_full(s.latents) if s.mask is None else s.mask for s in samples])
-        return Batch(latents, noise, t, prompts, self.is_class, self.class_rows, last, mask, subject)
+        extra = None if samples[0].extra is None else torch.cat([sample.extra for sample in samples])
+        return Batch(latents, noise, t, prompts, self.is_class, self.class_rows, last, mask, subject, extra)
 
     def _loader(self, draws: Draws, start: int) -> DataLoader:
         return DataLoader(

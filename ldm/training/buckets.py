@@ -49,16 +49,17 @@ def cut_away(picture: Size, bucket: Size) -> float:
 
 
 def cut_around(
-    focus: tuple[float, float], picture: Size, bucket: Size, where: tuple[float, float]
+    focus: tuple[float, float], picture: Size, bucket: Size, where: tuple[float, float] | None
 ) -> tuple[float, float]:
     """Where to cut the bucket out of a picture, from (0, 0), left and top, to (1, 1), so that the cut holds the focus.
 
-    focus: from (0, 0) to (1, 1). where: the place among all such cuts, drawn from 0 to 1.
+    focus: from (0, 0) to (1, 1). where: the place among all such cuts, drawn from 0 to 1; None for focus in the middle.
     """
     scale = max(side / own for side, own in zip(bucket, picture, strict=True))
     found = []
-    for at, place, side, own in zip(focus, where, bucket, picture, strict=True):
+    for i, (side, own) in enumerate(zip(bucket, picture, strict=True)):
         spare = own * scale - side  # pixels that are cut away along this side
-        first, last = (min(max(at * own * scale - part, 0.0), spare) for part in (side, 0))
-        found.append((first + place * (last - first)) / spare if spare > 1e-6 else 0.5)
+        first, middle, last = (min(max(focus[i] * own * scale - before, 0.0), spare) for before in (side, side / 2, 0))
+        cut = middle if where is None else first + where[i] * (last - first)
+        found.append(cut / spare if spare > 1e-6 else 0.5)
     return found[0], found[1]

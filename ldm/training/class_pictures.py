@@ -26,7 +26,7 @@ from ldm.runtime import (
 )
 from ldm.training import continuity
 from ldm.training.beside import companions
-from ldm.training.examples import Example
+from ldm.training.examples import Example, captioned
 from ldm.training.run import Run
 from ldm.training.subjects import Subject
 
@@ -204,12 +204,21 @@ def read_class_pictures(run: Run, planned: Sequence[ClassPictures]) -> list[list
 
     Raises InputError if one can't be read, or is not the one that a resumed run began with.
     """
-    examples = [
-        [Example(images.read_picture(path), pictures.recipe["prompt"]) for path in pictures.paths]
-        for pictures in planned
+    examples = [_read(pictures) for pictures in planned]
+    found = [
+        (example, pictures.recipe["prompt"]) for pictures, own in zip(planned, examples, strict=True) for example in own
     ]
-    run.identify(class_pictures=continuity.sums(example.picture for own in examples for example in own))
+    sums = continuity.sums(example.picture for example, _ in found)
+    run.identify(class_pictures=sums, class_captions=continuity.captions(found))
     return examples
+
+
+def _read(pictures: ClassPictures) -> list[Example]:
+    """The user's own class pictures with their captions, and the generated ones."""
+    prompt = pictures.recipe["prompt"]
+    own = [Example(example.picture, example.prompt) for example in captioned(pictures.own, prompt)]
+    generated = [pictures.folder / name for name in pictures.planned]
+    return own + [Example(images.read_picture(path), prompt) for path in generated]
 
 
 def _write(path: Path, content: bytes) -> None:

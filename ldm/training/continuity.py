@@ -13,18 +13,20 @@ from ldm.errors import InputError
 from ldm.images import Picture
 from ldm.runtime import World, read_json
 from ldm.training.checkpoint import load_state
+from ldm.training.examples import Example
 from ldm.training.settings import Settings
 from ldm.training.settings_subjects import FOLDERS
 from ldm.training.subjects import Subject
 
 CONFIG = "config.json"  # in a run's folder
-# Compared one by one, and named: what is recorded of each file, and the word for it.
+# What is recorded of each file, by the file's name: compared one by one. The words name a difference.
 FILES = {
+    "class_pictures": "class picture",
+    "class_captions": "caption of class picture",
     "photographs": "photograph",
     "captions": "caption of",
     "masks": "mask of",
     "focus": "focal point of",
-    "class_pictures": "class picture",
 }
 
 
@@ -46,9 +48,9 @@ class Identity:
     """What identifies a run: its settings, and the parts below.
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
-    class pictures; photographs and class_pictures, the SHA-256 of each by its name; captions, masks (SHA-256) and focus
-    of each photograph; tuning, the name of its
-    `Trainable`; launch, the torchrun that it belongs to. The run adds them one after another.
+    class pictures; photographs, captions, masks and focus: see `what_is_taught`; class_pictures, the SHA-256 of each by
+    its name; class_captions: see `captions`; tuning, the name of its `Trainable`; launch, the torchrun that it belongs
+    to. The run adds them one after another.
     """
 
     def __init__(self, settings: Settings, **parts: Any):
@@ -71,16 +73,13 @@ class Identity:
         changes = []
         for name, value in self.config.items():
             was = before.get(name, defaults.get(name))
-            if name in FILES:
-                was = was if isinstance(was, dict | None) else {}
-                if was is not None and list(was.values()) != list(value.values()):
-                    changes.append(f"{FILES[name]} {first_difference(was, value)}")
-            elif name == "pictures" and "photographs" in before:
+            if name in FILES or (name == "pictures" and "photographs" in before):
                 pass  # compared one by one
             elif name == "subjects":
                 changes += different_subjects(was, value)
             elif was != value and not self.settings.may_change(name):
                 changes.append(f"{name} was {was!r} and is {value!r}")
+        changes += different_files(before, self.config)
         if changes:
             raise InputError(f"{path} belongs to another run: {'; '.join(changes)}")
 
@@ -114,6 +113,19 @@ def different_subjects(before: Any, now: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def different_files(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The differences between the files of two runs, in words. What an older run has not recorded counts as equal."""
+    changes = []
+    for name, words in FILES.items():
+        was, value = before.get(name), now.get(name)
+        was = was if isinstance(was, dict | None) else {}
+        if was is not None and value is not None and list(was.values()) != list(value.values()):
+            changes.append(f"{words} {first_difference(was, value)}")
+            if name == "photographs":  # what is recorded of them differs too, then
+                break
+    return changes
+
+
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first difference between two lists of files (name -> SHA-256 or what else is recorded), in words."""
     for old, new in zip_longest(before.items(), now.items()):
@@ -127,21 +139,27 @@ def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def what_is_taught(subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
-    """The parts of an `Identity` that say what is trained on: what is recorded of each photograph, by its name."""
-    examples = [example for subject in subjects for example in subject.examples]
-    paths = [example.picture.path for example in examples]
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):  # in two folders
-        names = [f"{path.parent.name}/{path.name}" for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    table = dict(zip(names, examples, strict=True))
+    """The parts of an `Identity` that say what is trained on.
+
+    photographs and masks: the SHA-256 of each photograph and of its mask, by the photograph's name, in their order.
+    captions: its prompt, if it isn't its subject's. focus: its focal point. None for what it lacks.
+    """
+    found = [(example, subject.prompt) for subject in subjects for example in subject.examples]
+    examples = [example for example, _ in found]
+    table = dict(zip(names_of([example.picture.path for example in examples]), examples, strict=True))
     return {
         "photographs": {name: sha256(example.picture) for name, example in table.items()},
-        "captions": {name: example.prompt for name, example in table.items()},
+        "captions": captions(found),
         "masks": {name: sha256(example.mask) if example.mask else None for name, example in table.items()},
         "focus": {name: example.focus for name, example in table.items()},
     }
+
+
+def captions(found: Sequence[tuple[Example, str]]) -> dict[str, str | None]:
+    """The prompt of each picture, by the picture's name; None if it is the usual one, which `found` has beside it."""
+    names = names_of([example.picture.path for example, _ in found])
+    prompts = [example.prompt if example.prompt != usual else None for example, usual in found]
+    return dict(zip(names, prompts, strict=True))
 
 
 def digest(pictures: Iterable[Picture]) -> str:
@@ -150,10 +168,16 @@ def digest(pictures: Iterable[Picture]) -> str:
 
 
 def sums(pictures: Iterable[Picture]) -> dict[str, str]:
-    """The SHA-256 of each file's content, in their order, by its path from the folder that all files are in."""
-    files = {os.path.abspath(picture.path): sha256(picture) for picture in pictures}
-    common = os.path.commonpath(map(os.path.dirname, files)) if files else ""
-    return {os.path.relpath(path, common): digest for path, digest in files.items()}
+    """The SHA-256 of each file's content, in their order, by its name."""
+    pictures = list(pictures)
+    return dict(zip(names_of([picture.path for picture in pictures]), map(sha256, pictures), strict=True))
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The path of each file from the folder that all of them are in."""
+    absolute = [os.path.abspath(path) for path in paths]
+    common = os.path.commonpath(map(os.path.dirname, absolute)) if absolute else ""
+    return [os.path.relpath(path, common) for path in absolute]
 
 
 def sha256(picture: Picture) -> str:

@@ -1,7 +1,7 @@
 """What a folder says about each of its photographs: a prompt, a mask, where the subject is."""
 
-import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from ldm.training.beside import Files, companions, sort_files
 from ldm.training.captions import ENDINGS, Words, fill, read_lines, read_list
 from ldm.training.focus import Point, camera_focus, read_focus
 
-MIDDLE = (0.5, 0.5)
 STRETCH = 0.01  # between the sides' ratios of a photograph and its mask: sizes are rounded
 
 
@@ -31,15 +30,6 @@ class Example:
     focus: Point | None = None
     repeats: int = 1
 
-    def centre(self, width: int, height: int) -> Point:
-        """Where to cut a picture of this size out of the photograph: around its focus, or the middle if it has none.
-
-        For `images.fit`. Raises InputError, which names the file, if it can't be read.
-        """
-        if self.focus is None:
-            return MIDDLE
-        return images.centre_at(self.focus, images.upright_size(self.picture), (width, height))
-
 
 def read_examples(folder: str | Path, prompt: str, words: Words | None = None) -> list[Example]:
     """The photographs in a folder, sorted by name; of folders within it, those that the folder's list names.
@@ -47,28 +37,35 @@ def read_examples(folder: str | Path, prompt: str, words: Words | None = None) -
     prompt: that of photographs without a caption. words: what {token} and {class} stand for in captions. Raises
     InputError, which names the folder or the file, if there is none, or if something can't be read.
     """
-    root, listed = Path(folder), {}
-    if os.path.isdir(root):
-        listed = read_list(root)
+    images.check_folder(folder)
+    root = Path(folder)
+    listed = read_list(root)
     for name in listed:
         if not images.is_picture(root / name):
             raise InputError(f"{root / name} is in the folder's list, and is no picture file that can be read")
     within = {root / name for name in listed if (root / name).parent != root}
-    ours = {path.relative_to(root).parts[0] for path in within}
-    if os.path.isdir(root):
-        ours |= companions(list_folder(root))
+    ours = companions(list_folder(root)) | {path.relative_to(root).parts[0] for path in within}
     beside = images.list_pictures(root, ours) if within else images.find_pictures(root, ours)
-    captions = _Captions(root, listed, prompt, words or {})
-    examples = [captions.example(path) for path in sorted([*beside, *within])]
+    return _with_captions(sorted([*beside, *within]), _Reader(root, listed, prompt, words or {}))
+
+
+def captioned(paths: Sequence[Path], prompt: str, words: Words | None = None) -> list[Example]:
+    """Pictures of one folder, with what the folder says about each. prompt, words: as for `read_examples`."""
+    root = paths[0].parent if paths else Path()
+    return _with_captions(paths, _Reader(root, read_list(root) if paths else {}, prompt, words or {}))
+
+
+def _with_captions(paths: Sequence[Path], captions: "_Reader") -> list[Example]:
+    examples = [captions.example(path) for path in paths]
     captions.warn()
     return examples
 
 
-class _Captions:
+class _Reader:
     """Finds the caption of each photograph; collects what a person should know of all of them."""
 
     def __init__(self, root: Path, listed: dict[str, str | None], prompt: str, words: Words):
-        self.root, self.prompt, self.words = root, prompt, words
+        self.prompt, self.words = prompt, words
         self.listed = {root / name: text for name, text in listed.items()}
         self.files: dict[Path, Files] = {}
         self.longer: list[Path] = []  # captions of several lines
@@ -101,10 +98,10 @@ class _Captions:
     def warn(self) -> None:
         if self.longer:
             said = f"{self.longer[0]} has several lines, and the first is the caption"
-            warnings.warn(_of_several(said, self.longer), stacklevel=3)
+            warnings.warn(_of_several(said, self.longer), stacklevel=4)
         if self.double:
             said = f"{self.double[0]} has two captions, and the one that ends in {ENDINGS[0]} is taken"
-            warnings.warn(_of_several(said, self.double), stacklevel=3)
+            warnings.warn(_of_several(said, self.double), stacklevel=4)
 
 
 def _of_several(said: str, cases: list[Path]) -> str:

@@ -49,13 +49,13 @@ def _encode(sd: StableDiffusion, images: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean * sd.config.vae.scale_factor, posterior.std * sd.config.vae.scale_factor
 
 
-def centre_of(example: Example, size: Size, where: Point) -> Point:
+def centre_of(example: Example, size: Size, where: Point | None = None) -> Point:
     """Where a picture is cut to this size, from (0, 0), left and top, to (1, 1).
 
-    where: a place drawn from 0 to 1. The cut of a picture with a focus always holds it.
+    where: a place drawn from 0 to 1; None for the middle. The cut of a picture with a focus always holds it.
     """
     if example.focus is None:
-        return where
+        return (0.5, 0.5) if where is None else where
     return cut_around(example.focus, upright_size(example.picture), size, where)
 
 
@@ -74,7 +74,7 @@ def encode_pictures(
     """
 
     def work(example: Example) -> tuple[Tensor, Tensor]:
-        image = load_image(example, size, example.centre(*size)).to(sd.device)
+        image = load_image(example, size, centre_of(example, size)).to(sd.device)
         views = [image, image.flip(2)] if flip else [image]
         mean, std = (torch.cat(part) for part in zip(*(_encode(sd, view[None]) for view in views), strict=True))
         if not (mean.isfinite().all() and std.isfinite().all()):
@@ -92,12 +92,12 @@ def check_photographs(subjects: Sequence[Subject], settings: Settings, sd: Stabl
     """Cuts each photograph and its mask once, as training does. Raises InputError, which names one that is wrong."""
     for bucket in sort_photographs(subjects, settings, sd, rows=1).buckets:
         for example in bucket.examples:
-            centre = example.centre(*bucket.size)
+            centre = centre_of(example, bucket.size)
             load_image(example, bucket.size, centre)
-            load_mask(example, *bucket.size, centre, bucket.factor)
+            load_mask(example, bucket.size, centre, bucket.shape)
 
 
-def encode_masks(examples: Sequence[Example], size: Size, factor: int, flip: bool) -> Tensor:
-    """The masks of pictures, cut as `encode_pictures` cuts them: (N, views, 1, h, w). factor: pixels along a latent."""
-    masks = torch.stack([load_mask(example, *size, example.centre(*size), factor) for example in examples])
+def encode_masks(examples: Sequence[Example], size: Size, shape: tuple[int, int, int], flip: bool) -> Tensor:
+    """The masks of pictures, cut as `encode_pictures` cuts them: (N, views, 1, h, w). shape: that of the latents."""
+    masks = torch.stack([load_mask(example, size, centre_of(example, size), shape) for example in examples])
     return torch.stack([masks, masks.flip(3)] if flip else [masks], 1)

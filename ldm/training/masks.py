@@ -9,29 +9,29 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ldm import images
 from ldm.images import Picture
-from ldm.training.examples import MIDDLE, Example
+from ldm.training.examples import Example
 from ldm.training.focus import Point
 
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")  # Pillow's modes with an alpha channel
 DARK = 8  # of 255; a mask that is nowhere brighter is wrong, for example 0 and 1 where 0 and 255 were meant
 
 
-def load_mask(example: Example, width: int, height: int, centre: Point = MIDDLE, factor: int = 8) -> Tensor:
-    """Where the loss counts, (1, height / factor, width / factor) from 0 to 1, the mean over each latent's pixels.
+def load_mask(example: Example, size: tuple[int, int], centre: Point, shape: tuple[int, int, int]) -> Tensor:
+    """Where the loss counts, (1, h, w) from 0 to 1: the mean of the mask over each latent's pixels.
 
-    width, height, centre: how the photograph is cut; see `images.fit`. factor: pixels along a latent. Ones for an
-    example without a mask. Raises InputError, which names the file, if it can't be read or is black.
+    size, centre: how the photograph is cut, width and height; see `images.fit`. shape: (C, h, w) of its latents. Ones
+    for an example without a mask. Raises InputError, which names the file, if it can't be read or is black.
     """
     if example.mask is None:
-        return torch.ones(1, height // factor, width // factor)
+        return torch.ones(1, *shape[1:])
     convert = alpha if example.mask is example.picture else grey
-    mask = images.fit(example.mask, width, height, centre, convert)
+    mask = images.fit(example.mask, *size, centre, convert)
     pixels = torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255  # (1, H, W)
-    return avg_pool2d(pixels, factor)
+    return adaptive_avg_pool2d(pixels, shape[1:])
 
 
 def has_alpha(picture: Picture) -> bool:

@@ -129,13 +129,13 @@ class Rehearsal:
     def prepare(self) -> None:
         """What train.py does between the class pictures and the first step."""
         dtype = self.kernels.dtype
-        if self.settings.random_crop:
+        if self.encodes:
             self.sd.freeze(self.sd.vae, torch.float32)
         else:
             self.sd.forget_encoder()
             self.sd.freeze(self.sd.vae, dtype)
         if self.settings.predicts_prior:
-            self.trainable.keep_base(self.settings.class_prompt, dtype)
+            self.trainable.keep_base(self.settings.taught[0].class_prompt, dtype)
         self.trainable.prepare(tuple(dict.fromkeys(self.prompts)), dtype)
 
     def training_step(self, processes: int) -> Memory:
@@ -148,17 +148,17 @@ class Rehearsal:
             if self.settings.fused_backward:
                 for parameter in self.trained:
                     parameter.register_post_accumulate_grad_hook(free_gradient)
-            if self.settings.random_crop:
+            if self.encodes:
                 with torch.no_grad():
                     self.sd.encode_images(self._pictures(len(self.prompts)))
-            noisy = self._latents(len(self.prompts))
+            noisy = self._noisy(len(self.prompts))
             t = torch.empty(len(noisy), dtype=torch.long, device="meta")
             is_class = torch.empty(len(noisy), dtype=torch.bool, device="meta")
             with self.kernels.autocast():
                 prediction = self.trainable(noisy, t, self.prompts)
                 if self.settings.predicts_prior:
                     self.trainable.base(noisy[: len(noisy) // 2], t[: len(noisy) // 2])
-            self.kernels.backward(dreambooth_loss(prediction, noisy, is_class, 1.0).total)
+            self.kernels.backward(dreambooth_loss(prediction, noisy[:, : prediction.shape[1]], is_class, 1.0).total)
         gradients = ledger.gradients_at_peak
         return self._memory("in a training step", gradients, ledger.peak - gradients)
 
@@ -188,17 +188,23 @@ class Rehearsal:
         rows, sd = 2, self.sd
         with torch.no_grad(), self._ledger() as ledger, self.kernels, self.kernels.autocast():
             ids = torch.empty(rows, sd.config.text.context_length, dtype=torch.long, device="meta")
-            z = self._latents(rows)
-            sd.unet(z.to(next(sd.unet.parameters()).dtype), torch.empty(rows, device="meta"), sd.text_encoder(ids))
-            sd.vae.decode(z[:1].to(next(sd.vae.parameters()).dtype)).float()
+            noisy, channels = self._noisy(rows), sd.config.vae.latent_channels
+            sd.unet(noisy.to(next(sd.unet.parameters()).dtype), torch.empty(rows, device="meta"), sd.text_encoder(ids))
+            sd.vae.decode(noisy[:1, :channels].to(next(sd.vae.parameters()).dtype)).float()
             return self.kernels.copied, ledger.peak - self.kernels.copied
 
     def _ledger(self, trained: list[nn.Parameter] | None = None) -> Ledger:
         return Ledger(self._everything(), trained or [])
 
-    def _latents(self, rows: int) -> Tensor:
-        side = self.settings.resolution
-        return torch.empty(rows, *self.sd.latent_shape(side, side), device="meta")
+    def _noisy(self, rows: int) -> Tensor:
+        """The UNet's input: noisy latents, and a mask and a picture if it is for painting in."""
+        side = self.settings.resolution // self.sd.config.vae.factor
+        return torch.empty(rows, self.sd.config.unet.in_channels, side, side, device="meta")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether each step encodes pictures: cut at random, or with a hole."""
+        return self.settings.random_crop or self.sd.config.unet.paints_in
 
     def _pictures(self, rows: int) -> Tensor:
         return torch.empty(rows, 3, self.settings.resolution, self.settings.resolution, device="meta")

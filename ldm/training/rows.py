@@ -4,8 +4,8 @@ A run has the same rows with any split into batches and processes, and after a r
 each row on the CPU. All rows of a batch are moved to the device and turned into latents at once.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from ldm import rng
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
 from ldm.runtime import progress_bar
+from ldm.training.buckets import Size
+from ldm.training.inpainting import columns_beside, draw_hole, keep_images
 from ldm.training.latents import (
     Encode,
     Latents,
@@ -29,7 +31,7 @@ from ldm.training.latents import (
 from ldm.training.masks import load_mask
 from ldm.training.run import Run
 from ldm.training.sorting import Bucket, Collection
-from ldm.training.variation import vary
+from ldm.training.variation import variation
 
 Columns = dict[str, Any]  # of several rows: tensors, and a list of prompts
 Vary = Callable[[str, torch.Generator], str]
@@ -49,6 +51,7 @@ class Draws(Dataset):
     noise_offset: float = 0.0  # standard deviation of a shift of each of the noise's channels
     vary: Vary | None = None  # changes the prompt of a row: drops captions, shuffles tags
     prompts: tuple[str, ...] | None = None  # one a subject, instead of the pictures' own
+    holes: bool = field(default=False, kw_only=True)  # whether rows have their picture and a hole in it, to paint in
 
     def __getitem__(self, index: int) -> Columns | InputError:
         place = self.pictures.mixture.at(index)
@@ -66,6 +69,8 @@ class Draws(Dataset):
             row |= self.view(bucket, k, generator)
         except InputError as error:  # a loader's process can't raise it in one line, so it is returned as a row
             return error
+        if self.holes:
+            row |= draw_hole((self.seed, self.kind, index), bucket.size, bucket.shape)
         if self.noise_offset:  # Guttenberg 2023; drawn last, so that all else is drawn as without it
             row["noise"] = noise + self.noise_offset * torch.randn(len(noise), 1, 1, generator=generator)
         return row
@@ -84,13 +89,20 @@ class Draws(Dataset):
 
 @dataclass(frozen=True)
 class LatentDraws(Draws):
-    """Draws for pictures whose latents are kept. views: 2 if each is also kept mirrored."""
+    """Draws for pictures whose latents are kept. views: 2 if each is also kept mirrored.
+
+    images: for rows with holes, the pictures of each bucket by its size; see `keep_images`.
+    """
 
     views: int = 1
+    images: Mapping[Size, Tensor] = field(default_factory=dict)
 
     def view(self, bucket: Bucket, k: int, generator: torch.Generator) -> Columns:
         view = torch.randint(self.views, (), generator=generator) if self.views > 1 else torch.tensor(0)
-        return {"picture": torch.tensor(k), "view": view}
+        columns = {"picture": torch.tensor(k), "view": view}
+        if self.holes:
+            columns["image"] = self.images[bucket.size][k, view] / 127.5 - 1.0
+        return columns
 
 
 @dataclass(frozen=True)
@@ -109,12 +121,15 @@ class CropDraws(Draws):
         centre = centre_of(example, bucket.size, (x, y))
         columns = {"image": load_image(example, bucket.size, centre)}
         if self.masked:
-            columns["mask"] = load_mask(example, *bucket.size, centre, bucket.factor)
+            columns["mask"] = load_mask(example, bucket.size, centre, bucket.shape)
         return {name: c.flip(2) if self.flip and mirrored < 0.5 else c for name, c in columns.items()}
 
 
 class Sample(NamedTuple):
-    """Rows of one kind, on the device: latents, noise (B, C, h, w); t, subject (B,); mask (B, 1, h, w) or None."""
+    """Rows of one kind, on the device: latents, noise (B, C, h, w); t, subject (B,); mask (B, 1, h, w) or None.
+
+    extra: (B, C + 1, h, w), what a model for painting in sees beside the noisy latents; None for others.
+    """
 
     latents: Tensor
     noise: Tensor
@@ -122,6 +137,7 @@ class Sample(NamedTuple):
     subject: Tensor
     mask: Tensor | None
     prompts: tuple[str, ...]
+    extra: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,8 @@ class Rows:
         if self.is_class:  # also where it has the photographs' latents
             mask = None
         latents = mean + std * drawn["spread"]
-        return Sample(latents, drawn["noise"], drawn["t"], drawn["subject"], mask, tuple(columns["prompt"]))
+        extra = columns_beside(self.encode, drawn) if self.draws.holes else None
+        return Sample(latents, drawn["noise"], drawn["t"], drawn["subject"], mask, tuple(columns["prompt"]), extra)
 
     def of_class(self, prompts: tuple[str, ...]) -> "Rows":
         """Rows with the same noisy latents, and these prompts of the class, one a subject."""
@@ -157,25 +174,25 @@ class Rows:
 def make_rows(run: Run, sd: StableDiffusion, kind: str, pictures: Collection) -> Rows:
     """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
     settings, device, is_class = run.settings, run.world.device, kind == "class"
-    varies = (settings.caption_dropout or settings.shuffle_tags) and not is_class
     common = (
         settings.seed,
         kind,
         pictures,
         settings.timesteps(sd.schedule),
         settings.noise_offset,
-        partial(vary, settings=settings) if varies else None,
+        variation(settings),
     )
     examples = [example for bucket in pictures.buckets for example in bucket.examples]
     masked = any(example.mask is not None for example in examples)
+    holes, given = sd.config.unet.paints_in, {"encode": partial(encode, sd), "is_class": is_class}
     if settings.random_crop:
-        draws = CropDraws(*common, flip=settings.random_flip, masked=masked)
-        return Rows(draws, device, encode=partial(encode, sd), is_class=is_class)
+        return Rows(CropDraws(*common, flip=settings.random_flip, masked=masked, holes=holes), device, **given)
     title, flip, latents = f"encoding {kind} pictures", settings.random_flip, []
     with progress_bar(run.stop, title, len(examples), "picture", show=run.world.main) as progress:
         for bucket in pictures.buckets:
             made = encode_pictures(sd, bucket.examples, bucket.size, flip, progress)
             if masked:
-                made = made._replace(mask=encode_masks(bucket.examples, bucket.size, bucket.factor, flip).to(device))
+                made = made._replace(mask=encode_masks(bucket.examples, bucket.size, bucket.shape, flip).to(device))
             latents.append(made)
-    return Rows(LatentDraws(*common, views=1 + flip), device, tuple(latents), is_class=is_class)
+    images = {b.size: keep_images(b.examples, b.size, flip) for b in pictures.buckets} if holes else {}
+    return Rows(LatentDraws(*common, views=1 + flip, images=images, holes=holes), device, tuple(latents), **given)

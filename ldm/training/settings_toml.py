@@ -10,6 +10,7 @@ from typing import Any
 from ldm.errors import one_line
 from ldm.runtime import MAX_PATH
 from ldm.training.settings import Settings
+from ldm.training.settings_subjects import FOLDERS, SubjectSettings
 
 SETTINGS = "config.toml"  # in a run's folder
 ONCE = ("output_dir", "resume_from_checkpoint", "dry_run")  # belong to one start of train.py, not to the run
@@ -48,6 +49,10 @@ def _line(f: Field, value: Any) -> str:
 
 def _value(value: Any) -> str:
     """A value in TOML."""
+    if isinstance(value, SubjectSettings):
+        folders = {name: os.path.abspath(path) for name in FOLDERS if (path := getattr(value, name)) is not None}
+        given = value.given() | folders
+        return "{ " + ", ".join(f"{name} = {_value(item)}" for name, item in given.items()) + " }"
     if isinstance(value, tuple | list):
         items = [_value(item) for item in value]
         return "[\n" + "".join(f"    {item},\n" for item in items) + "]" if len(items) > 1 else f"[{''.join(items)}]"

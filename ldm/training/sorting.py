@@ -32,11 +32,6 @@ class Bucket:
     examples: tuple[Example, ...]
     decks: tuple[tuple[int, ...], ...]
 
-    @property
-    def factor(self) -> int:
-        """Pixels along a latent."""
-        return self.size[0] // self.shape[2]
-
 
 class Collection(NamedTuple):
     """All pictures of one kind, and the bucket and subject of each row."""

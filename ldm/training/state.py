@@ -147,7 +147,8 @@ class TrainingState:
     def metadata(self) -> dict[str, str]:
         """Where the model comes from and how its pictures are sampled, for the headers of its files."""
         given = self.settings
-        prompts = {"instance_prompt": given.instance_prompt, "class_prompt": given.class_prompt}
+        subject = given.taught[0]  # a program's example is a prompt that shows it
+        prompts = {"instance_prompt": subject.instance_prompt, "class_prompt": subject.class_prompt}
         sampling = {
             "sampler": given.sampler,
             "steps": given.sample_steps,
@@ -162,9 +163,11 @@ class TrainingState:
         }
         lines = {"step": str(self.step), "base": self.base} | prompts
         header = {f"ldm.{name}": text for name, text in lines.items() if text}
+        if given.subjects:
+            header["ldm.subjects"] = json.dumps({one.name: one.instance_prompt for one in given.taught})
         header |= {SAMPLING_KEY: json.dumps(sampling)}  # sample.py's defaults for this model
         header |= {TRAINING_KEY: json.dumps(training)}  # for the model's card
-        return header | modelspec.usage(given.instance_prompt) if given.instance_prompt else header
+        return header | modelspec.usage(subject.instance_prompt) if subject.instance_prompt else header
 
     def save_result(self, folder: Path) -> tuple[Path, list[str]]:
         """Writes what the run is for. Returns its path, and the names of tensors that have no place in it."""

@@ -1,12 +1,19 @@
 """Varies the caption of a row: leaves it out, or shuffles its tags."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 
+def variation(settings: Any) -> Callable[[str, torch.Generator], str] | None:
+    """`vary` with the settings of a run, `ldm.training.Settings`; None if they leave captions as they are."""
+    return partial(vary, settings=settings) if settings.caption_dropout or settings.shuffle_tags else None
+
+
 def vary(prompt: str, generator: torch.Generator, settings: Any) -> str:
-    """The prompt of one row. settings: those of a run, `ldm.training.Settings`.
+    """The prompt of one row.
 
     In the share `caption_dropout` of rows it is empty, so that the model keeps an unconditional prediction for guidance
     (Ho and Salimans 2022, algorithm 1). With `shuffle_tags`, the parts between commas come in a random order; the first

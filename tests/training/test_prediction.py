@@ -90,7 +90,7 @@ def test_the_forward_pass_without_numbers_keeps_what_autograd_keeps(flags, rando
 
     rehearsal = Rehearsal(random_model(), FullTuning, settings, CPU)
     with rehearsal._ledger() as ledger, rehearsal.kernels:
-        noisy = rehearsal._latents(4)
+        noisy = rehearsal._noisy(4)
         with rehearsal.kernels.autocast():
             predicted = rehearsal.trainable(noisy, torch.empty(4, dtype=torch.long, device="meta"), prompts)
     assert predicted.dtype == prediction.dtype
