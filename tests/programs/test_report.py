@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import slow_after
 from story import EVIL, Page, read_page, tell, train_run, validations
 
 import sample
@@ -250,7 +251,7 @@ def test_what_is_no_run_is_refused_in_one_line(root, run, tmp_path, capsys):
         complaint(capsys, path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "noise", "folder"])
+@pytest.mark.parametrize("damage", slow_after(2, ["missing", "cut", "noise", "folder"]))
 def test_every_file_may_be_missing_or_damaged(run, damage, tmp_path):
     files = [path for path in run.rglob("*") if path.is_file() and "class" not in path.parts[:-1]]
     files = [path for path in files if "checkpoints" not in path.parts and path.name not in ("lock", "report.html")]
