@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm import training
 from ldm.errors import InputError, one_line
 from ldm.report.numbers import MAX_STEP, Line, read_lines
 from ldm.runtime import exists, list_folder, read_json, read_toml
+from ldm.training import Advice, advise
 
 MAX_TEXT = 400  # letters of a text that is shown
 MAX_ENTRIES = 300  # settings, notes or results that are shown
@@ -91,9 +91,9 @@ class Record:
         return list(dict.fromkeys(one_line(text, MAX_TEXT) for text in found if isinstance(text, str) and text.strip()))
 
     @property
-    def advice(self) -> "training.Advice":
+    def advice(self) -> Advice:
         """The step to take, and why."""
-        return training.advise(self.validations)
+        return advise(self.validations)
 
     @property
     def advised(self) -> int | None:
@@ -144,7 +144,9 @@ def _read_settings(record: Record, names: set[str]) -> None:
 
 
 # What config.json says beside settings: see ldm.training.continuity.
-IDENTITY = set("global_batch base tuning launch pictures photographs captions masks focus class_pictures".split())
+IDENTITY = set(
+    "global_batch base tuning launch pictures photographs captions masks focus held_out class_pictures".split()
+)
 
 
 # Sheets without a step.

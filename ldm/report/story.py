@@ -8,7 +8,8 @@ from ldm.report.record import Record
 
 def story(record: Record) -> list[str]:
     """A few sentences: what was trained on what, and how far it came. Leaves out what the folder does not say."""
-    return [text for text in (_subject(record), _prior(record), _training(record), _progress(record)) if text]
+    parts = _subject, _prior, _training, _held_out, _progress
+    return [text for part in parts if (text := part(record))]
 
 
 def quoted(record: Record, name: str) -> str:
@@ -53,6 +54,14 @@ def _training(record: Record) -> str | None:
         return None
     rate = record.settings.get("token_learning_rate" if record.settings.get("train") == "token" else "learning_rate")
     return what + (f", at a learning rate of {rate:g}." if isinstance(rate, float) and math.isfinite(rate) else ".")
+
+
+def _held_out(record: Record) -> str | None:
+    held_out, every = record.identity.get("held_out"), record.count("validation_steps")
+    if not every or not isinstance(held_out, dict) or not held_out:
+        return None
+    count = f"{len(held_out)} held-out picture{'s' if len(held_out) > 1 else ''}"
+    return f"Every {every:,} steps it was validated on {count}."
 
 
 def _progress(record: Record) -> str:
