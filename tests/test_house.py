@@ -69,6 +69,7 @@ WINGS = {
         settings_training
         settings_loss
         settings_output
+        settings_validation
         settings
         subjects
         kohya
@@ -93,6 +94,11 @@ WINGS = {
         rows
         batches
         class_pictures
+        sheets
+        grid
+        drift
+        advice
+        best
         validation
         note
         note_prompts

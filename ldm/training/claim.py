@@ -67,11 +67,13 @@ class Claim:
     def tidy(self) -> None:
         """Removes half-written files of a killed run."""
         checkpoint.clean(self.checkpoints)
+        checkpoint.clean(self.folder)  # best/
         for pattern in (
             f".{CONFIG}.*",
             f".{SETTINGS}.*",
             ".preflight.json.*",
             ".metrics.jsonl.*",
+            ".validation.jsonl.*",
             ".model.*",
             ".*.safetensors.*",
             ".reserve",

@@ -27,6 +27,7 @@ FILES = {
     "captions": "caption of",
     "masks": "mask of",
     "focus": "focal point of",
+    "held_out": "held-out picture",
 }
 
 
@@ -48,9 +49,9 @@ class Identity:
     """What identifies a run: its settings, and the parts below.
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
-    class pictures; photographs, captions, masks and focus: see `what_is_taught`; class_pictures, the SHA-256 of each by
-    its name; class_captions: see `captions`; tuning, the name of its `Trainable`; launch, the torchrun that it belongs
-    to. The run adds them one after another.
+    class pictures; photographs, captions, masks and focus: see `what_is_taught`; class_pictures and held_out, the
+    SHA-256 of each by its name; class_captions: see `captions`; tuning, the name of its `Trainable`; launch, the
+    torchrun that it belongs to. The run adds them one after another.
     """
 
     def __init__(self, settings: Settings, **parts: Any):
