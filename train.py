@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ldm import images, training
+from ldm import images, report, training
 from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
 from ldm.guidance import seen
@@ -42,12 +42,14 @@ def main(
         training.make_sheet(run, state.trainable.sd, "before")
         for pictures in class_pictures:
             pictures.generate(run, state.trainable.sd)
+        report.begin(run, subjects, class_pictures)
         validation = Validation(run, state, subjects, class_pictures)
         batches = prepare(run, state, subjects, class_pictures)
         run.restore(state)
         train(run, state, batches, validation)
         finish(run, state, subjects)
         validation.tell_advice()
+        report.finish(run)
     world.close()
 
 
@@ -55,7 +57,7 @@ def train(run: Run, state: TrainingState, batches: Batches, validation: Validati
     """Runs the remaining steps. On a signal, finishes the step, saves and raises Stopped."""
     accumulation = run.settings.gradient_accumulation_steps
     with run.training(state):
-        validate(state, validation)
+        validate(run, state, validation)
         while state.step < run.settings.max_train_steps and not run.stopped:
             if state.start_step():  # learning rate, zero_grad; True if the set of trained parameters changed
                 model = run.world.wrap(state.trainable)
@@ -67,16 +69,18 @@ def train(run: Run, state: TrainingState, batches: Batches, validation: Validati
             numbers = run.reduce(losses, state.clip_gradients())  # on their way from the device
             metrics = state.update(numbers)  # on an fp16 overflow the weights stay; the step runs again on new rows
             run.log(numbers, metrics)
-            validate(state, validation)
+            validate(run, state, validation)
             run.save_if_due(state)
     if state.step < run.settings.max_train_steps:
+        report.update(run)
         raise Stopped
 
 
-def validate(state: TrainingState, validation: Validation) -> None:
+def validate(run: Run, state: TrainingState, validation: Validation) -> None:
     """Every --validation-steps: losses of held-out pictures, language drift, a sheet. Training does not notice."""
     if validation.is_due(state):
         validation.measure(state)
+        report.update(run)
 
 
 def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batch: Batch) -> Losses:
@@ -124,9 +128,9 @@ def begin(
         for picture in [*(example.picture for example in run.held_out), *generated]:
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
-    checkpoint = run.begin(state, subjects, own)
     world.print_main(sd.summary)
-    training.tell_memory(run, sd, tuning)
+    training.tell_preflight(run, tuning, state, subjects, class_pictures)  # a dry run ends here
+    checkpoint = run.begin(state, subjects, own)
     if checkpoint is not None:
         world.print_main(f"resuming from {checkpoint}")
     elif settings.resume_from_checkpoint is not None:

@@ -14,7 +14,7 @@ LDM = ROOT / "ldm"
 
 # In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae tiling unet schedule samplers guidance images
-formats lora model tokens dreambooth training __main__""".split()
+formats lora model tokens dreambooth training report __main__""".split()
 
 # One room a line, in the order of imports.
 WINGS = {
@@ -82,6 +82,7 @@ WINGS = {
         checkpoint
         continuity
         claim
+        pace
         log
         saver
         run
@@ -99,9 +100,14 @@ WINGS = {
         advice
         best
         validation
+        note
+        note_prompts
+        note_photographs
         ledger
         memory
+        preflight
     """,
+    "report": "markup numbers scale chart pictures record story commands document page compare file upkeep",
 }
 
 

@@ -74,6 +74,7 @@ class Claim:
             ".preflight.json.*",
             ".metrics.jsonl.*",
             ".validation.jsonl.*",
+            ".report.html.*",
             ".model.*",
             ".*.safetensors.*",
             ".reserve",

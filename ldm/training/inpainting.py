@@ -82,14 +82,3 @@ def columns_beside(encode: Encode, drawn: Mapping[str, Tensor]) -> Tensor:
     mean, std = encode(drawn["image"].masked_fill(drawn["hole"], 0.0))
     mask = F.interpolate(drawn["hole"].to(mean), size=mean.shape[2:])
     return masked_columns(mask, mean + std * drawn["hole_spread"])
-
-
-@torch.no_grad()
-def whole_columns(sd: StableDiffusion, latents: Tensor) -> Tensor | None:
-    """`columns_beside` for latents (B, C, h, w) of pictures that are painted as a whole; None for an ordinary model."""
-    if not sd.config.unet.paints_in:
-        return None
-    (count, _, h, w), weight = latents.shape, next(sd.vae.parameters())
-    grey = torch.zeros(1, 3, h * sd.config.vae.factor, w * sd.config.vae.factor).to(weight)
-    visible = sd.encode_images(grey).float().expand(count, -1, -1, -1)
-    return masked_columns(torch.ones_like(visible[:, :1]), visible)

@@ -30,11 +30,13 @@ from runs import (
     weights,
 )
 
+import train
 from ldm import StableDiffusion, images
 from ldm.images import MARGIN, load_picture
-from ldm.training import grid, sheets
+from ldm.training import grid, parse, predict, sheets, tuning_of
 from ldm.training.drift import diversity, drift
 from ldm.training.ema import EMA
+from ldm.training.inpainting import widen
 
 EVERY = ("--validation-steps", 2, "--num-drift-images", 2)
 STEPS = ("--checkpointing-steps", 2)
@@ -161,6 +163,20 @@ def test_training_does_not_notice_validation(flags, base, every, tmp_path):
     assert digest(states[0] / "training.safetensors") == digest(states[1] / "training.safetensors")
     scalers = [json.loads((state / "state.json").read_text())["scaler"] for state in states]
     assert scalers[0] == scalers[1]
+
+
+def test_a_model_for_painting_in_begins_with_the_losses_of_the_model_that_it_was_made_of(
+    made, base, every, random_model, tmp_path
+):
+    """It sees a mask of the whole picture, by weights that are still zero."""
+    sd = random_model()
+    widen(sd)
+    sd.save(tmp_path / "nine.safetensors")
+    own = shutil.copytree(made / "class", tmp_path / "class")
+    (own / "manifest.json").unlink()  # which names the model of four channels
+    flags = ("--model", tmp_path / "nine.safetensors", "--max-train-steps", 2, "--class-data-dir", own)
+    call(*base, *every, *flags, "--output-dir", tmp_path / "run")
+    assert timeless(validations(tmp_path / "run"))[0] == pytest.approx(timeless(validations(made))[0], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -339,3 +355,14 @@ def test_averages_and_weights_have_their_bits_back_after_they_were_used(dtype):
         assert torch.equal(weight.detach(), torch.tensor([0.1, 0.2, 0.3]).to(dtype))
     assert torch.equal(weight.detach().float(), torch.tensor([1.0, 2.0, 3.0]))
     assert torch.equal(ema.averages["w"], torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_the_memory_that_a_run_predicts_has_the_half_of_the_unet_that_drift_needs(base, saved):
+    sd = StableDiffusion.load(saved["official"])
+    found = []
+    for flags in ((), EVERY, (*EVERY, *LORA)):
+        settings = parse([str(word) for word in (*base, *flags)], train.TINY)
+        found.append(predict(sd, tuning_of, settings, torch.device("cpu")).weights)
+    half = [p for n, p in sd.unet.named_parameters() if n.startswith(("time_embed", "input_blocks", "middle_block"))]
+    assert found[1] - found[0] == sum(parameter.nbytes for parameter in half)
+    assert found[2] < found[1]
