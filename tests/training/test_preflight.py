@@ -278,7 +278,7 @@ def test_a_run_says_it_first_and_keeps_it_and_a_dry_run_says_the_same_and_writes
 
     call(*given)
     real = re.sub(free, "", capsys.readouterr().out).splitlines()
-    assert dry[:-1] == real[: len(dry) - 1] and real[-2].startswith("model: ")
+    assert dry[:-1] == real[: len(dry) - 1] and real[-3].startswith("model: ")
     notes = json.loads((tmp_path / "run" / "preflight.json").read_text())
     assert all(note.keys() == {"topic", "text", "warning"} for note in notes)
     topics = [note["topic"] for note in notes]
