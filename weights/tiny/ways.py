@@ -73,6 +73,7 @@ def run(work, job):
     way, prior, seed = job
     output = folder(work, job)
     flags = ["--config", HERE / "train.toml", "--instance-data-dir", work / "subject", "--seed", str(seed)]
+    flags += ["--validation-steps", "500", "--num-drift-images", "0"]  # saves minutes
     flags += ["--class-data-dir", work / f"class-{seed}"] if prior == "class pictures" else []
     effect.train(output, [*flags, *WAYS[way], *PRIORS[prior]])
     with torch.no_grad():
