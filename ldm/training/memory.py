@@ -114,9 +114,8 @@ class Rehearsal:
         self._sampled: tuple[int, int] | None = None
         precision = Precision(settings.mixed_precision, device, settings.train_dtype)
         self.kernels = Kernels(precision.dtype, device, sd.config.unet.upcast_attention)
-        subject = settings.taught[0]
-        prompts = [subject.instance_prompt, *([subject.class_prompt] if settings.with_prior_preservation else [])]
-        self.prompts = tuple(prompt for prompt in prompts for _ in range(settings.train_batch_size))
+        named, of_class = settings.taught[0].instance_prompt, settings.taught[0].class_prompt
+        self.prompts = ((named, of_class) if settings.with_prior_preservation else (named,)) * settings.train_batch_size
 
     def class_pictures(self) -> Memory:
         """The sheet before training, or batches of class pictures, on a CPU as many at once as it has cores."""
