@@ -103,7 +103,8 @@ def disk_notes(run: Run, state: TrainingState, class_pictures: Sequence[ClassPic
     at_once = kept + (kept < saves)  # an old checkpoint goes when the new one is there
     checkpoints = at_once * state.bytes_saved
     pictures = sum(len(pictures.missing()) for pictures in class_pictures) * 3 * settings.resolution**2
-    needed, free = checkpoints + state.trainable.bytes_saved() + pictures, free_space(run.folder)
+    results = (1 + settings.keeps_best) * state.trainable.bytes_saved()
+    needed, free = checkpoints + results + pictures, free_space(run.folder)
     most, part = f"at most {gigabytes(needed)} GB", f"{gigabytes(checkpoints)} of it with"
     text = f"The run fills {most}, {part} {counted(at_once, 'checkpoint')}; {gigabytes(free)} GB are free."
     notes = [Note("disk", text)]

@@ -17,6 +17,7 @@ from ldm.training.note import Note, listed
 from ldm.training.note_photographs import ALIKE, fingerprint, photograph_notes
 from ldm.training.note_prompts import identifier, prompt_notes
 from ldm.training.preflight import class_note, disk_notes, resolution_notes, steps_note
+from ldm.training.tracking import Tracker
 
 
 def notes_of(instance: str, class_prompt: str | None = "a photo of a dog", **settings: object) -> dict[str, list[str]]:
@@ -205,6 +206,8 @@ def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_result(every, limi
     text, warning = disk_notes(run, state, [])
     assert text.text.startswith(f"The run fills at most {most + 3}.0 GB, {most}.0 of it with {most} checkpoint")
     assert warning.warning
+    run.settings = replace(settings, validation_steps=10, hold_out=1)  # and the best model
+    assert disk_notes(run, state, [])[0].text.startswith(f"The run fills at most {most + 6}.0 GB")
     monkeypatch.undo()
     assert len(disk_notes(run, SimpleNamespace(bytes_saved=1, trainable=SimpleNamespace(bytes_saved=int)), [])) == 1
 
@@ -284,7 +287,7 @@ def test_a_dry_run_of_two_processes_says_it_once(saved, tmp_path):
 def test_the_time_left_is_printed_while_it_trains(capsys, tmp_path):
     numbers = SimpleNamespace(read=lambda: {"signals": 0.0, "loss": 1.0, "grad_norm": 1.0})
     bar = log.tqdm(total=20, disable=True)
-    reporter = log.Reporter(bar, log.Log(tmp_path, "", "", log.Tracker("none", tmp_path, {})), pictures=2)
+    reporter = log.Reporter(bar, log.Log(tmp_path, "", "", Tracker("none", tmp_path, {})), 1)
     for step in range(1, 21):
         reporter.add(numbers, {"step": step, "seconds": 0.0})
     reporter.finish()
