@@ -129,8 +129,9 @@ class Validation:
                 self.done.add(state.step)
                 self.run.world.on_main(lambda: self.run.lines.add_validation(line))
                 self._say(described(line))
-                if self.settings.keeps_best and best.is_best(self._lines(), self.settings):
-                    best.keep(self.run, state, line)
+                lines = self._lines()
+                if self.settings.keeps_best and best.is_best(lines, self.settings):
+                    best.keep(self.run, state, lines)
         except Stopped:
             self.run.stopped = True
 

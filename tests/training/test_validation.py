@@ -33,7 +33,7 @@ from runs import (
 import train
 from ldm import StableDiffusion, images
 from ldm.images import MARGIN, load_picture
-from ldm.training import grid, parse, predict, sheets, tuning_of
+from ldm.training import advise, grid, parse, predict, sheets, tuning_of
 from ldm.training.drift import diversity, drift
 from ldm.training.ema import EMA
 from ldm.training.inpainting import widen
@@ -263,11 +263,15 @@ def test_a_sheet_that_fails_costs_a_line_and_not_the_run(
 # The best model
 
 
-def test_best_is_the_model_of_the_lowest_held_out_loss(made):
-    lines = {line["step"]: line["validation_loss"] for line in validations(made) if line["step"] > 0}
-    step = min(lines, key=lines.get)
+def test_best_is_the_model_of_the_step_that_the_run_advises(made):
+    lines = validations(made)
+    step = advise(lines).step
+    first, line = (next(line for line in lines if line["step"] == n) for n in (0, step))
+    learned = 1 - line["training_loss"] / first["training_loss"]
+    over = max(line["validation_loss"] / first["validation_loss"] - 1, 0)
+    harm = max(line["drift"], 1 - line["diversity"], 0)
     best = json.loads((made / "best" / "best.json").read_text())
-    assert best == {"step": step, "metric": "validation_loss", "value": lines[step]}
+    assert best == {"step": step, "metric": "score", "value": pytest.approx(learned - over - harm)}
     kept, saved = weights(made / "best"), weights(made / "checkpoints" / f"checkpoint-{step:06d}")
     assert kept.keys() == saved.keys() and all(torch.equal(kept[name], saved[name]) for name in kept)
     StableDiffusion.load(made / "best" / "model.safetensors")
@@ -313,7 +317,6 @@ def test_held_out_photographs_are_not_trained_on(base, tmp_path):
         ((*EVERY, "--num-drift-images", 1), "--num-drift-images 1 is not 0, nor a number from 2"),
         ((*EVERY, "--hold-out", 1, "--validation-data-dir", "x"), "both choose the held-out pictures"),
         ((*EVERY, "--validation-data-dir", "nowhere"), "nowhere is not a folder"),
-        ((*EVERY, "--no-with-prior-preservation", "--best-metric", "validation_and_class_loss"), "needs prior pres"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(flags, said, base, tmp_path):
