@@ -34,7 +34,6 @@ from ldm.training.settings import Settings
 
 Tuning = Callable[[StableDiffusion, Settings], Trainable]
 
-
 # Freed tensors below 32 MB lie between living ones in glibc's heap, which can't use all of that room again. Measured
 # on the embedded model at 64, 128 and 256 pixels, in fp32 and bf16: 0.26 to 0.56 of the activations.
 HEAP = 1 / 3
