@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ldm.dreambooth import Trainable, dreambooth_loss
 from ldm.model import StableDiffusion
 from ldm.runtime import at_once
-from ldm.training.drift import HalfUNet, is_wanted
+from ldm.training.drift import weights_kept
 from ldm.training.ledger import Kernels, Ledger
 from ldm.training.note import Note
 from ldm.training.precision import Precision
@@ -129,8 +129,7 @@ class Rehearsal:
     def prepare(self) -> None:
         """What train.py does between the class pictures and the first step."""
         dtype = self.kernels.dtype
-        if is_wanted(self.settings) and (half := HalfUNet(self.sd.unet)).trains:  # its copy stays on the CPU
-            self.sd.originals += [parameter.detach().to(dtype, copy=True) for parameter in half.parameters()]
+        self.sd.originals += weights_kept(self.settings, self.sd.unet, dtype)
         if self.encodes:
             self.sd.freeze(self.sd.vae, torch.float32)
         else:
