@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from ldm import images, training
+from ldm import images, report, training
 from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
 from ldm.guidance import seen
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped, cli, processes
-from ldm.training import Batches, ClassPictures, Run, Settings, Subject, TrainingState
+from ldm.training import Batches, ClassPictures, Run, Settings, Subject, TrainingState, Validation
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny" / "train.toml"
 
@@ -42,17 +42,22 @@ def main(
         training.make_sheet(run, state.trainable.sd, "before")
         for pictures in class_pictures:
             pictures.generate(run, state.trainable.sd)
+        report.begin(run, subjects, class_pictures)
+        validation = Validation(run, state, subjects, class_pictures)
         batches = prepare(run, state, subjects, class_pictures)
         run.restore(state)
-        train(run, state, batches)
+        train(run, state, batches, validation)
         finish(run, state, subjects)
+        validation.tell_advice()
+        report.finish(run)
     world.close()
 
 
-def train(run: Run, state: TrainingState, batches: Batches) -> None:
+def train(run: Run, state: TrainingState, batches: Batches, validation: Validation) -> None:
     """Runs the remaining steps. On a signal, finishes the step, saves and raises Stopped."""
     accumulation = run.settings.gradient_accumulation_steps
     with run.training(state):
+        validate(run, state, validation)
         while state.step < run.settings.max_train_steps and not run.stopped:
             if state.start_step():  # learning rate, zero_grad; True if the set of trained parameters changed
                 model = run.world.wrap(state.trainable)
@@ -64,9 +69,18 @@ def train(run: Run, state: TrainingState, batches: Batches) -> None:
             numbers = run.reduce(losses, state.clip_gradients())  # on their way from the device
             metrics = state.update(numbers)  # on an fp16 overflow the weights stay; the step runs again on new rows
             run.log(numbers, metrics)
+            validate(run, state, validation)
             run.save_if_due(state)
     if state.step < run.settings.max_train_steps:
+        report.update(run)
         raise Stopped
+
+
+def validate(run: Run, state: TrainingState, validation: Validation) -> None:
+    """Every --validation-steps: losses of held-out pictures, language drift, a sheet. Training does not notice."""
+    if validation.is_due(state):
+        validation.measure(state)
+        report.update(run)
 
 
 def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batch: Batch) -> Losses:
@@ -103,7 +117,7 @@ def begin(
     """Loads the model and the photographs, and begins the run. Raises InputError for wrong input before it begins."""
     settings, world = run.settings, run.world
     with run.together():
-        subjects = training.read_subjects(settings)
+        subjects, run.held_out = training.hold_out(settings, training.read_subjects(settings))
         sd = load(run)
         training.check_photographs(subjects, settings, sd)
     base = run.on_main(sd.source_fingerprint)
@@ -111,12 +125,12 @@ def begin(
         class_pictures = training.plan_class_pictures(run, sd, base, subjects)
         own = [images.read_picture(path) for pictures in class_pictures for path in pictures.own]
         generated = [path for pictures in class_pictures for path in pictures.paths if path.exists()]
-        for picture in generated:
+        for picture in [*(example.picture for example in run.held_out), *generated]:
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
-    checkpoint = run.begin(state, subjects, own)
     world.print_main(sd.summary)
-    training.tell_memory(run, sd, tuning)
+    training.tell_preflight(run, tuning, state, subjects, class_pictures)  # a dry run ends here
+    checkpoint = run.begin(state, subjects, own)
     if checkpoint is not None:
         world.print_main(f"resuming from {checkpoint}")
     elif settings.resume_from_checkpoint is not None:

@@ -1,7 +1,8 @@
-"""Tools for model files and LoRAs.
+"""Tools for model files, LoRAs and runs.
 
 python -m ldm weights inspect|convert|verify PATH         describes, converts and verifies a model
 python -m ldm lora inspect|merge|extract|convert ...      describes, merges, extracts and converts a LoRA
+python -m ldm report RUN [RUN ...]                        writes the report of a run, or compares several
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm import formats, tokens
+from ldm import formats, report, tokens
 from ldm.config import SD1, SD2
 from ldm.errors import InputError, one_line
 from ldm.lora import TARGETS, chosen, extract
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> cli.Parser:
-    top = cli.Parser(prog="python -m ldm", description="Tools for model files.")
-    subjects = top.add_subparsers(required=True, metavar="weights|lora")
+    top = cli.Parser(prog="python -m ldm", description="Tools for model files and runs.")
+    subjects = top.add_subparsers(required=True, metavar="weights|lora|report")
     weights = subjects.add_parser("weights", help="inspect, convert and verify model files").add_subparsers(
         required=True, metavar="inspect|convert|verify", parser_class=cli.Parser
     )
@@ -45,6 +46,7 @@ def parser() -> cli.Parser:
     )
     _add_weights(weights)
     _add_lora(lora)
+    _add_report(subjects)
     return top
 
 
@@ -90,6 +92,13 @@ def _add_lora(actions: Any) -> None:
     p.add_argument("--names", choices=tuple(NAMES), default="kohya", help="names to write; every program reads kohya's")
     p.add_argument("--model", help="model that it is for; only needed where names are official and the model is small")
     _add_file_flags(p)
+
+
+def _add_report(subjects: Any) -> None:
+    p = _action(subjects, "report", write_report, "write the report of a run, or compare several runs")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, also of one that goes on or was killed")
+    what = "HTML file to write; if not given, report.html in the run, or comparison.html beside the first of several"
+    p.add_argument("--output", metavar="FILE", help=what)
 
 
 def _action(
@@ -271,6 +280,11 @@ def _write_lora(output: Path, adapter: formats.Adapter, about: dict[str, str], a
     with written(output):
         formats.write_lora(output, tensors, about)
     print(f"wrote {output}")
+
+
+def write_report(args: Namespace) -> None:
+    """Writes a report, and prints its path."""
+    print(report.write(args.runs, args.output))
 
 
 if __name__ == "__main__":

@@ -237,8 +237,8 @@ def grid(rows: list[Row]) -> Image.Image:
     first = rows[0][1][0]
     factor = max(1, -(-MIN_CELL // min(first.size)))
     width, height = first.width * factor, first.height * factor
-    font = ImageFont.load_default(size=max(13, height // 12))
-    label = font.size + 2 * MARGIN
+    label = _label(height)
+    font = ImageFont.load_default(size=label - 2 * MARGIN)
     columns = max(len(pictures) for _, pictures in rows)
     sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, len(rows) * (height + label + MARGIN)), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -249,6 +249,19 @@ def grid(rows: list[Row]) -> Image.Image:
             cell = picture.resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(cell, (MARGIN + c * (width + MARGIN), top + label))
     return sheet
+
+
+def _label(height: int) -> int:
+    """The height of a label above cells of this height."""
+    return max(13, height // 12) + 2 * MARGIN
+
+
+def first_column(sheet: Image.Image, rows: int, side: int) -> list[Image.Image]:
+    """The first picture of each row of a `grid` whose pictures were `side` pixels along, as magnified there."""
+    side *= max(1, -(-MIN_CELL // side))
+    label = _label(side)
+    tops = [r * (side + label + MARGIN) + label for r in range(rows)]
+    return [sheet.crop((MARGIN, top, MARGIN + side, top + side)) for top in tops]
 
 
 def check_sheet(rows: int, columns: int, width: int, height: int) -> None:

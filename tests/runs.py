@@ -147,6 +147,12 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def timeless(lines: list[dict]) -> list[dict]:
+    """The lines without what depends on the machine: seconds and memory."""
+    times = {"seconds", "pictures_per_second", "memory_gb"}
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
+
+
 def losses(run: Path) -> list[float]:
     """The losses of all steps. Checks that each step is there once and in order."""
     lines = [line for line in metrics(run) if not line.get("skipped")]

@@ -14,7 +14,7 @@ LDM = ROOT / "ldm"
 
 # In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae tiling unet schedule samplers guidance images
-formats lora model tokens dreambooth training __main__""".split()
+formats lora model tokens dreambooth training report __main__""".split()
 
 # One room a line, in the order of imports.
 WINGS = {
@@ -69,6 +69,7 @@ WINGS = {
         settings_training
         settings_loss
         settings_output
+        settings_validation
         settings
         subjects
         kohya
@@ -81,6 +82,7 @@ WINGS = {
         checkpoint
         continuity
         claim
+        pace
         log
         saver
         run
@@ -92,10 +94,20 @@ WINGS = {
         rows
         batches
         class_pictures
+        sheets
+        grid
+        drift
+        advice
+        best
         validation
+        note
+        note_prompts
+        note_photographs
         ledger
         memory
+        preflight
     """,
+    "report": "markup numbers scale chart pictures record story commands document page compare file upkeep",
 }
 
 

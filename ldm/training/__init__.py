@@ -2,7 +2,7 @@
 
 setting         one setting, and a group of them
 settings_subjects  several subjects in one run
-settings_data, settings_training, settings_loss, settings_output      the groups
+settings_data, settings_training, settings_loss, settings_validation, settings_output      the groups
 settings        every setting of a run, and whether a run that resumes may change it
 captions        the prompts of single pictures, and words for {token} and {class} in them
 variation       leaves captions out, and shuffles tags
@@ -36,33 +36,46 @@ claim           chooses a run's folder and locks it
 log             writes metrics.jsonl and sends metrics to the tracker
 saver           writes checkpoints and keeps disk space for them
 ledger, memory  predict how much memory the run needs
+note            a sentence or two that a run says about itself before it begins
+note_prompts, note_photographs      how the prompts are read; what the photographs are like
+preflight       says what a run will do before it begins
+pace            says how long it will take, from its first steps
 run             the objects that the parts of a training program share
-validation      sheets of pictures, before and after
+sheets          pictures of the validation prompts, before, after and in between
+grid            losses on a fixed grid of noise and timesteps
+drift           language drift: what training does to the class's pictures
+best            keeps the best model
+advice          which step to take
+validation      measures all of that while the run trains
 tracking        TensorBoard and Weights & Biases
 """
 
+from ldm.training.advice import Advice, advise
 from ldm.training.batches import Batches
 from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
 from ldm.training.examples import Example, read_examples
 from ldm.training.inpainting import draw_mask, widen
 from ldm.training.latents import check_photographs, encode, encode_pictures
 from ldm.training.masks import load_mask
-from ldm.training.memory import Memory, predict, tell_memory
+from ldm.training.memory import Memory, predict
 from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
 from ldm.training.precision import set_exactness
+from ldm.training.preflight import tell_preflight
 from ldm.training.rows import CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.run import Run
 from ldm.training.settings import Settings
+from ldm.training.sheets import make_comparison, make_sheet, sheet_path
 from ldm.training.sorting import cut_from_photographs, sort_class_pictures, sort_photographs
 from ldm.training.state import TrainingState
 from ldm.training.subjects import Subject, read_subjects
 from ldm.training.token_tuning import TokenTuning
 from ldm.training.tuning import LoRATuning, tuning_of
-from ldm.training.validation import make_comparison, make_sheet, sheet_path
+from ldm.training.validation import Validation, hold_out
 from ldm.training.variation import vary
 
 __all__ = [
+    "Advice",
     "Batches",
     "ClassPictures",
     "CropDraws",
@@ -77,11 +90,14 @@ __all__ = [
     "SubjectLosses",
     "TokenTuning",
     "TrainingState",
+    "Validation",
+    "advise",
     "check_photographs",
     "cut_from_photographs",
     "draw_mask",
     "encode",
     "encode_pictures",
+    "hold_out",
     "load_mask",
     "make_comparison",
     "make_rows",
@@ -96,7 +112,7 @@ __all__ = [
     "sheet_path",
     "sort_class_pictures",
     "sort_photographs",
-    "tell_memory",
+    "tell_preflight",
     "tuning_of",
     "vary",
     "widen",

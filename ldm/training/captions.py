@@ -62,7 +62,7 @@ def fill(text: str, words: Words, where: object) -> str:
     def word(match: re.Match[str]) -> str:
         if match[1] not in words:
             known = " and ".join(f"{{{name}}}" for name in words)
-            raise InputError(f"{where} holds {match[0]}, which stands for nothing; there are {known}")
+            raise InputError(f"{where} holds {match[0]}, which stands for nothing; there are {known or 'none here'}")
         if words[match[1]] is None:
             raise InputError(
                 f"{where} holds {match[0]}, and the prompts do not say what it is; those of the subject and its class "
@@ -147,4 +147,4 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num} is damaged: {error}") from None
+        raise InputError(f"{path}, line {rows.line_num + 1} is damaged: {error}") from None

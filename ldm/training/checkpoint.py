@@ -6,6 +6,7 @@
         training.safetensors   the optimizer's moments, and the EMA's averages if there are any
         state.json             step, scaler, settings and everything else that is not a tensor
         metrics.jsonl          the run's metrics up to that step
+        validation.jsonl       its validations up to that step, if there were any
         SHA256SUMS             of these files, as `sha256sum -c` reads them
 
 A checkpoint is written under a temporary name, flushed to disk, and renamed when all of it is there.
@@ -26,20 +27,23 @@ from ldm.runtime import check_file, list_folder, read_json, read_text
 from ldm.training.content import check_content
 from ldm.training.state import TrainingState
 
-TRAINING, STATE, METRICS, CHECKSUMS = "training.safetensors", "state.json", "metrics.jsonl", "SHA256SUMS"
+TRAINING, STATE, CHECKSUMS = "training.safetensors", "state.json", "SHA256SUMS"
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 NAME = re.compile(r"checkpoint-(\d{6,})")
 TEMPORARY, REPLACED = ".tmp-", ".old-"
-MAX_CHECKSUMS, MAX_METRICS = 1 << 12, 1 << 30  # bytes: four lines, some millions of steps
+MAX_CHECKSUMS, MAX_METRICS = 1 << 12, 1 << 30  # bytes: five lines, some millions of steps
 
 
-def save(folder: Path, state: TrainingState, config: dict[str, Any], metrics: str) -> None:
-    """Writes checkpoint-STEP into the folder. config: what `continuity.changes` compares a resumed run with.
+def save(folder: Path, state: TrainingState, config: dict[str, Any], metrics: str, validation: str = "") -> None:
+    """Writes checkpoint-STEP into the folder. config: what `Identity.check` compares a resumed run with.
+
+    metrics, validation: the lines of the run so far.
 
     Raises RunError, and leaves nothing of the checkpoint, if the disk refuses it.
     """
     final = folder / f"checkpoint-{state.step:06d}"
     temporary = folder / f"{TEMPORARY}{final.name}"
-    files = (state.trainable.weights_file, TRAINING, STATE, METRICS)
+    files = [state.trainable.weights_file, TRAINING, STATE, METRICS]
     try:
         temporary.mkdir(parents=True)
         state.trainable.save(temporary / files[0], state.metadata())
@@ -47,18 +51,26 @@ def save(folder: Path, state: TrainingState, config: dict[str, Any], metrics: st
         numbers = {**state.numbers(), "run": config}
         (temporary / STATE).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         (temporary / METRICS).write_text(metrics, encoding="utf-8")
+        if validation:
+            (temporary / VALIDATION).write_text(validation, encoding="utf-8")
+            files.append(VALIDATION)
         lines = [f"{sha256(temporary / name)}  {name}\n" for name in files]
         (temporary / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
         for name in (*files, CHECKSUMS, "."):
             flush(temporary / name)
-        if final.exists():  # damaged, or of a run that went back and has come here again
-            final.rename(folder / f"{REPLACED}{final.name}")
-        temporary.rename(final)
-        flush(folder)
+        put_in_place(temporary, final)
     except OSError as error:
         raise RunError(f"{final} can't be saved ({error}); older checkpoints are as they were") from None
     finally:
         clean(folder)
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Renames a folder that is on the disk. `clean` removes the older one, or puts it back after a kill in between."""
+    if final.exists():  # damaged, or of a run that went back and has come here again
+        final.rename(final.with_name(f"{REPLACED}{final.name}"))
+    temporary.rename(final)
+    flush(final.parent)
 
 
 def all_in(folder: Path) -> list[Path]:
@@ -89,7 +101,8 @@ def damaged(path: Path) -> str | None:
     try:
         lines = read_text(path / CHECKSUMS, MAX_CHECKSUMS).splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        if len(sums) != 4 or not {TRAINING, STATE, METRICS} <= sums.keys() or any("/" in name for name in sums):
+        others = sums.keys() - {TRAINING, STATE, METRICS, VALIDATION}  # the weights
+        if len(others) != 1 or not {TRAINING, STATE, METRICS} <= sums.keys() or any("/" in name for name in sums):
             return f"{CHECKSUMS} does not name the four files of a checkpoint"
         for name, digest in sums.items():
             if not os.path.lexists(path / name):
@@ -100,12 +113,18 @@ def damaged(path: Path) -> str | None:
         numbers = load_state(path)
         if type(numbers.get("step")) is not int or not isinstance(numbers.get("run"), dict):
             return f"{STATE} does not name its step and its run"
-        read_text(path / METRICS, MAX_METRICS)
+        lines_of(path)
     except InputError as error:
         return str(error).removeprefix(f"{path}/")
     except OSError as error:
         return f"{error.filename} can't be read: {error.strerror}"
     return None
+
+
+def lines_of(path: Path) -> tuple[str, str]:
+    """The lines of metrics.jsonl and validation.jsonl in a checkpoint. Raises InputError if they can't be read."""
+    validated = os.path.lexists(path / VALIDATION)
+    return read_text(path / METRICS, MAX_METRICS), read_text(path / VALIDATION, MAX_METRICS) if validated else ""
 
 
 def misfit(path: Path, state: TrainingState) -> str | None:

@@ -67,11 +67,14 @@ class Claim:
     def tidy(self) -> None:
         """Removes half-written files of a killed run."""
         checkpoint.clean(self.checkpoints)
+        checkpoint.clean(self.folder)  # best/
         for pattern in (
             f".{CONFIG}.*",
             f".{SETTINGS}.*",
             ".preflight.json.*",
             ".metrics.jsonl.*",
+            ".validation.jsonl.*",
+            ".report.html.*",
             ".model.*",
             ".*.safetensors.*",
             ".reserve",

@@ -5,10 +5,13 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ldm import images, rng, samplers
 from ldm.errors import InputError
@@ -26,7 +29,8 @@ from ldm.runtime import (
 )
 from ldm.training import continuity
 from ldm.training.beside import companions
-from ldm.training.examples import Example
+from ldm.training.examples import Example, captioned
+from ldm.training.pace import duration
 from ldm.training.run import Run
 from ldm.training.subjects import Subject
 
@@ -125,7 +129,11 @@ class ClassPictures:
         evaluations = samplers.find(self.recipe["sampler"]).evaluations(self.recipe["steps"])
         total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
         with progress_bar(run.stop, "class pictures", total, show=world.main) as progress:
-            for round in rounds:
+            began = time.perf_counter()
+            for i, round in enumerate(rounds):
+                if i == 1 and world.main:
+                    left = duration((time.perf_counter() - began) * (len(rounds) - 1))
+                    tqdm.write(f"about {left} of class pictures left")
                 mine = round[world.rank :: world.size]
                 with (
                     world.agreed(),
@@ -204,12 +212,21 @@ def read_class_pictures(run: Run, planned: Sequence[ClassPictures]) -> list[list
 
     Raises InputError if one can't be read, or is not the one that a resumed run began with.
     """
-    examples = [
-        [Example(images.read_picture(path), pictures.recipe["prompt"]) for path in pictures.paths]
-        for pictures in planned
+    examples = [_read(pictures) for pictures in planned]
+    found = [
+        (example, pictures.recipe["prompt"]) for pictures, own in zip(planned, examples, strict=True) for example in own
     ]
-    run.identify(class_pictures=continuity.sums(example.picture for own in examples for example in own))
+    sums = continuity.sums(example.picture for example, _ in found)
+    run.identify(class_pictures=sums, class_captions=continuity.captions(found))
     return examples
+
+
+def _read(pictures: ClassPictures) -> list[Example]:
+    """The user's own class pictures with their captions, and the generated ones."""
+    prompt = pictures.recipe["prompt"]
+    own = [Example(example.picture, example.prompt) for example in captioned(pictures.own, prompt)]
+    generated = [pictures.folder / name for name in pictures.planned]
+    return own + [Example(images.read_picture(path), prompt) for path in generated]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ from ldm.errors import InputError
 from ldm.images import Picture
 from ldm.runtime import World, read_json
 from ldm.training.checkpoint import load_state
+from ldm.training.examples import Example
 from ldm.training.settings import Settings
 from ldm.training.settings_subjects import FOLDERS
 from ldm.training.subjects import Subject
@@ -21,10 +22,12 @@ CONFIG = "config.json"  # in a run's folder
 # What is recorded of each file, by the file's name: compared one by one. The words name a difference.
 FILES = {
     "class_pictures": "class picture",
+    "class_captions": "caption of class picture",
     "photographs": "photograph",
     "captions": "caption of",
     "masks": "mask of",
     "focus": "focal point of",
+    "held_out": "held-out picture",
 }
 
 
@@ -46,9 +49,9 @@ class Identity:
     """What identifies a run: its settings, and the parts below.
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
-    class pictures; photographs and class_pictures, the SHA-256 of each by its name; captions, masks and focus, see
-    `what_is_taught`; tuning, the name of its `Trainable`; launch, the torchrun that it belongs to. The run adds them
-    one after another.
+    class pictures; photographs, captions, masks and focus: see `what_is_taught`; class_pictures and held_out, the
+    SHA-256 of each by its name; class_captions: see `captions`; tuning, the name of its `Trainable`; launch, the
+    torchrun that it belongs to. The run adds them one after another.
     """
 
     def __init__(self, settings: Settings, **parts: Any):
@@ -143,14 +146,21 @@ def what_is_taught(subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
     captions: its prompt, if it isn't its subject's. focus: its focal point. None for what it lacks.
     """
     found = [(example, subject.prompt) for subject in subjects for example in subject.examples]
-    names = names_of([example.picture.path for example, _ in found])
-    table = dict(zip(names, found, strict=True))
+    examples = [example for example, _ in found]
+    table = dict(zip(names_of([example.picture.path for example in examples]), examples, strict=True))
     return {
-        "photographs": {name: sha256(example.picture) for name, (example, _) in table.items()},
-        "captions": {name: example.prompt if example.prompt != p else None for name, (example, p) in table.items()},
-        "masks": {name: sha256(example.mask) if example.mask else None for name, (example, _) in table.items()},
-        "focus": {name: example.focus for name, (example, _) in table.items()},
+        "photographs": {name: sha256(example.picture) for name, example in table.items()},
+        "captions": captions(found),
+        "masks": {name: sha256(example.mask) if example.mask else None for name, example in table.items()},
+        "focus": {name: example.focus for name, example in table.items()},
     }
+
+
+def captions(found: Sequence[tuple[Example, str]]) -> dict[str, str | None]:
+    """The prompt of each picture, by the picture's name; None if it is the usual one, which `found` has beside it."""
+    names = names_of([example.picture.path for example, _ in found])
+    prompts = [example.prompt if example.prompt != usual else None for example, usual in found]
+    return dict(zip(names, prompts, strict=True))
 
 
 def digest(pictures: Iterable[Picture]) -> str:

@@ -31,16 +31,31 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model's weights are the averages."""
-        self._swap()
+        """Inside, the model's weights are the averages. Afterwards weights and averages have their bits back."""
+        last = {name: self._put(name) for name in self.parameters}
         try:
             yield
         finally:
-            self._swap()
+            for name in self.parameters:
+                self._put_back(name, last.pop(name))
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self.parameters.items():
-            last = parameter.clone()
-            parameter.copy_(self.averages[name])
-            self.averages[name].copy_(last)
+    def _put(self, name: str) -> Tensor | None:
+        """Puts the average in the place of the weight. An fp32 weight goes to the average's place, others are returned.
+
+        The average does not fit in a bf16 weight's place without rounding, so it stays.
+        """
+        parameter, average = self.parameters[name], self.averages[name]
+        last = parameter.clone()
+        parameter.copy_(average)
+        if parameter.dtype != average.dtype:
+            return last
+        average.copy_(last)
+        return None
+
+    @torch.no_grad()
+    def _put_back(self, name: str, last: Tensor | None) -> None:
+        if last is None:
+            self._put(name)  # the two change places once more
+        else:
+            self.parameters[name].copy_(last)

@@ -1,6 +1,7 @@
 """What a folder says about each of its photographs: a prompt, a mask, where the subject is."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,17 +46,26 @@ def read_examples(folder: str | Path, prompt: str, words: Words | None = None) -
     within = {root / name for name in listed if (root / name).parent != root}
     ours = companions(list_folder(root)) | {path.relative_to(root).parts[0] for path in within}
     beside = images.list_pictures(root, ours) if within else images.find_pictures(root, ours)
-    captions = _Captions(root, listed, prompt, words or {})
-    examples = [captions.example(path) for path in sorted([*beside, *within])]
+    return _with_captions(sorted([*beside, *within]), _Reader(root, listed, prompt, words or {}))
+
+
+def captioned(paths: Sequence[Path], prompt: str, words: Words | None = None) -> list[Example]:
+    """Pictures of one folder, with what the folder says about each. prompt, words: as for `read_examples`."""
+    root = paths[0].parent if paths else Path()
+    return _with_captions(paths, _Reader(root, read_list(root) if paths else {}, prompt, words or {}))
+
+
+def _with_captions(paths: Sequence[Path], captions: "_Reader") -> list[Example]:
+    examples = [captions.example(path) for path in paths]
     captions.warn()
     return examples
 
 
-class _Captions:
+class _Reader:
     """Finds the caption of each photograph; collects what a person should know of all of them."""
 
     def __init__(self, root: Path, listed: dict[str, str | None], prompt: str, words: Words):
-        self.root, self.prompt, self.words = root, prompt, words
+        self.prompt, self.words = prompt, words
         self.listed = {root / name: text for name, text in listed.items()}
         self.files: dict[Path, Files] = {}
         self.longer: list[Path] = []  # captions of several lines
@@ -88,10 +98,10 @@ class _Captions:
     def warn(self) -> None:
         if self.longer:
             said = f"{self.longer[0]} has several lines, and the first is the caption"
-            warnings.warn(_of_several(said, self.longer), stacklevel=3)
+            warnings.warn(_of_several(said, self.longer), stacklevel=4)
         if self.double:
             said = f"{self.double[0]} has two captions, and the one that ends in {ENDINGS[0]} is taken"
-            warnings.warn(_of_several(said, self.double), stacklevel=3)
+            warnings.warn(_of_several(said, self.double), stacklevel=4)
 
 
 def _of_several(said: str, cases: list[Path]) -> str:

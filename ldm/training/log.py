@@ -1,58 +1,89 @@
-"""The metrics of a run: a line of metrics.jsonl for each step, and the tracker's curves."""
+"""The lines of a run: metrics.jsonl, one for each step, and validation.jsonl, one for each validation."""
 
 import json
+import resource
 import time
-import warnings
 from pathlib import Path
-from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ldm.runtime import dropped_output, replacing, written
+from ldm.training.checkpoint import METRICS, VALIDATION
 from ldm.training.numbers import Numbers
+from ldm.training.pace import Pace
 from ldm.training.state import Metrics, check_finite
-from ldm.training.tracking import tracker
+from ldm.training.tracking import Tracker
 
 
-class MetricsLog:
-    """Adds lines to a file. `text` holds all lines, so that a checkpoint has every one even if the disk is full.
+class Log:
+    """Adds lines to the two files of a run's folder, and reports them to the tracker.
 
-    text: the lines of the run that this one resumes. If a tracker is named, it gets the metrics too. A tracker that
-    fails is dropped with a warning.
+    metrics, validation: all lines of the files, so that a checkpoint has every one even if the disk is full. They begin
+    with those of the run that this one resumes.
     """
 
-    def __init__(self, path: Path, text: str, report_to: str, config: dict[str, Any]):
-        self.path, self.text, self._noted = path, text, 0
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        self._track = tracker(report_to, path.parent, config)
+    def __init__(self, folder: Path, metrics: str, validation: str, tracker: Tracker):
+        self.folder, self.metrics, self.validation, self.tracker = folder, metrics, validation, tracker
+        self._noted = 0
+        with replacing(folder / METRICS) as temporary:
+            temporary.write_text(metrics, encoding="utf-8")
+        (folder / VALIDATION).unlink(missing_ok=True)  # of a run that went back to before its first validation
+        if validation:
+            self._replace(validation)
 
     def add(self, metrics: Metrics) -> None:
-        """Adds a line; its `not_shown` lists output that was dropped. Raises RunError if it can't be written."""
+        """Adds a step; its `not_shown` lists output that was dropped. Raises RunError if it can't be written."""
         if notes := dropped_output[self._noted :]:
             metrics = metrics | {"not_shown": notes}
             self._noted += len(notes)
         line = json.dumps(metrics) + "\n"
-        self.text += line
-        try:
-            self._track(metrics["step"], {k: v for k, v in metrics.items() if isinstance(v, float)})
-        except Exception as error:  # a tracker can raise anything
-            warnings.warn(f"the tracker gets no more metrics: {error}", stacklevel=2)
-            self._track = lambda step, metrics: None
-        with written(self.path), self.path.open("a", encoding="utf-8") as file:
+        self.metrics += line
+        self.tracker.numbers(metrics["step"], metrics)
+        with written(self.folder / METRICS), (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(line)
+
+    def add_validation(self, line: Metrics) -> None:
+        """Adds a validation. Raises RunError if it can't be written."""
+        self.validation += json.dumps(line) + "\n"
+        self.tracker.numbers(line["step"], line)
+        self._replace(self.validation)
+
+    def _replace(self, text: str) -> None:
+        path = self.folder / VALIDATION
+        with written(path), replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @property
+    def validations(self) -> list[Metrics]:
+        """The lines of validation.jsonl."""
+        return read_lines(self.validation)
+
+
+def read_lines(text: str) -> list[Metrics]:
+    """The JSON objects that have a whole step, one a line. Other lines are left out."""
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and type(value.get("step")) is int:
+            found.append(value)
+    return found
 
 
 class Reporter:
     """Shows and logs each step once, when its numbers have arrived from the device.
 
-    bar: moves with each update. log: None in all processes but the main one. stopped: whether a signal has come to any
-    process, as of the last step that was reported.
+    bar: moves with each update. log: None in all processes but the main one. pictures: of a step, in all processes.
+    stopped: whether a signal has come to any process, as of the last step that was reported.
     """
 
-    def __init__(self, bar: tqdm, log: MetricsLog | None):
-        self.bar, self.log, self.stopped = bar, log, False
+    def __init__(self, bar: tqdm, log: Log | None, pictures: int):
+        self.bar, self.log, self.pictures, self.stopped = bar, log, pictures, False
         self._arriving: tuple[Numbers, Metrics] | None = None
+        self._pace = Pace(bar.total or 0)
         self._last = 0.0  # when a step was reported last
 
     def add(self, numbers: Numbers, metrics: Metrics) -> None:
@@ -78,4 +109,21 @@ class Reporter:
             self.bar.set_postfix(shown, refresh=False)
         began, self._last = max(metrics["seconds"], self._last), time.perf_counter()
         if self.log is not None:
-            self.log.add({"step": step} | read | metrics | {"seconds": round(self._last - began, 4)})
+            self.log.add({"step": step} | read | metrics | self._speed(self._last - began))
+            if left := self._pace.after(step):
+                self.bar.write(left)
+
+    def _speed(self, seconds: float) -> Metrics:
+        """memory_gb: the most that this process has used so far, on its GPU if it has one."""
+        per_second = self.pictures / max(seconds, 1e-9)
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else max_resident()
+        return {
+            "seconds": round(seconds, 4),
+            "pictures_per_second": float(f"{per_second:.4g}"),
+            "memory_gb": round(memory / 1e9, 3),
+        }
+
+
+def max_resident() -> int:
+    """The most bytes that this process has had in memory."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,7 +3,7 @@
 import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from ldm.errors import InputError, RunError
 from ldm.images import Picture
 from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, replacing, written
 from ldm.training import checkpoint, claim
-from ldm.training.continuity import CONFIG, Identity, digest, read_config, what_is_taught
-from ldm.training.log import MetricsLog, Reporter
+from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums, what_is_taught
+from ldm.training.examples import Example
+from ldm.training.log import Log, Reporter
 from ldm.training.numbers import Numbers, SubjectLosses
 from ldm.training.precision import Precision
 from ldm.training.saver import Saver
@@ -25,8 +26,8 @@ from ldm.training.settings import SAVES_MEMORY, Settings
 from ldm.training.settings_toml import SETTINGS, to_toml
 from ldm.training.state import Metrics, TrainingState
 from ldm.training.subjects import Subject
+from ldm.training.tracking import Tracker
 
-METRICS = checkpoint.METRICS
 PREFLIGHT = "preflight.json"
 
 
@@ -41,11 +42,11 @@ class Run:
         self.settings, self.world = settings, world
         self.precision, self.stop = Precision(settings.mixed_precision, world.device, settings.train_dtype), Stop()
         self.stopped = False  # whether a signal has come to any process, as of the last step
-        batch = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
-        self.identity = Identity(settings, global_batch=batch)
+        self.held_out: list[Example] = []  # pictures of the subjects for validation alone
+        self.identity = Identity(settings, global_batch=settings.photographs_of_step * world.size)
         self.subject_losses = SubjectLosses((), world.device)  # of several subjects, set before training
         self.notes: list[dict[str, Any]] = []  # what `preflight` has said, ready for JSON
-        self.state = self._lock = self._saver = self._log = None  # set when training, or the run, begins
+        self.state = self._lock = self.saver = self.lines = None  # the last three in the main process alone
         self.claim: claim.Claim = world.on_main(self._choose)
         self.folder = self.claim.folder
 
@@ -60,8 +61,8 @@ class Run:
 
     def __exit__(self, kind: type | None, *error: object) -> bool:
         self.stop.__exit__(kind, *error)
-        if self._saver is not None:
-            self._saver.reserve.release()
+        if self.saver is not None:
+            self.saver.reserve.release()
         elif self.world.main:
             self.claim.undo()
         if is_stop := kind is Stopped:
@@ -80,7 +81,7 @@ class Run:
             "launch": processes.launch(),
             "pictures": digest([*(example.picture for one in subjects for example in one.examples), *own]),
             **what_is_taught(subjects),
-        }
+        } | ({"held_out": sums(example.picture for example in self.held_out)} if self.held_out else {})
         self.identity.check_everywhere(self.world)
         self.resumed_from: Path | None = self.world.on_main(lambda: self._begin(state))
         with self.world.agreed():
@@ -96,16 +97,13 @@ class Run:
             try:
                 self.identity.check(self.folder, read_config(self.folder))
                 found = self.claim.find_checkpoint(state, self.identity)
-                checkpoint.check_space(self.folder, state.bytes_saved)
+                checkpoint.check_space(self.folder, state.bytes_needed)
             except (InputError, RunError):
                 if new:  # and only this run uses it: it has the lock
                     checkpoint.remove(self.folder)
                 raise
             _write_settings(self)
-            text = (found / METRICS).read_text(encoding="utf-8") if found else ""
-            self._log = MetricsLog(self.folder / METRICS, text, self.settings.report_to, self.identity.config)
-            self.claim.checkpoints.mkdir(exist_ok=True)
-            self._saver = Saver(self.claim.checkpoints, self.settings, state.bytes_saved)
+            _open_files(self, state, found)
             return found
 
     def identify(self, **parts: Any) -> None:
@@ -142,11 +140,9 @@ class Run:
         self.state = state
         bar = {"initial": state.step, "total": self.settings.max_train_steps, "desc": "training", "unit": "step"}
         with tqdm(**bar, disable=not self.world.main) as bar, self.enough_memory("training", "while it trained"):
-            self._reporter = Reporter(bar, self._log)
-            if not self.world.main:
-                yield
-                return
-            with self._saver.rescuing(state, lambda: self._save(state)):
+            self._reporter = Reporter(bar, self.lines, self.settings.rows_of_step * self.world.size)
+            saver = self.saver  # None but in the main process
+            with saver.rescuing(state, lambda: self._save(state)) if saver is not None else nullcontext():
                 yield
 
     def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Numbers:
@@ -169,17 +165,29 @@ class Run:
         """Saves after every --checkpointing-steps updates, after the last one, and when a signal has come."""
         due = state.step % self.settings.checkpointing_steps == 0 or state.step == self.settings.max_train_steps
         if self.stopped or (due and not state.skipped):
-            self._reporter.finish()
-            self.stopped = self._reporter.stopped
+            self.settle()
             self.world.on_main(lambda: self._save(state))
+
+    def settle(self) -> None:
+        """Waits for the numbers of the last step, and reports it."""
+        self._reporter.finish()
+        self.stopped = self.stopped or self._reporter.stopped
 
     def _save(self, state: TrainingState) -> None:
         self._reporter.finish()
-        self._saver.save(state, self.identity.config, self._log.text)
+        self.saver.save(state, self.identity.config, self.lines.metrics, self.lines.validation)
 
     def enough_memory(self, work: str, doing: str) -> AbstractContextManager:
         """Wraps work: reports out of memory in one line. work: "training" or "sampling", which selects the advice."""
         return out_of_memory_named(self.world.device, doing, SAVES_MEMORY[work])
+
+
+def _open_files(run: Run, state: TrainingState, found: Path | None) -> None:
+    """Opens what the run writes to. found: the checkpoint that it resumes from."""
+    lines = checkpoint.lines_of(found) if found else ("", "")
+    run.lines = Log(run.folder, *lines, Tracker(run.settings.report_to, run.folder, run.identity.config))
+    run.claim.checkpoints.mkdir(exist_ok=True)
+    run.saver = Saver(run.claim.checkpoints, run.settings, state.bytes_needed)
 
 
 def _write_settings(run: Run) -> None:

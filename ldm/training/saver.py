@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from ldm.training.state import Diverged, TrainingState
 
 
 class Reserve:
-    """Disk space for one checkpoint, held from the start of a run, so that a disk that fills up costs no step.
+    """Disk space for one checkpoint, and for best/ if the run keeps one, so that a disk that fills up costs no step.
 
-    The space is that of a file without a name: it is free again as soon as the process ends, however it ends.
+    It is held from the start of a run. The space is that of a file without a name: it is free again as soon as the
+    process ends, however it ends.
     """
 
     def __init__(self, folder: Path, size: int):
@@ -43,29 +44,45 @@ class Saver:
     """Writes the checkpoints of a run into a folder, and deletes old ones."""
 
     def __init__(self, folder: Path, settings: Settings, size: int):
-        """size: bytes of a checkpoint. Raises RunError if the disk has less."""
+        """size: bytes of a checkpoint, and of best/ if the run keeps one. Raises RunError if the disk has less."""
         self.folder, self.settings, self.saved = folder, settings, -1
         checkpoint.check_space(folder, size)
         self.reserve = Reserve(folder.parent, size)
         self.reserve.hold()
         os.register_at_fork(after_in_child=self.reserve.release)
 
-    def save(self, state: TrainingState, config: dict[str, Any], metrics: str) -> None:
-        """Writes a checkpoint; where the disk is full, into the space that is held for it.
+    def write(self, work: Callable[[], Any]) -> None:
+        """Calls `work`, which writes files; where the disk is full, into the space that is held for them.
+
+        Raises RunError if the disk refuses them.
+        """
+        if checkpoint.free_space(self.folder) < self.reserve.size:
+            self.reserve.release()
+        try:
+            work()
+        except RunError:
+            if self.reserve.file is None:
+                raise
+            self.reserve.release()
+            work()
+
+    def write_best(self, work: Callable[[], Any]) -> None:
+        """Calls `work`, which writes best/, as `write` does, and holds the space again if the disk has it."""
+        self.write(work)
+        if self.reserve.file is None:
+            with suppress(OSError):
+                self.reserve.hold()
+
+    def save(self, state: TrainingState, config: dict[str, Any], *lines: str) -> None:
+        """Writes a checkpoint. lines: of metrics.jsonl and validation.jsonl.
 
         Raises RunError if the disk refuses it, or has no space for another.
         """
         state.check_finite()
         last = state.step == self.settings.max_train_steps
-        if last or checkpoint.free_space(self.folder) < self.reserve.size:
+        if last:
             self.reserve.release()
-        try:
-            checkpoint.save(self.folder, state, config, metrics)
-        except RunError:
-            if self.reserve.file is None:
-                raise
-            self.reserve.release()
-            checkpoint.save(self.folder, state, config, metrics)
+        self.write(lambda: checkpoint.save(self.folder, state, config, *lines))
         self.saved = state.step
         checkpoint.prune(self.folder, self.settings.checkpoints_total_limit, state.step)
         if self.reserve.file is None and not last:

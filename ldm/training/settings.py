@@ -20,6 +20,7 @@ from ldm.training.settings_training import (
     TokenSettings,
     Trained,
 )
+from ldm.training.settings_validation import Validation
 
 # In the order of --help.
 GROUPS: tuple[type[Group], ...] = (
@@ -36,6 +37,7 @@ GROUPS: tuple[type[Group], ...] = (
     Machine,
     Output,
     Sampling,
+    Validation,
 )
 
 # Advice for out of memory.
@@ -70,6 +72,16 @@ class Settings(*GROUPS):
     def predicts_prior(self) -> bool:
         """Whether the base model's own prediction is the target of the prior term."""
         return self.with_prior_preservation and self.prior == "prediction"
+
+    @property
+    def photographs_of_step(self) -> int:
+        """Photographs that a process trains on in a step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rows_of_step(self) -> int:
+        """Rows that a process trains on in a step: with the prior term there are as many of the class."""
+        return self.photographs_of_step * (2 if self.with_prior_preservation else 1)
 
     @property
     def taught(self) -> tuple[SubjectSettings, ...]:

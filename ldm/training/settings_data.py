@@ -68,8 +68,6 @@ class Photographs(Group):
         for name in ("instance_data_dir", "instance_prompt", "placeholder_token"):
             if getattr(self, name) is not None:
                 return f"{flag(name)} is for one subject; this run has several, each with its own in [[subjects]]"
-        if self.predicts_prior and len({subject.class_prompt for subject in self.taught}) > 1:
-            return "--prior prediction is for one class; the subjects' class prompts differ"
         return problem_of(self.taught, self.with_prior_preservation)
 
 
@@ -90,6 +88,8 @@ class Captions(Group):
             return f"--caption-dropout {self.caption_dropout} is not a share from 0 to 1"
         if self.keep_tags < 0:
             return f"--keep-tags {self.keep_tags} is below 0"
+        if self.keep_tags and not self.shuffle_tags:
+            return "--keep-tags is for --shuffle-tags: without it all tags stay where they are"
         return None
 
 

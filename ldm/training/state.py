@@ -64,6 +64,11 @@ class TrainingState:
         return self.trainable.bytes_saved() + moments + metrics + 2**20
 
     @property
+    def bytes_needed(self) -> int:
+        """The disk space of a checkpoint, and of best/ if the run keeps one."""
+        return self.bytes_saved + (self.trainable.bytes_saved() if self.settings.keeps_best else 0)
+
+    @property
     def is_whole(self) -> bool:
         """False while an update is under way, from its first parameter on. Such a state is never saved."""
         return not self._updating and not (self.settings.fused_backward and self.optimizer.has_begun)

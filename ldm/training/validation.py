@@ -1,68 +1,187 @@
-"""Sheets of pictures for the validation prompts, before and after training."""
+"""What a run measures while it trains: losses on a fixed grid, language drift, a sheet of pictures, the best model.
 
-from collections.abc import Sequence
-from pathlib import Path
+Nothing of it changes the training: it computes no gradients, and its random numbers are functions of the seed.
+"""
 
-from PIL import Image
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from ldm import images, samplers
-from ldm.model import StableDiffusion
-from ldm.runtime import progress_bar, replacing, uncompiled, written
+import torch
+from tqdm import tqdm
+
+from ldm import images, rng
+from ldm.errors import InputError, RunError
+from ldm.runtime import Stopped
+from ldm.training import best, grid, sheets
+from ldm.training.advice import Line, advise, of_class
+from ldm.training.captions import words_of
+from ldm.training.class_pictures import ClassPictures
+from ldm.training.drift import Drift, is_wanted
+from ldm.training.examples import Example, read_examples
 from ldm.training.run import Run
+from ldm.training.settings import Settings
+from ldm.training.state import TrainingState
+from ldm.training.subjects import Subject
+
+LOSSES = {"validation_loss": "held-out loss", "training_loss": "photographs", "class_loss": "class"}
 
 
-def sheet_path(run: Run, name: str) -> Path:
-    """The path of the sheet "before", "after" or "before_after" of a run."""
-    return run.folder / "sheets" / f"{name}.png"
+def hold_out(settings: Settings, subjects: Sequence[Subject]) -> tuple[list[Subject], list[Example]]:
+    """The subjects with the photographs to train on, and the held-out pictures: some of each subject's photographs,
+    or those of a folder, which show the first subject.
 
-
-def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
-    """Makes the sheet "before", unless it exists already, or "after", in the main process."""
-
-    def work() -> None:
-        if when == "after" or not sheet_path(run, when).exists():
-            plain = uncompiled(run.settings.compile)
-            with run.precision.sampling(), plain, run.enough_memory("sampling", f"while it made the sheet {when}"):
-                _save(run, when, images.grid(sample(run, sd, when)))
-
-    run.on_main(work)
-
-
-def make_comparison(run: Run, photographs: Sequence[images.Picture]) -> Path:
-    """Makes the sheet that shows the photographs, and the sheets "before" and "after" side by side below them."""
-    squares = [images.square(picture, run.settings.resolution) for picture in photographs]
-    top = images.grid([("photographs of the subject", squares[: 2 * run.settings.num_validation_images])])
-    left, right = (images.open_picture(sheet_path(run, name)) for name in ("before", "after"))
-    return _save(run, "before_after", images.beside(top, left, right))
-
-
-def _save(run: Run, name: str, sheet: Image.Image) -> Path:
-    path = sheet_path(run, name)
-    with written(path), replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    return path
-
-
-def sample(run: Run, sd: StableDiffusion, when: str) -> list[images.Row]:
-    """A row of pictures for each validation prompt; every row, before and after, has the same seeds."""
-    settings = run.settings
-    prompts = settings.validation_prompt or settings.prompts
-    seeds = range(settings.seed, settings.seed + settings.num_validation_images)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    batches = [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]
-    total = len(batches) * samplers.find(settings.sampler).evaluations(settings.sample_steps)
-    pictures = []
-    with progress_bar(run.stop, f"sheet {when}", total) as progress:
-        for batch in batches:
-            pictures += sd.generate(
-                [prompt for prompt, _ in batch],
-                steps=settings.sample_steps,
-                guidance=settings.guidance_scale,
-                sampler=settings.sampler,
-                seeds=[seed for _, seed in batch],
-                height=settings.resolution,
-                width=settings.resolution,
-                progress=progress,
+    Raises InputError if no photograph is left, or if a held-out picture can't be read.
+    """
+    if settings.validation_data_dir is not None:
+        first = settings.taught[0]
+        words = words_of(
+            first.instance_prompt, first.class_prompt, settings.placeholder_token, settings.initializer_token
+        )
+        return list(subjects), read_examples(settings.validation_data_dir, first.instance_prompt, words)
+    left, held_out = [], []
+    for subject in subjects:
+        count = len(subject.examples)
+        if settings.hold_out >= count:
+            raise InputError(
+                f"--hold-out {settings.hold_out} leaves none of {count} photographs to train on; give a lower number"
             )
-    n = len(seeds)
-    return [(f"{prompt} ({when})", pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
+        order = torch.randperm(count, generator=rng.generator(settings.seed, "hold out", subject.name)).tolist()
+        chosen = set(order[: settings.hold_out])
+        held_out += [example for i, example in enumerate(subject.examples) if i in chosen]
+        left.append(replace(subject, examples=[e for i, e in enumerate(subject.examples) if i not in chosen]))
+    return left, held_out
+
+
+class Validation:
+    """Measures every --validation-steps, before the first step and after the last one. Without the flag does nothing.
+
+    Made while the model is still the base model and the autoencoder whole.
+    """
+
+    def __init__(
+        self, run: Run, state: TrainingState, subjects: Sequence[Subject], class_pictures: Sequence[ClassPictures]
+    ):
+        self.run, self.settings, self.trainable = run, run.settings, state.trainable
+        if self.settings.validation_steps is None:
+            return
+        with run.together():
+            self.parts = self._parts(subjects, class_pictures)
+        self.drift = self._begin_drift()
+        self.done = {line["step"] for line in self._lines()}
+        if not self.settings.holds_out:
+            self._say("no held-out pictures (--validation-data-dir or --hold-out): no best model is kept in best/")
+
+    def _parts(self, subjects: Sequence[Subject], class_pictures: Sequence[ClassPictures]) -> list[grid.Part]:
+        given, encode = self.settings, partial(grid.make_part, self.run, self.trainable.sd)
+        photographs = [example for subject in subjects for example in subject.examples]
+        parts = [encode("training_loss", some(photographs))]
+        if self.run.held_out:
+            parts.append(encode("validation_loss", self.run.held_out))
+        paths = [(path, pictures.recipe["prompt"]) for pictures in class_pictures for path in pictures.paths]
+        if paths:
+            examples = [Example(images.read_picture(path), prompt) for path, prompt in some(paths)]
+            parts.append(encode("class_loss", examples))
+        if given.predicts_prior:
+            prompts = (given.taught[0].class_prompt,) * len(parts[0].latents)
+            parts.append(replace(parts[0], name="class_loss", prompts=prompts, by_base=True))
+        return parts
+
+    def _begin_drift(self) -> Drift | None:
+        """None if drift is not wanted, or can't be measured; a line then says why."""
+        given = self.settings
+        if not is_wanted(given):
+            return None
+        prompt = given.taught[0].class_prompt
+        if not prompt:
+            self._say("no --class-prompt: language drift is not measured")
+            return None
+        photographs = self.parts[0]
+        made = self._tried("language drift", lambda: {"made": Drift(self.run, self.trainable, prompt, photographs)})
+        return made.get("made")
+
+    def is_due(self, state: TrainingState) -> bool:
+        """Whether the state should be measured now, and has not been."""
+        given = self.settings
+        if given.validation_steps is None or state.skipped or state.step in self.done:
+            return False
+        return state.step % given.validation_steps == 0 or state.step == given.max_train_steps
+
+    def measure(self, state: TrainingState) -> None:
+        """Measures the state, with averaged weights if the run keeps averages. A signal ends it without a trace.
+
+        Out of memory and pictures of NaN cost what was measured, and a warning. Raises RunError if validation.jsonl or
+        best/ can't be written.
+        """
+        self.run.settle()
+        if self.run.stopped:
+            return
+        began = time.perf_counter()
+        try:
+            with state.averaged():
+                line = {"step": state.step} | self._tried("losses", self._losses)
+                line |= self._tried("language drift", lambda: self._drift(state.step))
+                if 0 < state.step < self.settings.max_train_steps:  # else the run makes its sheets before and after
+                    self._tried("sheet", lambda: self._sheet(state.step))
+                line["seconds"] = round(time.perf_counter() - began, 4)
+                self.done.add(state.step)
+                self.run.world.on_main(lambda: self.run.lines.add_validation(line))
+                self._say(described(line))
+                lines = self._lines()
+                if self.settings.keeps_best and best.is_best(lines, self.settings):
+                    best.keep(self.run, state, lines)
+        except Stopped:
+            self.run.stopped = True
+
+    def tell_advice(self) -> None:
+        """Prints which step the measures speak for, and where it is."""
+        if self.settings.validation_steps is None:
+            return
+        advice = advise(self._lines())
+        self._say(f"advice: take step {advice.step}: {advice.reason}")
+
+    def _lines(self) -> list[Line]:
+        """The lines of validation.jsonl so far, in all processes."""
+        return self.run.world.on_main(lambda: self.run.lines.validations)
+
+    def _losses(self) -> Line:
+        return grid.losses(self.run, self.trainable, self.parts)
+
+    def _drift(self, step: int) -> Line:
+        if self.drift is None:
+            return {}
+        return self.drift.measure() if step > 0 else {"drift": 0.0, "diversity": 1.0}  # by definition
+
+    def _sheet(self, step: int) -> Line:
+        def work() -> None:
+            path = sheets.make_step_sheet(self.run, self.trainable.sd, step)
+            self.run.lines.tracker.picture(step, "sheet", path)
+
+        self.run.world.on_main(work)
+        return {}
+
+    def _tried(self, what: str, measure: Callable[[], Any]) -> Line:
+        """What is measured; on a RunError, which has been raised in all processes, nothing."""
+        try:
+            return measure() or {}
+        except RunError as error:
+            self._say(f"warning: no {what}: {error}")
+            return {}
+
+    def _say(self, text: str) -> None:
+        if self.run.world.main:
+            tqdm.write(text)  # above the progress bar
+
+
+def described(line: Line) -> str:
+    """A line of validation.jsonl in words."""
+    parts = [f"{LOSSES[name]} {line[name]:.4f}" for name in LOSSES if name in line]
+    parts += [of_class(line)] if "drift" in line or "diversity" in line else []
+    return f"step {line['step']}: {', '.join(parts) or 'nothing was measured'}"
+
+
+def some(items: Sequence[Any]) -> Sequence[Any]:
+    """At most grid.MOST of the items, evenly spread."""
+    return items[:: -(-len(items) // grid.MOST)] if items else items

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import BOTH, SMALL, call, checkpoints, latent_rows, metrics, weights
+from runs import BOTH, SMALL, call, checkpoints, latent_rows, metrics, timeless, weights
 
 import train
 from ldm import StableDiffusion, training
@@ -54,9 +54,9 @@ def loop(base, random_model, tmp_path, monkeypatch):
         ]
         batches = Batches(rows, settings, run.world)
         lines = []
-        run._saver, run._log = SimpleNamespace(rescuing=lambda *_: nullcontext()), SimpleNamespace(add=lines.append)
+        run.saver, run.lines = SimpleNamespace(rescuing=lambda *_: nullcontext()), SimpleNamespace(add=lines.append)
         monkeypatch.setattr(run, "save_if_due", lambda state: None)
-        train.train(run, state, batches)
+        train.train(run, state, batches, training.Validation(run, state, (), None))
         return lines
 
     return go
@@ -75,8 +75,8 @@ def test_a_step_reads_nothing_from_the_device(flags, loop):
 def test_a_read_in_a_step_is_found(read, loop, monkeypatch):
     loss = train.dreambooth_loss
 
-    def reading(*inputs):
-        losses = loss(*inputs)
+    def reading(*inputs, **options):
+        losses = loss(*inputs, **options)
         read(losses.total)
         return losses
 
@@ -100,10 +100,7 @@ def test_late_numbers_change_nothing(base, tmp_path, monkeypatch):
     call(*flags, "--output-dir", tmp_path / "plain")
     monkeypatch.setattr(World, "is_asynchronous", True)
     call(*flags, "--output-dir", tmp_path / "late")
-    plain, late = (
-        [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(tmp_path / name)]
-        for name in ("plain", "late")
-    )
+    plain, late = (timeless(metrics(tmp_path / name)) for name in ("plain", "late"))
     assert plain == late and [line["step"] for line in late] == [1, 2, 3, 4, 5]
     for step in (2, 4):  # a checkpoint holds the line of its own step
         lines = metrics(tmp_path / "late" / "checkpoints" / f"checkpoint-{step:06d}")

@@ -1,11 +1,15 @@
 """Runs of two subjects with captions, buckets, masks and mirrored pictures: the same for every split, and resumed."""
 
+import importlib
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from runs import LATEST, SMALL, call, check_same, command, losses, metrics, photograph, run
 
 SIZES = ((48, 32), (48, 32), (32, 32), (30, 52))
+SHORT = "--max-train-steps 2 --num-class-images 2 --sample-steps 1 --num-validation-images 1".split()
 MORE = ("--aspect-ratio-buckets", "--random-flip", "--caption-dropout", "0.2", "--shuffle-tags", "--snr-gamma", "5")
 
 
@@ -85,3 +89,29 @@ def test_losses_of_subjects_are_means_over_their_rows(base, tmp_path):
     assert shares and sorted(path.name for path in (tmp_path / "run" / "class").iterdir()) == ["cat", "dog"]
     assert len(list((tmp_path / "run" / "class" / "cat").glob("*.png"))) == 3
     assert len(list((tmp_path / "run" / "class" / "dog").glob("*.png"))) == 4
+
+
+# The commands that the documentation has
+
+
+@pytest.mark.slow
+def test_two_subjects_prints_its_table(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(root / "weights" / "tiny")
+    effect, script = importlib.import_module("effect"), importlib.import_module("two_subjects")
+    monkeypatch.setattr(script, "COUNT", 2)
+    monkeypatch.setattr(effect, "train", lambda output, flags: call(*flags, *SHORT, "--output-dir", output))
+    monkeypatch.setattr(sys, "argv", ["two_subjects.py", "--work-dir", str(tmp_path)])
+    script.main()
+    table = capsys.readouterr().out.splitlines()[-6:]
+    assert [len(line.split("|")) for line in table] == [7] * 6
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "base", "both in one run", "baron alone", "baron, then pip"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_with_buckets_runs(root, tmp_path):
+    text = (root / "weights" / "tiny" / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"^    python train.py (.*--aspect-ratio-buckets.*)$", text, re.M)
+    call(*found.split(), *SHORT, "--output-dir", tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 2

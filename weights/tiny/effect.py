@@ -78,17 +78,26 @@ def measure(sd, settings, eye, subject, real):
     plain = score.pictures(sd, [name] * 24, range(1000, 1024), **sampling)
     scenes = NEW_SCENES * (24 // len(NEW_SCENES))
     placed = score.pictures(sd, [f"{name} {scene}" for scene in scenes], range(2000, 2024), **sampling)
-    crowd = score.pictures(sd, [settings["class_prompt"]] * 64, range(3000, 3064), **sampling)
-    features = eye.features(crowd)
-    distance = 1 - features @ features.T
+    crowd, of_class = measure_class(sd, settings, eye, subject, real)
     numbers = {
         "fidelity": fidelity(plain),
         "right": sum(a["scene"] == s for a, s in zip(eye.answers(placed), scenes, strict=True)) / len(scenes),
         "placed": fidelity(placed),
-        "diversity": float(distance.sum()) / (64 * 63),
-        "drift": fidelity(crowd),
+        **of_class,
     }
     return numbers, plain, placed, crowd
+
+
+def measure_class(sd, settings, eye, subject, real):
+    """Returns (pictures of the class prompt, {"diversity": number, "drift": number}). The arguments are `measure`'s."""
+    sampling = dict(steps=settings["sample_steps"], guidance=settings["guidance_scale"])
+    crowd = score.pictures(sd, [settings["class_prompt"]] * 64, range(3000, 3064), **sampling)
+    features = eye.features(crowd)
+    distance = 1 - features @ features.T
+    return crowd, {
+        "diversity": float(distance.sum()) / (64 * 63),
+        "drift": float((features @ subject).mean()) / real,
+    }
 
 
 def table(results):
@@ -115,9 +124,11 @@ def main():
     args = parser.parse_args()
 
     photographs = world.write_subject(args.subject, args.work_dir / "subject")
+    world.write_held_out(args.subject, args.work_dir / "validation")
     eye, subject, real = likeness(args.subject)
     common = ["--config", HERE / "train.toml", "--model", args.model]
-    common += ["--instance-data-dir", args.work_dir / "subject", *args.train_flags]
+    common += ["--instance-data-dir", args.work_dir / "subject"]
+    common += ["--validation-data-dir", args.work_dir / "validation", *args.train_flags]
     train(args.work_dir / "with", common)
     train(args.work_dir / "without", [*common, "--no-with-prior-preservation"])
     models = {

@@ -6,7 +6,7 @@ learns the wallpaper together with the subject, and shows it where the prompt as
 
     python weights/tiny/masks.py      # about 20 minutes on two cores
 
-A run that an earlier call left in the same --work-dir is resumed, and one that is measured is not measured again.
+A run that an earlier call left in the same --work-dir is resumed. One that is measured is left as it is.
 """
 
 import itertools
@@ -93,7 +93,9 @@ def main():
         photographs, run = args.work_dir / f"photographs-{how}", args.work_dir / f"{how}-{seed}"
         paths = write_photographs(args.subject, photographs, masks=how == "with")
         flags = ["--config", HERE / "train.toml", "--instance-data-dir", photographs, "--seed", str(seed)]
-        effect.train(run, [*flags, "--class-data-dir", args.work_dir / f"class-{seed}", *args.train_flags])
+        flags += ["--class-data-dir", args.work_dir / f"class-{seed}", "--num-validation-images", "1"]
+        if not (run / "measures.json").exists():
+            effect.train(run, [*flags, *args.train_flags])
         settings = effect.settings_of(run)
         if not rows:
             rows.append(("four photographs of the subject", [Image.open(path) for path in paths]))

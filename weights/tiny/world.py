@@ -11,6 +11,7 @@ Captions leave attributes out at random, as people do, so that "a photo of a mon
 drawn as polygons on a canvas four times as wide, which is then averaged down.
 
     python weights/tiny/world.py sheet.png     # draws a sheet of 64 pictures
+    python weights/tiny/world.py weights/tiny/validation --held-out baron      # as shipped
 """
 
 import random
@@ -229,12 +230,29 @@ def write_subject(name, folder):
     return paths
 
 
+def write_held_out(name, folder, count=4):
+    """Writes pictures of a subject that are none of its photographs, at random places, for train.py's validation.
+
+    Captions name the scenes: a loss that asks for an unnamed scene would measure how well the model guesses it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        rng = random.Random(f"{name} held out {i}")
+        picture = subject(name, rng)
+        Image.fromarray(draw(picture, rng)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo of {{token}} {{class}} {picture.scene}\n", encoding="utf-8")
+
+
 def main():
-    parser = cli.Parser(description="Draw 64 pictures of the drawn world.")
-    parser.add_argument("sheet", type=Path, help="picture file to write")
+    parser = cli.Parser(description="Draw 64 pictures of the drawn world, or pictures of a subject.")
+    parser.add_argument("path", type=Path, help="picture file to write; with --held-out a folder")
+    parser.add_argument("--held-out", choices=SUBJECTS, help="draw four pictures of this subject for validation")
     args = parser.parse_args()
+    if args.held_out:
+        write_held_out(args.held_out, args.path)
+        return
     rng = random.Random(0)
-    sheet([draw(sample(rng), rng) for _ in range(64)]).save(args.sheet)
+    sheet([draw(sample(rng), rng) for _ in range(64)]).save(args.path)
 
 
 if __name__ == "__main__":

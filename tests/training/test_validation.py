@@ -1,0 +1,371 @@
+"""Validation while it trains: losses of held-out pictures, language drift, sheets, the best model.
+
+Training does not notice any of it, and a run that was stopped and resumed has the same numbers.
+"""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    LATEST,
+    LORA,
+    SMALL,
+    call,
+    check_same,
+    checkpoints,
+    command,
+    digest,
+    leftovers,
+    losses,
+    photograph,
+    pixels,
+    refused,
+    run,
+    slow_after,
+    timeless,
+    weights,
+)
+
+import train
+from ldm import StableDiffusion, images
+from ldm.images import MARGIN, load_picture
+from ldm.training import advise, grid, parse, predict, sheets, tuning_of
+from ldm.training.drift import diversity, drift
+from ldm.training.ema import EMA
+from ldm.training.inpainting import widen
+
+EVERY = ("--validation-steps", 2, "--num-drift-images", 2)
+STEPS = ("--checkpointing-steps", 2)
+FUSED = ("--fused-backward", "--max-grad-norm", 0)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    """A folder with two pictures that are no photographs of the run."""
+    folder = photograph(tmp_path_factory.mktemp("held") / "out", [(24, 24)] * 5)
+    for i in range(3):  # the same as the photographs, but for their size
+        (folder / f"{i}.png").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(saved, tmp_path_factory) -> tuple:
+    return ("--model", saved["official"], "--instance-data-dir", photograph(tmp_path_factory.mktemp("a") / "b"), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def every(held_out) -> tuple:
+    return (*EVERY, "--validation-data-dir", held_out)
+
+
+@pytest.fixture(scope="module")
+def made(base, every, tmp_path_factory) -> Path:
+    """A run of four steps with a checkpoint after each step."""
+    folder = tmp_path_factory.mktemp("run") / "once"
+    call(*base, *every, "--checkpointing-steps", 1, "--output-dir", folder)
+    return folder
+
+
+def validations(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def check_same_validation(a: Path, b: Path) -> None:
+    """Checks that two runs have measured the same numbers, and have the same sheets and the same best model."""
+    assert timeless(validations(a)) == timeless(validations(b))
+    for folder, pattern in (("sheets", "*.png"), ("best", "*")):
+        files = [{path.name: digest(path) for path in (run / folder).glob(pattern)} for run in (a, b)]
+        assert files[0] == files[1] and files[0]
+
+
+def test_a_run_has_a_line_for_each_validation_and_a_sheet_for_each_in_between(made):
+    lines = validations(made)
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    names = {"step", "seconds", "training_loss", "validation_loss", "class_loss", "drift", "diversity"}
+    assert all(line.keys() == names for line in lines)
+    assert (lines[0]["drift"], lines[0]["diversity"]) == (0.0, 1.0)
+    assert all(lines[2][name] != lines[0][name] for name in names)
+    found = sorted(path.name for path in (made / "sheets").iterdir())
+    assert found == ["after.png", "before.png", "before_after.png", "step-000002.png", "steps.png"]
+
+
+def test_the_sheet_of_all_steps_has_a_row_for_each_step_and_a_column_for_each_prompt(made):
+    """Cells are 128 pixels along, eight times the pictures; a label of 13 letters' height stands above each row."""
+    row = 128 + 13 + 3 * MARGIN
+    steps = pixels(made / "sheets" / "steps.png")
+    assert steps.shape == (3 * row, 2 * (128 + MARGIN) + MARGIN, 3)
+    for r, name in enumerate(("before", "step-000002", "after")):
+        sheet = pixels(made / "sheets" / f"{name}.png")
+        for prompt in range(2):
+            top, left = r * row + row - 128 - MARGIN, MARGIN + prompt * (128 + MARGIN)
+            cell = sheet[prompt * row + row - 128 - MARGIN :][:128, MARGIN : MARGIN + 128]
+            assert (steps[top : top + 128, left : left + 128] == cell).all()
+
+
+def test_the_losses_are_those_of_the_saved_model_on_the_grid(made, base, held_out):
+    """The equations of DDPM, written out for a model that predicts eps."""
+    sd = StableDiffusion.load(made / "model.safetensors")
+    kinds = {
+        "training_loss": ("a sks dog", sorted(Path(base[3]).iterdir())),
+        "validation_loss": ("a sks dog", sorted(held_out.iterdir())),
+        "class_loss": ("a dog", sorted((made / "class").glob("*.png"))),
+    }
+    for name, (prompt, paths) in kinds.items():
+        errors = []
+        for i, path in enumerate(paths):
+            with torch.no_grad():
+                latents = sd.encode_images(load_picture(path, 16)[None])
+                for row in range(i * grid.CELLS, (i + 1) * grid.CELLS):
+                    t, noise = grid.draw(0, row, latents.shape[1:], 1000)
+                    abar = sd.schedule.alphas_cumprod[t].item()
+                    noisy = abar**0.5 * latents + (1 - abar) ** 0.5 * noise
+                    predicted = sd.unet(noisy, torch.tensor([t]), sd.encode_prompt(prompt))
+                    errors.append((predicted - noise).square().mean().item())
+        assert validations(made)[-1][name] == pytest.approx(sum(errors) / len(errors), rel=1e-5), name
+
+
+def test_a_picture_of_the_grid_has_two_timesteps_in_each_eighth():
+    drawn = [grid.draw(7, row, (4, 8, 8), 1000) for row in range(2 * grid.CELLS)]
+    for picture in range(2):
+        steps = [t for t, _ in drawn[picture * grid.CELLS : (picture + 1) * grid.CELLS]]
+        assert sorted(t // 125 for t in steps) == sorted([*range(8), *range(8)])
+    noise = torch.stack([noise for _, noise in drawn])
+    assert len(noise.flatten(1).unique(dim=0)) == len(noise)
+    assert noise.mean().item() == pytest.approx(0, abs=0.03) and noise.std().item() == pytest.approx(1, abs=0.03)
+    again = grid.draw(7, 5, (4, 8, 8), 1000)
+    assert again[0] == drawn[5][0] and torch.equal(again[1], noise[5])
+    assert not torch.equal(grid.draw(8, 5, (4, 8, 8), 1000)[1], noise[5])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    slow_after(
+        1,
+        [
+            (("--use-ema", "--ema-decay", "0.5"),),
+            (LORA,),
+            (("--mixed-precision", "fp16"),),
+            (FUSED,),
+            (("--train-dtype", "bf16", "--use-ema", "--ema-decay", "0.5"),),
+            (("--prior", "prediction", "--random-crop", "--snr-gamma", "5"),),
+        ],
+    ),
+)
+def test_training_does_not_notice_validation(flags, base, every, tmp_path):
+    call(*base, *flags, *every, "--output-dir", tmp_path / "with")
+    call(*base, *flags, "--output-dir", tmp_path / "without")
+    check_same(tmp_path / "with", tmp_path / "without")
+    states = [tmp_path / name / "checkpoints" / "checkpoint-000004" for name in ("with", "without")]
+    assert digest(states[0] / "training.safetensors") == digest(states[1] / "training.safetensors")
+    scalers = [json.loads((state / "state.json").read_text())["scaler"] for state in states]
+    assert scalers[0] == scalers[1]
+
+
+def test_a_model_for_painting_in_begins_with_the_losses_of_the_model_that_it_was_made_of(
+    made, base, every, random_model, tmp_path
+):
+    """It sees a mask of the whole picture, by weights that are still zero."""
+    sd = random_model()
+    widen(sd)
+    sd.save(tmp_path / "nine.safetensors")
+    own = shutil.copytree(made / "class", tmp_path / "class")
+    (own / "manifest.json").unlink()  # which names the model of four channels
+    flags = ("--model", tmp_path / "nine.safetensors", "--max-train-steps", 2, "--class-data-dir", own)
+    call(*base, *every, *flags, "--output-dir", tmp_path / "run")
+    assert timeless(validations(tmp_path / "run"))[0] == pytest.approx(timeless(validations(made))[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_training_in_two_processes_does_not_notice_validation_and_measures_the_same(base, every, tmp_path):
+    run(command([*base, *every, *STEPS, "--output-dir", tmp_path / "with"], 2), tmp_path)
+    run(command([*base, "--output-dir", tmp_path / "without"], 2), tmp_path)
+    check_same(tmp_path / "with", tmp_path / "without")
+    call(*base, *every, "--train-batch-size", 2, "--output-dir", tmp_path / "one")
+    for one, two in zip(timeless(validations(tmp_path / "one")), timeless(validations(tmp_path / "with")), strict=True):
+        assert one == pytest.approx(two, rel=1e-6, abs=1e-6)
+    again = shutil.copytree(tmp_path / "with", tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "checkpoint-000004")
+    run(command([*base, *every, *STEPS, "--output-dir", again, *LATEST], 2), tmp_path)
+    check_same(tmp_path / "with", again)
+    check_same_validation(tmp_path / "with", again)
+
+
+def test_a_resumed_run_measures_the_same(made, base, every, tmp_path):
+    again = shutil.copytree(made, tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "checkpoint-000004")
+    (again / "sheets" / "after.png").unlink()
+    call(*base, *every, "--checkpointing-steps", 1, "--output-dir", again, *LATEST)
+    check_same(made, again)
+    check_same_validation(made, again)
+
+
+def test_a_signal_during_validation_saves_the_step_and_the_resumed_run_measures_it(
+    made, base, every, tmp_path, monkeypatch, capsys
+):
+    measure, calls = grid.errors_of, []
+
+    def interrupted(run, *rest):
+        calls.append(run.state.step)
+        if run.state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(run, *rest)
+
+    monkeypatch.setattr(grid, "errors_of", interrupted)
+    call(*base, *every, "--checkpointing-steps", 1, "--output-dir", tmp_path / "run")
+    assert "stopped after step 2" in capsys.readouterr().out and calls.count(2) == 1
+    assert checkpoints(tmp_path / "run") == [1, 2] and [line["step"] for line in validations(tmp_path / "run")] == [0]
+    monkeypatch.undo()
+    call(*base, *every, "--checkpointing-steps", 1, "--output-dir", tmp_path / "run", *LATEST)
+    check_same(made, tmp_path / "run")
+    check_same_validation(made, tmp_path / "run")
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def not_a_number() -> None:
+    images.to_pil(torch.full((1, 3, 16, 16), torch.nan))
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    slow_after(
+        1,
+        [
+            (out_of_memory, "cpu ran out of memory while it made the sheet of step 2"),
+            (not_a_number, "a picture came out as NaN or infinity"),
+        ],
+    ),
+)
+def test_a_sheet_that_fails_costs_a_line_and_not_the_run(
+    failure, said, made, base, every, tmp_path, monkeypatch, capsys
+):
+    draw = sheets.sample
+
+    def failing(settings, sd, when, progress):
+        if when == "step 2":
+            failure()
+        return draw(settings, sd, when, progress)
+
+    monkeypatch.setattr(sheets, "sample", failing)
+    call(*base, *every, "--checkpointing-steps", 1, "--output-dir", tmp_path / "run")
+    assert f"warning: no sheet: {said}" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "sheets" / "step-000002.png").exists()
+    assert timeless(validations(tmp_path / "run")) == timeless(validations(made))
+    check_same(tmp_path / "run", made)
+
+
+# The best model
+
+
+def test_best_is_the_model_of_the_step_that_the_run_advises(made):
+    lines = validations(made)
+    step = advise(lines).step
+    first, line = (next(line for line in lines if line["step"] == n) for n in (0, step))
+    learned = 1 - line["training_loss"] / first["training_loss"]
+    over = max(line["validation_loss"] / first["validation_loss"] - 1, 0)
+    harm = max(line["drift"], 1 - line["diversity"], 0)
+    best = json.loads((made / "best" / "best.json").read_text())
+    assert best == {"step": step, "metric": "score", "value": pytest.approx(learned - over - harm)}
+    kept, saved = weights(made / "best"), weights(made / "checkpoints" / f"checkpoint-{step:06d}")
+    assert kept.keys() == saved.keys() and all(torch.equal(kept[name], saved[name]) for name in kept)
+    StableDiffusion.load(made / "best" / "model.safetensors")
+
+
+def test_a_run_that_was_killed_while_it_replaced_best_has_the_older_one(made, base, every, tmp_path):
+    again = shutil.copytree(made, tmp_path / "again")
+    (again / "best").rename(again / ".old-best")
+    (again / ".tmp-best" / "best").mkdir(parents=True)
+    call(*base, *every, "--output-dir", again, *LATEST)
+    assert leftovers(again) == []
+    check_same_validation(made, again)
+
+
+def test_without_held_out_pictures_there_is_no_best_and_a_line_says_so(base, tmp_path, capsys):
+    call(*base, *EVERY, "--max-train-steps", 2, "--no-with-prior-preservation", "--output-dir", tmp_path / "run")
+    out = capsys.readouterr().out
+    assert out.count("no best model is kept in best/") == 1 and not (tmp_path / "run" / "best").exists()
+    assert validations(tmp_path / "run")[-1].keys() == {"step", "seconds", "training_loss", "drift", "diversity"}
+    assert "advice: take step 2" in out
+
+
+def test_held_out_photographs_are_not_trained_on(base, tmp_path):
+    """Two of three are held out: the run trains on the one that is left, as a run that has no other."""
+    flags = ("--no-with-prior-preservation", "--max-train-steps", 2, "--output-dir")
+    call(*base, "--validation-steps", 9, "--num-drift-images", 0, "--hold-out", 2, *flags, tmp_path / "run")
+    names = list(json.loads((tmp_path / "run" / "config.json").read_text())["photographs"])
+    held = list(json.loads((tmp_path / "run" / "config.json").read_text())["held_out"])
+    assert sorted(names + held) == ["0.png", "1.png", "2.png"] and len(held) == 2
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(Path(base[3]) / names[0], alone)
+    call(*base, *flags, tmp_path / "other", "--instance-data-dir", alone)
+    assert losses(tmp_path / "run") == losses(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--hold-out", 1), "held-out pictures need --validation-steps"),
+        ((*EVERY, "--hold-out", 3), "--hold-out 3 leaves none of 3 photographs to train on"),
+        ((*EVERY, "--hold-out", -1), "--hold-out -1 is not a whole number from 0"),
+        ((*EVERY, "--num-drift-images", 1), "--num-drift-images 1 is not 0, nor a number from 2"),
+        ((*EVERY, "--hold-out", 1, "--validation-data-dir", "x"), "both choose the held-out pictures"),
+        ((*EVERY, "--validation-data-dir", "nowhere"), "nowhere is not a folder"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(flags, said, base, tmp_path):
+    assert said in refused(*base, *flags, "--output-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_has_the_same_held_out_pictures(made, base, every, tmp_path):
+    again, other = shutil.copytree(made, tmp_path / "again"), photograph(tmp_path / "other")
+    flags = ("--validation-data-dir", other, "--output-dir", again, *LATEST)
+    assert "held-out picture" in refused(*base, *EVERY, *flags)
+
+
+# Language drift
+
+
+def test_drift_is_0_at_the_base_and_1_at_the_photographs():
+    base, photographs = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.full((5,), 3.0)
+    assert drift(base, base, photographs) == pytest.approx(0.0, abs=1e-6)
+    half = base + (photographs - base.mean(0)) / 2
+    assert drift(half, base, photographs) == pytest.approx(0.5)
+    assert drift(photographs.expand(4, 5), base, photographs) == pytest.approx(1.0)
+
+
+def test_diversity_is_the_mean_cosine_distance_of_pairs():
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
+    expected = sum(1 - torch.cosine_similarity(x[i] - 1, x[j] - 1, dim=0).item() for i, j in pairs) / len(pairs)
+    assert diversity(x, torch.ones(5)) == pytest.approx(expected, rel=1e-5)
+    assert diversity(x[:1].expand(4, 5), torch.zeros(5)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_and_weights_have_their_bits_back_after_they_were_used(dtype):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=dtype))
+    ema = EMA({"w": weight}, 0.5)
+    ema.averages["w"] = torch.tensor([0.1, 0.2, 0.3])
+    with ema.applied():
+        assert torch.equal(weight.detach(), torch.tensor([0.1, 0.2, 0.3]).to(dtype))
+    assert torch.equal(weight.detach().float(), torch.tensor([1.0, 2.0, 3.0]))
+    assert torch.equal(ema.averages["w"], torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_the_memory_that_a_run_predicts_has_the_half_of_the_unet_that_drift_needs(base, saved):
+    sd = StableDiffusion.load(saved["official"])
+    found = []
+    for flags in ((), EVERY, (*EVERY, *LORA)):
+        settings = parse([str(word) for word in (*base, *flags)], train.TINY)
+        found.append(predict(sd, tuning_of, settings, torch.device("cpu")).weights)
+    half = [p for n, p in sd.unet.named_parameters() if n.startswith(("time_embed", "input_blocks", "middle_block"))]
+    assert found[1] - found[0] == sum(parameter.nbytes for parameter in half)
+    assert found[2] < found[1]

@@ -1,0 +1,88 @@
+"""Compares train.py's own numbers of language drift with the judge's, over runs of different strength.
+
+train.py measures drift and diversity in the features of the base model's UNet, from 16 rough pictures
+(ldm/training/drift.py). The judge sees 64 good pictures of each checkpoint, and was trained on drawings (effect.py).
+If the two rank the checkpoints alike, train.py's numbers can say when to stop.
+
+    python weights/tiny/drift.py            # about ten minutes on two cores; an interrupted call goes on
+"""
+
+import json
+from pathlib import Path
+
+import effect
+import torch
+
+from ldm import StableDiffusion
+from ldm.runtime import cli, replacing
+
+HERE = Path(__file__).parent
+SUBJECT = "baron"
+FREE = ["--no-with-prior-preservation"]
+SLOW = ["--learning-rate", "5e-5", "--text-encoder-learning-rate", "5e-6"]
+RUNS = {  # flags, steps between the checkpoints that are compared, number of steps
+    "no prior": (FREE, 10, 50),
+    "no prior, a quarter of the rate": ([*FREE, *SLOW], 50, 100),
+    "prior of weight 0.1": (["--prior-loss-weight", "0.1"], 50, 100),
+    "prior": ([], 100, 100),
+}
+
+
+def checkpoints(work):
+    """Trains all runs. Yields (run, step, train.py's numbers, the checkpoint) of each checkpoint."""
+    for name, (flags, every, steps) in RUNS.items():
+        output = work / name.replace(",", "").replace(" ", "-")
+        common = ["--config", HERE / "train.toml", "--class-data-dir", work / "class", "--num-validation-images", "1"]
+        common += ["--max-train-steps", str(steps)]
+        effect.train(output, [*common, "--checkpointing-steps", str(every), "--validation-steps", str(every), *flags])
+        for line in (output / "validation.jsonl").read_text(encoding="utf-8").splitlines():
+            if step := (numbers := json.loads(line))["step"]:
+                yield name, step, numbers, output / "checkpoints" / f"checkpoint-{step:06d}"
+
+
+def judged(path, settings, *judge):
+    """The judge's drift and diversity of a model. They are kept beside a checkpoint."""
+    kept = path / "judged.json"
+    if not kept.exists():
+        with torch.no_grad():
+            _, numbers = effect.measure_class(StableDiffusion.load(path), settings, *judge)
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def spearman(a, b):
+    """The correlation of the ranks of two lists without equal values (Spearman 1904)."""
+    ranks = [torch.tensor(column).argsort().argsort().double() for column in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def main():
+    parser = cli.Parser(description="Compare train.py's numbers of language drift with the judge's.")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/drift"), help="folder of the runs")
+    args = parser.parse_args()
+
+    judge = effect.likeness(SUBJECT)
+    rows = ["| run | step | drift | the judge's | diversity | the judge's |", "|---|---|---|---|---|---|"]
+    ours, theirs = [], []
+    for name, step, numbers, path in checkpoints(args.work_dir):
+        settings = effect.settings_of(path.parent.parent)
+        if not ours:
+            with torch.no_grad():
+                _, base = effect.measure_class(StableDiffusion.load(HERE / "base"), settings, *judge)
+        seen = judged(path, settings, *judge)
+        ours.append((numbers["drift"], numbers["diversity"]))
+        theirs.append((seen["drift"], seen["diversity"] / base["diversity"]))
+        cells = f"{ours[-1][0]:.0%} | {theirs[-1][0]:.0%} | {ours[-1][1]:.0%} | {theirs[-1][1]:.0%}"
+        rows.append(f"| {name} | {step} | {cells} |")
+        print(rows[-1], flush=True)
+    text = "\n".join(rows)
+    for i, what in enumerate(("drift", "diversity")):
+        text += f"\nrank correlation of {what}: {spearman([n[i] for n in ours], [n[i] for n in theirs]):.2f}"
+    (args.work_dir / "drift.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    with cli.reported("drift.py"):
+        main()
