@@ -106,6 +106,7 @@ class Rehearsal:
 
     def __init__(self, sd: StableDiffusion, tuning: Tuning, settings: Settings, device: torch.device):
         self.settings, self.device = (settings := replace(settings, compile=False)), device
+        self.encodes = settings.random_crop or sd.config.unet.paints_in  # pictures in each step: cut, or with a hole
         self.sd = Twin(sd)
         with torch.device("meta"):
             self.trainable = tuning(self.sd, settings)
@@ -201,11 +202,6 @@ class Rehearsal:
         """The UNet's input: noisy latents, and a mask and a picture if it is for painting in."""
         side = self.settings.resolution // self.sd.config.vae.factor
         return torch.empty(rows, self.sd.config.unet.in_channels, side, side, device="meta")
-
-    @property
-    def encodes(self) -> bool:
-        """Whether each step encodes pictures: cut at random, or with a hole."""
-        return self.settings.random_crop or self.sd.config.unet.paints_in
 
     def _pictures(self, rows: int) -> Tensor:
         return torch.empty(rows, 3, self.settings.resolution, self.settings.resolution, device="meta")
