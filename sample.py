@@ -89,6 +89,8 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
     with world.agreed(), stop.at_once():
         sd = load(args, world.device)
         adapters = [sd.apply_lora(path, scale) for path, scale in args.lora]
+        for adapter in adapters:
+            tokens.add_bundled(sd, adapter)
         sd.adopt_schedule(adapters)
         from_run = fill_in(args, sd, adapters)
         if args.grid:

@@ -128,9 +128,9 @@ def begin(
         for picture in [*(example.picture for example in run.held_out), *generated]:
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
-    checkpoint = run.begin(state, subjects, own)
     world.print_main(sd.summary)
-    training.tell_memory(run, sd, tuning)
+    training.tell_preflight(run, tuning, state, subjects, class_pictures)  # a dry run ends here
+    checkpoint = run.begin(state, subjects, own)
     if checkpoint is not None:
         world.print_main(f"resuming from {checkpoint}")
     elif settings.resume_from_checkpoint is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm import formats, report
+from ldm import formats, report, tokens
 from ldm.config import SD1, SD2
 from ldm.errors import InputError, one_line
 from ldm.lora import TARGETS, chosen, extract
@@ -164,7 +164,8 @@ def convert(args: Namespace) -> None:
         adapter = sd.merge_lora(path, scale)
         sd.adopt_schedule([adapter])
         metadata = {key: text for key, text in adapter.metadata.items() if key == formats.SAMPLING_KEY} | metadata
-        print(f"added {scale:g} x {path}: {len(adapter.pairs)} modules")
+        words = "".join(f", token {token}" for token in tokens.add_bundled(sd, adapter))
+        print(f"added {scale:g} x {path}: {len(adapter.pairs)} modules{words}")
     if args.lora and (bad := formats.not_finite(sd.state())):
         raise InputError(f"{bad[0]} becomes too large for its type with the LoRA; take a lower scale")
     with written(output):
@@ -210,6 +211,8 @@ def inspect_lora(args: Namespace) -> None:
     for part, prefix in {"UNet": formats.LORA_UNET, "text encoder": formats.LORA_TEXT}.items():
         found = [pair for name, pair in pairs.items() if name.startswith(prefix)]
         print(f"{part}: {sum(p.down.numel() + p.up.numel() for p in found):,} parameters in {len(found)} modules")
+    for token, vectors in adapter.tokens.items():
+        print(f"token {token}: {len(vectors)} vectors")
     for key in sorted(adapter.metadata.keys() & SHOWN):
         print(f"{key}: {one_line(adapter.metadata[key])}")
     if args.model:
@@ -238,6 +241,8 @@ def convert_lora(args: Namespace) -> None:
         kohyas = {key: text for key, text in adapter.metadata.items() if key.startswith("ss_")}
         about |= formats.kohya_metadata(SD2 if is_sd2 else SD1, adapter) | kohyas
     _write_lora(output, adapter, about, args)
+    for token in adapter.tokens:
+        print(f"not in it: token {token}")
 
 
 def extract_lora(args: Namespace) -> None:

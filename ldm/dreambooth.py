@@ -293,7 +293,7 @@ class FullTuning(Trainable):
 
     def result(self, path: Path, settings: Any, metadata: dict[str, str]) -> list[str]:
         if self.token is not None:  # beside the model: for programs that know the token only by its file
-            formats.write_embedding(path.with_name(self.token.file), self.token.token, self.token.vectors, metadata)
+            self.token.save(path.parent, metadata)
         return self.sd.save(path, settings.layout, metadata=metadata)
 
 

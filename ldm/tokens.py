@@ -4,7 +4,8 @@ The text encoder looks up a vector for each token of a prompt. Textual Inversion
 alone; all networks stay as they are, and what has been learned is a file of a few kilobytes. A token of several vectors
 holds more: a prompt's "[V]" becomes N tokens in a row.
 
-A DreamBooth run can train the vectors alone, or with the networks. The vectors begin as those of a known word.
+A DreamBooth run can train the vectors alone, with the networks, or with a LoRA of them, which is known as pivotal
+tuning. The vectors begin as those of a known word.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import InputError
-from ldm.formats import LEARNED, kind_of, read_embedding
+from ldm.formats import LEARNED, Adapter, kind_of, read_embedding, write_embedding
 from ldm.model import StableDiffusion
 
 
@@ -36,6 +37,10 @@ class LearnedToken:
     def group(self, settings: Any, stop: int | None = None) -> dict[str, Any]:
         """The optimizer's group; see `Trainable.parameter_groups`."""
         return {"name": "token", "params": [self.vectors], "lr": settings.token_learning_rate, "stop": stop}
+
+    def save(self, folder: Path, metadata: dict[str, str]) -> None:
+        """Writes the token's file into a folder."""
+        write_embedding(folder / self.file, self.token, self.vectors, metadata)
 
     @torch.no_grad()
     def keep_norm(self) -> None:
@@ -77,6 +82,16 @@ def add_embedding(sd: StableDiffusion, path: str | Path, token: str | None = Non
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return token or own
+
+
+def add_bundled(sd: StableDiffusion, adapter: Adapter) -> list[str]:
+    """Adds the tokens that lie in a LoRA's file, and returns them. Raises InputError as `add_token` does."""
+    for token, vectors in adapter.tokens.items():
+        try:
+            add_token(sd, token, vectors).requires_grad_(False)
+        except InputError as error:
+            raise InputError(f"{adapter.path}: {error}") from None
+    return list(adapter.tokens)
 
 
 def begin(sd: StableDiffusion, token: str, initializer: str, count: int | None = None) -> LearnedToken:

@@ -32,6 +32,7 @@ SMALL = """--instance-prompt=a sks dog|--class-prompt=a dog|--resolution=16|--sa
 --num-validation-images=1|--num-class-images=4|--sample-batch-size=2|--learning-rate=1e-4|--max-train-steps=4"""
 SMALL = tuple(SMALL.replace("\n", "|").split("|"))
 LORA = ("--lora-rank", 2)
+BOTH = [pytest.param((), id="full"), pytest.param(LORA, id="lora", marks=pytest.mark.slow)]  # of a fault test
 LATEST = ("--resume-from-checkpoint", "latest")
 PROCESS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 

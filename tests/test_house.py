@@ -82,6 +82,7 @@ WINGS = {
         checkpoint
         continuity
         claim
+        pace
         log
         saver
         run
@@ -99,8 +100,12 @@ WINGS = {
         advice
         best
         validation
+        note
+        note_prompts
+        note_photographs
         ledger
         memory
+        preflight
     """,
     "report": "markup numbers scale chart pictures record story commands document page compare file upkeep",
 }

@@ -30,13 +30,14 @@ from ldm.formats.embedding import kind_of, read_embedding, write_embedding
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
 from ldm.formats.lora_file import MAX_RANK, Adapter, Pair, kohya_metadata, read_lora, write_lora
 from ldm.formats.lora_names import LORA_TEXT, LORA_UNET, official_to_kohya
-from ldm.formats.names import LEARNED, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
+from ldm.formats.names import BUNDLED, LEARNED, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
 from ldm.formats.source import SAMPLING_KEY, TRAINING_KEY, Source, family
 from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
 
 __all__ = [
     "CHECKPOINT_MODEL",
     "LAYOUTS",
+    "BUNDLED",
     "LEARNED",
     "LORA_TEXT",
     "LORA_UNET",

@@ -42,13 +42,18 @@ def read_embedding(path: str | Path) -> tuple[str, Tensor]:
         token, vectors = _of_tensors(path, open_tensors(path)[0])
     else:
         raise InputError(f"{path} is no embedding: the name of one ends in .safetensors, .pt or .bin")
+    return token, checked_vectors(path, vectors)
+
+
+def checked_vectors(path: Path, vectors: Tensor) -> Tensor:
+    """A token's vectors from a file as (N, D) fp32. Raises InputError for another shape or type, NaN and infinity."""
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype not in WEIGHT_DTYPES or len(vectors) > MAX_VECTORS:
         what = f"{tuple(vectors.shape)} {vectors.dtype}"
         raise InputError(f"{path} holds {what}, and an embedding is 1 to {MAX_VECTORS} vectors")
-    if not_finite({token: vectors}):
+    if not_finite({"": vectors}):
         raise InputError(f"{path} holds NaN or infinity; the file is damaged, or its training has diverged")
-    return token, vectors.detach().float().clone()
+    return vectors.detach().float().clone()
 
 
 def _of_tensors(path: Path, tensors: dict[str, Any]) -> tuple[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from ldm.config import ModelConfig, UNetConfig
 from ldm.errors import InputError
 from ldm.formats import lora_names
 from ldm.formats.checks import WEIGHT_DTYPES, not_finite
+from ldm.formats.embedding import checked_vectors
+from ldm.formats.names import BUNDLED
 from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
 from ldm.runtime import exists, parse_json, read_json, replacing
 
@@ -49,6 +51,7 @@ class Adapter:
     pairs: dict[str, Pair]
     metadata: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
+    tokens: Tensors = field(default_factory=dict)  # vectors (N, D) of learned tokens that are in its file, by token
 
     @property
     def has_zero_terminal_snr(self) -> bool:
@@ -63,6 +66,10 @@ class Adapter:
             tensors[f"{module}.alpha"] = torch.tensor(pair.alpha, dtype=pair.down.dtype)
         return tensors
 
+    def bundle(self) -> Tensors:
+        """The tensors under kohya's names, and its tokens' vectors as A1111 puts them into a LoRA's file."""
+        return self.tensors() | {BUNDLED.format(token): vectors for token, vectors in self.tokens.items()}
+
     def tensors_of_diffusers(self) -> Tensors:
         """The tensors under peft's names, which diffusers reads: without alpha, so that the scale is in `up`."""
         tensors = {}
@@ -75,7 +82,7 @@ class Adapter:
     def to(self, dtype: torch.dtype) -> "Adapter":
         """The same with its numbers in another type."""
         pairs = {name: Pair(p.down.to(dtype), p.up.to(dtype), p.alpha) for name, p in self.pairs.items()}
-        return Adapter(pairs, self.metadata, self.path)
+        return replace(self, pairs=pairs)
 
     def check_fits(self, shapes: dict[str, torch.Size]) -> "Adapter":
         """The same, its tensors with as many dimensions as the model's. shapes: of the weights, by kohya's names.
@@ -92,7 +99,7 @@ class Adapter:
                 raise InputError(f"{said}; the LoRA is for another kind of model")
             inner = [1] * (len(due) - 2)
             pairs[name] = Pair(pair.down.view(-1, *due[1:]), pair.up.view(due[0], -1, *inner), pair.alpha)
-        return Adapter(pairs, self.metadata, self.path)
+        return replace(self, pairs=pairs)
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -112,6 +119,7 @@ def read_lora(path: str | Path, config: UNetConfig = UNetConfig()) -> Adapter:  
     if path.suffix in PICKLE_SUFFIXES:
         raise InputError(f"{path} is pickled; a LoRA is read from a .safetensors file")
     tensors, metadata = open_tensors(path)
+    tokens = _take_tokens(path, tensors)
     parts = _sorted_out(path, tensors, config)
     if bad := not_finite(tensors):
         raise InputError(f"{path}: {bad[0]} holds NaN or infinity")
@@ -125,7 +133,14 @@ def read_lora(path: str | Path, config: UNetConfig = UNetConfig()) -> Adapter:  
         pairs[module] = Pair(down, up, alpha)
     if not pairs:
         raise InputError(f"{path} holds no LoRA: it has no tensors")
-    return Adapter(pairs, metadata, path)
+    return Adapter(pairs, metadata, path, tokens)
+
+
+def _take_tokens(path: Path, tensors: Tensors) -> Tensors:
+    """Removes the vectors of learned tokens from a file's tensors. Returns them by token."""
+    head, tail = BUNDLED.split("{}")
+    names = [key for key in tensors if key.startswith(head) and key.endswith(tail)]
+    return {key.removeprefix(head).removesuffix(tail): checked_vectors(path, tensors.pop(key)) for key in names}
 
 
 def _sorted_out(path: Path, tensors: Tensors, config: UNetConfig) -> dict[str, Tensors]:

@@ -23,7 +23,7 @@ rows            the rows of a run, a function of seed and index
 batches         the rows of each step
 class_pictures  the class prior, made by the base model
 precision       fp32, fp16 and bf16
-tuning          which parameters train: a LoRA, or the whole networks
+tuning          which parameters train: a LoRA, or the whole networks; a token with them
 token_tuning    the vectors of a learned token alone
 optimizer, ema  AdamW and its learning rate; the average of the weights
 piecewise       small memory: weights in bf16, updates inside the backward pass
@@ -36,6 +36,10 @@ claim           chooses a run's folder and locks it
 log             writes metrics.jsonl and sends metrics to the tracker
 saver           writes checkpoints and keeps disk space for them
 ledger, memory  predict how much memory the run needs
+note            a sentence or two that a run says about itself before it begins
+note_prompts, note_photographs      how the prompts are read; what the photographs are like
+preflight       says what a run will do before it begins
+pace            says how long it will take, from its first steps
 run             the objects that the parts of a training program share
 sheets          pictures of the validation prompts, before, after and in between
 grid            losses on a fixed grid of noise and timesteps
@@ -53,10 +57,11 @@ from ldm.training.examples import Example, read_examples
 from ldm.training.inpainting import draw_mask, widen
 from ldm.training.latents import check_photographs, encode, encode_pictures
 from ldm.training.masks import load_mask
-from ldm.training.memory import Memory, predict, tell_memory
+from ldm.training.memory import Memory, predict
 from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
 from ldm.training.precision import set_exactness
+from ldm.training.preflight import tell_preflight
 from ldm.training.rows import CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.run import Run
 from ldm.training.settings import Settings
@@ -107,7 +112,7 @@ __all__ = [
     "sheet_path",
     "sort_class_pictures",
     "sort_photographs",
-    "tell_memory",
+    "tell_preflight",
     "tuning_of",
     "vary",
     "widen",

@@ -52,15 +52,15 @@ def sort_files(paths: Sequence[Path]) -> Files:
     """Sorts the files of a folder. Files that are neither photographs nor beside one are left out."""
     pictures = [path for path in paths if images.is_picture(path)]
     stems = {path.stem for path in pictures}
-    masks = [path for path in pictures if (name := MASK.fullmatch(path.stem)) and name[1] in stems]
-    photographs = [path for path in pictures if path not in set(masks)]
+    masks = {path: name[1] for path in pictures if (name := MASK.fullmatch(path.stem)) and name[1] in stems}
+    photographs = [path for path in pictures if path not in masks]
     known = {name for path in photographs for name in (path.name, path.stem)}
     beside: dict[str, list[Path]] = {}
     for path in paths:
         if path.suffix.lower() in (*ENDINGS, NOTES, KEPT) and path.stem in known:
             beside.setdefault(path.stem, []).append(path)
-    for path in masks:
-        beside.setdefault(MASK.fullmatch(path.stem)[1], []).append(path)
+    for path, name in masks.items():
+        beside.setdefault(name, []).append(path)
     return Files(tuple(photographs), {name: tuple(found) for name, found in beside.items()})
 
 

@@ -5,10 +5,13 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ldm import images, rng, samplers
 from ldm.errors import InputError
@@ -27,6 +30,7 @@ from ldm.runtime import (
 from ldm.training import continuity
 from ldm.training.beside import companions
 from ldm.training.examples import Example, captioned
+from ldm.training.pace import duration
 from ldm.training.run import Run
 from ldm.training.subjects import Subject
 
@@ -125,7 +129,11 @@ class ClassPictures:
         evaluations = samplers.find(self.recipe["sampler"]).evaluations(self.recipe["steps"])
         total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
         with progress_bar(run.stop, "class pictures", total, show=world.main) as progress:
-            for round in rounds:
+            began = time.perf_counter()
+            for i, round in enumerate(rounds):
+                if i == 1 and world.main:
+                    left = duration((time.perf_counter() - began) * (len(rounds) - 1))
+                    tqdm.write(f"about {left} of class pictures left")
                 mine = round[world.rank :: world.size]
                 with (
                     world.agreed(),

@@ -15,13 +15,21 @@ from torch import Tensor, nn
 
 from ldm import rng
 from ldm.dreambooth import Trainable
+from ldm.guidance import seen
 from ldm.lora import LoRA, disabled
 from ldm.runtime import uncompiled
+from ldm.training.grid import Part
 from ldm.training.run import Run
+from ldm.training.settings import Settings
 from ldm.unet import UNet, timestep_embedding
 
 SAMPLER, STEPS = "dpmpp_2m", 8  # rough pictures suffice
 NOISE = 0.1  # the timestep of the features, as a share of all
+
+
+def is_wanted(settings: Settings) -> bool:
+    """Whether the settings ask for it. A token alone does not change the class's pictures."""
+    return settings.validation_steps is not None and settings.num_drift_images > 0 and settings.train != "token"
 
 
 class HalfUNet(nn.Module):
@@ -31,6 +39,10 @@ class HalfUNet(nn.Module):
         super().__init__()
         self.width = unet.config.channels[0]
         self.time_embed, self.input_blocks, self.middle_block = unet.time_embed, unet.input_blocks, unet.middle_block
+
+    @property
+    def trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         emb = self.time_embed(timestep_embedding(t, self.width).to(x.dtype))
@@ -46,21 +58,21 @@ class Drift:
     matrices are multiplied in: 0.7 GB for SD 1.5 in 16 bits. On a GPU it lies in the host's memory between validations.
     """
 
-    def __init__(self, run: Run, trainable: Trainable, prompt: str, photographs: Tensor):
-        """prompt: of the class. photographs: their latents, (N, C, h, w).
+    def __init__(self, run: Run, trainable: Trainable, prompt: str, photographs: Part):
+        """prompt: of the class.
 
         Raises RunError in all processes if one runs out of memory.
         """
         self.run, self.trainable, self.prompt, unet = run, trainable, prompt, trainable.sd.unet
-        self.schedule = trainable.sd.schedule  # training may go on with another one
+        self.beside, self.schedule = photographs.beside, trainable.sd.schedule  # training may go on with another one
         self.half = HalfUNet(unet)
-        self.keeps_copy = any(parameter.requires_grad for parameter in unet.parameters())
+        self.keeps_copy = self.half.trains
         if self.keeps_copy:
             self.half = deepcopy(self.half).requires_grad_(False).to("cpu", run.precision.dtype)
         with torch.no_grad():
             self.context = trainable.sd.encode_prompt("")  # (1, L, D)
         with run.world.agreed(), self._working():
-            self.photographs = self._features(photographs, 0).mean(0)
+            self.photographs = self._features(photographs.latents, 0).mean(0)
         self.base = self._class_features()
 
     def measure(self) -> dict[str, float]:
@@ -112,6 +124,7 @@ class Drift:
         ]
         t = torch.full((len(latents),), round(NOISE * schedule.timesteps), device=latents.device)
         noisy = schedule.add_noise(latents.float(), torch.stack(noise).to(latents.device), t)
+        noisy = seen(noisy, self.beside.expand(len(noisy), -1, -1, -1) if self.beside is not None else None)
         dtype = next(self.half.parameters()).dtype
         with disabled(module for module in self.trainable.modules() if isinstance(module, LoRA)):
             h = self.half(noisy.to(dtype), t, self.context.to(dtype).expand(len(noisy), -1, -1))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm import rng
 from ldm.dreambooth import Trainable
+from ldm.guidance import masked_columns, seen
 from ldm.model import StableDiffusion
 from ldm.runtime import uncompiled
 from ldm.training.examples import Example
@@ -34,6 +35,7 @@ class Part:
     name: str  # as in validation.jsonl
     latents: Tensor
     prompts: tuple[str, ...]
+    beside: Tensor | None = None  # see `nothing_beside`
     by_base: bool = False
 
 
@@ -41,7 +43,20 @@ def make_part(run: Run, sd: StableDiffusion, name: str, examples: Sequence[Examp
     """Encodes the pictures, cut to squares. Raises InputError for one that can't be read."""
     side = run.settings.resolution
     latents = encode_pictures(sd, examples, (side, side), False, run.stop.check).mean[:, 0]
-    return Part(name, latents, tuple(example.prompt for example in examples))
+    return Part(name, latents, tuple(example.prompt for example in examples), nothing_beside(sd, latents))
+
+
+@torch.no_grad()
+def nothing_beside(sd: StableDiffusion, latents: Tensor) -> Tensor | None:
+    """What a model for painting in sees beside latents (N, C, h, w) of which it knows no part: (1, C + 1, h, w).
+
+    None for any other model.
+    """
+    if not sd.config.unet.paints_in:
+        return None
+    height, width = (side * sd.config.vae.factor for side in latents.shape[2:])
+    blank = sd.encode_images(torch.zeros(1, 3, height, width, device=latents.device))
+    return masked_columns(torch.ones_like(blank[:, :1]), blank)
 
 
 def draw(seed: int, row: int, shape: Sequence[int], timesteps: int) -> tuple[int, Tensor]:
@@ -84,7 +99,8 @@ def errors_of(run: Run, trainable: Trainable, part: Part, rows: range) -> Tensor
     noise = torch.stack([numbers for _, numbers in drawn]).to(device)
     pictures = [row // CELLS for row in rows]
     latents = part.latents[torch.tensor(pictures).to(device)]
-    noisy = schedule.add_noise(latents, noise, t)
+    beside = part.beside.expand(len(rows), -1, -1, -1) if part.beside is not None else None
+    noisy = seen(schedule.add_noise(latents, noise, t), beside)
     with run.precision.autocast():
         prediction = trainable(noisy, t, [part.prompts[picture] for picture in pictures])
         target = trainable.base(noisy, t) if part.by_base else schedule.target(latents, noise, t)

@@ -17,7 +17,7 @@ from ldm.guidance import masked_columns
 from ldm.model import StableDiffusion
 from ldm.training.buckets import Size
 from ldm.training.examples import Example
-from ldm.training.latents import Encode, load_image
+from ldm.training.latents import Encode, centre_of, load_image
 
 WHOLE = 0.25  # share of rows whose mask is the whole picture
 
@@ -58,7 +58,7 @@ def keep_images(examples: Sequence[Example], size: Size, flip: bool) -> Tensor:
 
     size: width and height.
     """
-    images = torch.stack([load_image(example, size, example.centre(*size)) for example in examples])
+    images = torch.stack([load_image(example, size, centre_of(example, size)) for example in examples])
     images = ((images + 1.0) * 127.5).round().to(torch.uint8)
     return torch.stack([images, images.flip(3)] if flip else [images], 1)
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ldm.runtime import dropped_output, replacing, written
 from ldm.training.checkpoint import METRICS, VALIDATION
 from ldm.training.numbers import Numbers
+from ldm.training.pace import Pace
 from ldm.training.state import Metrics, check_finite
 from ldm.training.tracking import Tracker
 
@@ -82,6 +83,7 @@ class Reporter:
     def __init__(self, bar: tqdm, log: Log | None, pictures: int):
         self.bar, self.log, self.pictures, self.stopped = bar, log, pictures, False
         self._arriving: tuple[Numbers, Metrics] | None = None
+        self._pace = Pace(bar.total or 0)
         self._last = 0.0  # when a step was reported last
 
     def add(self, numbers: Numbers, metrics: Metrics) -> None:
@@ -108,6 +110,8 @@ class Reporter:
         began, self._last = max(metrics["seconds"], self._last), time.perf_counter()
         if self.log is not None:
             self.log.add({"step": step} | read | metrics | self._speed(self._last - began))
+            if left := self._pace.after(step):
+                self.bar.write(left)
 
     def _speed(self, seconds: float) -> Metrics:
         """memory_gb: the most that this process has used so far, on its GPU if it has one."""

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from ldm.dreambooth import Trainable, dreambooth_loss
 from ldm.model import StableDiffusion
 from ldm.runtime import at_once
+from ldm.training.drift import HalfUNet, is_wanted
 from ldm.training.ledger import Kernels, Ledger
+from ldm.training.note import Note
 from ldm.training.precision import Precision
 from ldm.training.run import Run
 from ldm.training.settings import Settings
@@ -129,6 +131,8 @@ class Rehearsal:
     def prepare(self) -> None:
         """What train.py does between the class pictures and the first step."""
         dtype = self.kernels.dtype
+        if is_wanted(self.settings) and (half := HalfUNet(self.sd.unet)).trains:  # its copy stays on the CPU
+            self.sd.originals += [parameter.detach().to(dtype, copy=True) for parameter in half.parameters()]
         if self.encodes:
             self.sd.freeze(self.sd.vae, torch.float32)
         else:
@@ -265,15 +269,15 @@ def savers(settings: Settings, device: torch.device, processes: int = 1) -> dict
     return {flag: replace(settings, **change) for flag, change in changes.items()}
 
 
-def tell_memory(run: Run, sd: StableDiffusion, tuning: Tuning) -> None:
-    """Prints the prediction in one line, and a warning with the flags that help if the device has less."""
-    if not run.world.main:
-        return
+def memory_notes(run: Run, sd: StableDiffusion, tuning: Tuning) -> list[Note]:
+    """The prediction, and a warning with the flags that help if the device has less."""
     device, most = run.world.device, available(run.world.device)
     predicted = predict(sd, tuning, run.settings, device, run.world.size)
-    print(f"memory: {predicted}")
+    notes = [Note("memory", str(predicted))]
     if most is not None and most < predicted.total:
-        print(f"warning: {device} has {gigabytes(most)} GB for it; {advice(run, sd, tuning, predicted.total)}")
+        text = f"{device} has {gigabytes(most)} GB for it; {advice(run, sd, tuning, predicted.total)}"
+        notes.append(Note("memory", text, warning=True))
+    return notes
 
 
 def advice(run: Run, sd: StableDiffusion, tuning: Tuning, without: int) -> str:

@@ -16,7 +16,7 @@ from ldm.training.setting import flag
 from ldm.training.settings import Settings
 from ldm.training.settings_subjects import read_tables
 from ldm.training.settings_toml import run_of
-from ldm.training.settings_training import LORA_RATE, LOW_LORA_RATE
+from ldm.training.settings_training import LORA_RATE, LOW_LORA_RATE, RATE
 
 FIRST = (  # the flags at the top of --help
     "model",
@@ -58,6 +58,9 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
         said = f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
         warnings.warn(said, stacklevel=2)
+    has_rate = settings.learning_rate != RATE and "learning_rate" in from_file | given  # config.toml has every default
+    if settings.train == "token" and has_rate:
+        warnings.warn("--learning-rate has no effect with --train token; --token-learning-rate does", stacklevel=2)
     return settings
 
 
@@ -68,6 +71,8 @@ def _of_tiny(tiny: Path, given: dict[str, Any]) -> dict[str, Any]:
     if "subjects" in given or (folder and os.path.isdir(folder) and named_folders(Path(folder))):
         own = ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt")
         settings = {name: value for name, value in settings.items() if name not in own}
+    elif "instance_prompt" in given:
+        settings.pop("validation_prompt", None)  # it shows the embedded subject
     return settings
 
 

@@ -88,6 +88,8 @@ class Captions(Group):
             return f"--caption-dropout {self.caption_dropout} is not a share from 0 to 1"
         if self.keep_tags < 0:
             return f"--keep-tags {self.keep_tags} is below 0"
+        if self.keep_tags and not self.shuffle_tags:
+            return "--keep-tags is for --shuffle-tags: without it all tags stay where they are"
         return None
 
 

@@ -59,6 +59,8 @@ class TokenSettings(Group):
     token_learning_rate: float = setting(2e-3, "learning rate of the new token's vectors")
 
     def problem(self) -> str | None:
+        if self.train == "token" and self.lora_rank:
+            return "--train token trains the token alone: leave out --lora-rank, or --train token to train both"
         return not_positive(self, "token_learning_rate")
 
 

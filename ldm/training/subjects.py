@@ -52,6 +52,10 @@ def _subject(parts: Sequence[SubjectSettings], settings: Settings) -> Subject:
         )
         found = read_examples(part.instance_data_dir, part.instance_prompt, words)
         examples += [replace(_as_set(example, settings), repeats=part.repeats or 1) for example in found]
+    token = settings.placeholder_token
+    for example in examples if settings.train == "token" and token else ():
+        if token.lower() not in example.prompt.lower():  # and without it nothing has a gradient
+            raise InputError(f"the caption of {example.picture.path} does not hold {token}; write {{token}} into it")
     weight = next((part.weight for part in parts if part.weight is not None), None)
     if weight is None:
         is_counted = any(part.repeats is not None for part in parts)

@@ -42,8 +42,6 @@ def begin_token(sd: StableDiffusion, settings: Settings) -> tokens.LearnedToken 
         if settings.train == "token":
             raise InputError('--train token needs --placeholder-token: the new word, "[V]"')
         return None
-    if settings.lora_rank:
-        raise InputError("--placeholder-token does not go with --lora-rank; leave one of them out")
     if settings.initializer_token is None:
         raise InputError("--placeholder-token needs --initializer-token: a word for the subject's class, such as dog")
     if token.lower() not in prompt.lower():

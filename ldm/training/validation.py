@@ -19,7 +19,7 @@ from ldm.training import best, grid, sheets
 from ldm.training.advice import Line, advise, of_class
 from ldm.training.captions import words_of
 from ldm.training.class_pictures import ClassPictures
-from ldm.training.drift import Drift
+from ldm.training.drift import Drift, is_wanted
 from ldm.training.examples import Example, read_examples
 from ldm.training.run import Run
 from ldm.training.settings import Settings
@@ -92,13 +92,13 @@ class Validation:
     def _begin_drift(self) -> Drift | None:
         """None if drift is not wanted, or can't be measured; a line then says why."""
         given = self.settings
-        if given.num_drift_images == 0 or given.train == "token":  # a token alone does not change the class's pictures
+        if not is_wanted(given):
             return None
         prompt = given.taught[0].class_prompt
         if not prompt:
             self._say("no --class-prompt: language drift is not measured")
             return None
-        photographs = self.parts[0].latents
+        photographs = self.parts[0]
         made = self._tried("language drift", lambda: {"made": Drift(self.run, self.trainable, prompt, photographs)})
         return made.get("made")
 
@@ -129,8 +129,9 @@ class Validation:
                 self.done.add(state.step)
                 self.run.world.on_main(lambda: self.run.lines.add_validation(line))
                 self._say(described(line))
-                if self.settings.keeps_best and best.is_best(self._lines(), self.settings):
-                    best.keep(self.run, state, line)
+                lines = self._lines()
+                if self.settings.keeps_best and best.is_best(lines, self.settings):
+                    best.keep(self.run, state, lines)
         except Stopped:
             self.run.stopped = True
 

@@ -237,8 +237,9 @@ def test_files_that_are_no_safetensors_are_refused(tiny, tmp_path):
         "nowhere.safetensors": "can't be read: No such file",
         ".": "can't be read: it is a folder",
     }.items():
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=words) as error:
             tiny.read_lora(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_sd2_files_fit_where_a_program_wrote_convolutions_for_matrices(narrow, tmp_path):

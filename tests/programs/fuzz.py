@@ -20,6 +20,7 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -330,12 +331,13 @@ def picture_text(folder: Path) -> Iterator[Case]:
 
 
 def loras(folder: Path) -> Iterator[Case]:
-    """LoRAs under kohya's names with alpha, and under peft's with what diffusers says of them in the header."""
+    """LoRAs under kohya's names with alpha, also with a token, and under peft's with what diffusers says of them."""
     sd = tiny_model()
     adapter = formats.Adapter({name: LoRA(layer, 2, 2.0).draw(0, name).pair() for name, layer in some(sd).items()})
     said = json.dumps({"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 2}, "text_encoder.use_rslora": True})
     for name, tensors, metadata in (
         ("kohya", adapter.tensors(), formats.kohya_metadata(sd.config, adapter)),
+        ("token", replace(adapter, tokens={"[V]": torch.ones(2, 128)}).bundle(), {}),
         ("peft", adapter.tensors_of_diffusers(), {"lora_adapter_metadata": said}),
     ):
         path = folder / f"{name}.safetensors"

@@ -186,7 +186,7 @@ TRAIN = {
     "--learning 1e-4": r"--learning: did you mean .*--learning-rate.*\?",  # a prefix is no flag
     "--max-train-steps 5 --no-prior-preservation": r"--no-prior-preservation: .* --no-with-prior-preservation\?",
     "-seed 3": r"-seed: did you mean --seed\?",
-    "--seed 3 --lr 1": r"--lr: did you mean --lora-rank or --learning-rate\?",
+    "--seed 3 --lr 1": r"--lr: did you mean --learning-rate or --lora-rank\?",
     "--train-text-encoder true": "true belongs to no flag; --help lists them; text with spaces needs quotes",
     "--output-dir photographs": "--output-dir photographs is not empty; give a new folder",
     "--output-dir notes.txt": r"--output-dir notes\.txt is a file; give a folder",

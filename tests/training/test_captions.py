@@ -9,9 +9,10 @@ import torch
 from runs import photograph
 
 from ldm import InputError
-from ldm.training import vary
+from ldm.training import parse, read_subjects, vary
 from ldm.training.captions import fill, words_of
 from ldm.training.examples import read_examples
+from train import TINY
 
 WORDS = {"token": "sks", "class": "dog"}
 
@@ -215,6 +216,19 @@ def test_words_that_are_not_known_are_refused_and_other_braces_stay():
     assert fill("{ {} {a|b} {token}}", WORDS, "it") == "{ {} {a|b} sks}"
     with pytest.raises(InputError, match=r"1\.txt holds \{class\}, and the prompts do not say what it is"):
         fill("a {class}", words_of("a sks dog", None), "1.txt")
+
+
+def test_a_token_that_trains_alone_is_in_every_caption(tmp_path):
+    """Without it a row would have no gradient."""
+    folder = photograph(tmp_path / "dog")
+    (folder / "0.txt").write_text("{token} on grass")
+    flags = ["--model", "x", "--instance-data-dir", str(folder), "--instance-prompt", "a photo of [V]"]
+    flags += ["--placeholder-token", "[V]", "--initializer-token", "dog", "--train", "token"]
+    (subject,) = read_subjects(parse(flags, TINY))
+    assert [example.prompt for example in subject.examples] == ["[V] on grass", "a photo of [V]", "a photo of [V]"]
+    (folder / "0.txt").write_text("a dog on grass")
+    with pytest.raises(InputError, match=r"0\.png does not hold \[V\]; write \{token\} into it"):
+        read_subjects(parse(flags, TINY))
 
 
 # Variation

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import SMALL, call, command, digest, losses, run
+import torch
+from runs import LORA, SMALL, call, command, digest, losses, run
+from safetensors.torch import load_file
 
 LONG = ("--max-train-steps", 24, "--random-flip", "--snr-gamma", "5", "--num-class-images", 7)
 
@@ -50,6 +52,35 @@ def test_the_text_encoder_stops_on_all_processes(base, tmp_path):
     run(command([*base, "--train-batch-size", 2, "--output-dir", tmp_path / "one"]), tmp_path)
     run(command([*base, "--output-dir", tmp_path / "two"], 2), tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+TOKEN = ("--placeholder-token", "[V]", "--initializer-token", "dog", "--num-vectors", 2, "--token-learning-rate", 1e-2)
+WAYS = {
+    "token alone": (*TOKEN, "--train", "token"),
+    "token and networks": TOKEN,
+    "token and LoRA": (*TOKEN, *LORA, "--gradient-accumulation-steps", 2, "--text-encoder-stop-step", 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_token_learns_the_same_in_two_processes_which_resume_to_the_same_bits(way, base, tmp_path):
+    base = (*base, "--instance-prompt", "a [V] dog", *WAYS[way], "--checkpointing-steps", 2)
+    run(command([*base, "--output-dir", tmp_path / "two"], 2), tmp_path)
+    call(*base, "--train-batch-size", 2, "--output-dir", tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    half = tmp_path / "two" / "checkpoints" / "checkpoint-000002"
+    flags = ("--output-dir", tmp_path / "again", "--resume-from-checkpoint", half)
+    run(command([*base, *flags], 2), tmp_path)
+    assert losses(tmp_path / "again") == losses(tmp_path / "two")
+    one, again = (
+        {str(path.relative_to(folder)): load_file(path) for path in folder.rglob("*.safetensors")}
+        for folder in (tmp_path / "two", tmp_path / "again")
+    )
+    assert one.keys() == again.keys() and "[V].safetensors" in one
+    for name, tensors in one.items():
+        assert all(torch.equal(tensor, again[name][key]) for key, tensor in tensors.items())
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import SMALL, call, checkpoints, latent_rows, metrics, timeless, weights
+from runs import BOTH, SMALL, call, checkpoints, latent_rows, metrics, timeless, weights
 
 import train
 from ldm import StableDiffusion, training
@@ -24,8 +24,9 @@ FLAGS = ("--use-ema", "--snr-gamma", "5", "--gradient-accumulation-steps", "2", 
 
 
 @pytest.fixture
-def base(saved, photographs) -> tuple:
-    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+def base(request, saved, photographs) -> tuple:
+    tuned = getattr(request, "param", ())  # the flags of BOTH, or those of full tuning
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, *tuned)
 
 
 @pytest.fixture
@@ -74,8 +75,8 @@ def test_a_step_reads_nothing_from_the_device(flags, loop):
 def test_a_read_in_a_step_is_found(read, loop, monkeypatch):
     loss = train.dreambooth_loss
 
-    def reading(*inputs):
-        losses = loss(*inputs)
+    def reading(*inputs, **options):
+        losses = loss(*inputs, **options)
         read(losses.total)
         return losses
 
@@ -93,6 +94,7 @@ def late(monkeypatch):
     monkeypatch.setattr(World, "is_asynchronous", True)
 
 
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_late_numbers_change_nothing(base, tmp_path, monkeypatch):
     flags = (*base, "--max-train-steps", 5, "--checkpointing-steps", 2, "--use-ema")
     call(*flags, "--output-dir", tmp_path / "plain")
@@ -108,15 +110,17 @@ def test_late_numbers_change_nothing(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_a_run_that_diverges_ends_when_its_numbers_arrive(every, late, base, tmp_path):
     flags = ("--learning-rate", "1e30", "--checkpointing-steps", every, "--output-dir", tmp_path / "run")
     with pytest.raises(RunError, match="at step 2, and nothing was saved of it; lower --learning-rate"):
         call(*base, *flags)
     assert checkpoints(tmp_path / "run") == ([1] if every == 1 else [])
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not [*(tmp_path / "run").glob("*.safetensors")]
 
 
 @pytest.mark.parametrize("eight_bit", [False, True], ids=["fused", "8-bit"])
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_a_gradient_that_is_not_finite_leaves_the_weights_and_moments(eight_bit, late, base, tmp_path, monkeypatch):
     """The second step's loss is finite and its gradient is not."""
     if eight_bit:

@@ -149,9 +149,10 @@ def test_diffusers_opens_the_file_and_makes_our_picture(tmp_path):
         (lambda t: t.pop(min(t)), "missing tensor lora_te"),
         (lambda t: t.update(more=torch.ones(1)), "unknown tensor more"),
         (lambda t: t.update({max(t): torch.ones(3, 3)}), "and should be"),
+        (lambda t: t.update({max(t): t[max(t)].double()}), "torch.float64, and should be"),
         (lambda t: t[max(t)].fill_(float("nan")), "holds NaN or infinity"),
     ],
-    ids=["missing", "unknown", "shape", "nan"],
+    ids=["missing", "unknown", "shape", "type", "nan"],
 )
 def test_a_checkpoint_whose_adapter_is_none_of_this_run_is_refused(change, words, made, base, tmp_path):
     folder = shutil.copytree(made / "checkpoints" / "checkpoint-000002", tmp_path / "checkpoint-000002")

@@ -39,9 +39,8 @@ import train
 from ldm import StableDiffusion
 from ldm.clip import TextEncoder
 from ldm.config import ModelConfig
-from ldm.dreambooth import FullTuning
 from ldm.runtime import Stop, Stopped
-from ldm.training import TrainingState, class_pictures, parse
+from ldm.training import TrainingState, class_pictures, parse, tuning_of
 from ldm.training.claim import DEFAULT
 from ldm.training.precision import Precision
 
@@ -360,9 +359,8 @@ def test_a_checkpoint_is_no_larger_than_the_space_kept_for_it(layout, openclip, 
         sd.text_encoder = TextEncoder(sd.config.text)
         sd.save(model := tmp_path / "sd2.safetensors")
     flags = parse([str(w) for w in (*base, "--model", model, "--use-ema", "--output-dir", tmp_path / "x")], train.TINY)
-    state = TrainingState(
-        FullTuning(StableDiffusion.load(model), flags), flags, Precision("no", torch.device("cpu")), ""
-    )
+    trainable = tuning_of(StableDiffusion.load(model), flags)
+    state = TrainingState(trainable, flags, Precision("no", torch.device("cpu")), "")
     call(*base, "--model", model, "--use-ema", "--max-train-steps", 3, "--output-dir", tmp_path / "run")
     files = (tmp_path / "run" / "checkpoints" / "checkpoint-000003").iterdir()
     assert sum(path.stat().st_size for path in files) <= state.bytes_saved

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, call, check_same, collection, losses, metrics, weights
+from runs import LORA, SMALL, call, check_same, collection, losses, metrics, weights
 
 from ldm import StableDiffusion, rng
 from ldm.dreambooth import FullTuning, min_snr_weight
 from ldm.images import load_picture, read_picture
 from ldm.runtime import World
-from ldm.training import Batches, CropDraws, Rows, Settings, encode
+from ldm.training import Batches, CropDraws, LoRATuning, Rows, Settings, encode
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 
@@ -154,11 +154,13 @@ def test_crops_are_a_function_of_seed_and_index(base, saved, photographs, tmp_pa
             assert torch.equal(together.noise[i], noise) and together.t[i] == t
 
 
-@pytest.mark.parametrize("flags", [(), ("--random-crop",)])
+@pytest.mark.parametrize(
+    "flags", [(), ("--random-crop",), pytest.param((*LORA, "--random-crop"), marks=pytest.mark.slow)]
+)
 def test_photographs_that_change_during_training_change_nothing(flags, base, photographs, tmp_path):
     """Photographs are read once. With --random-crop every step decodes them, and the final sheet shows them."""
 
-    class Damaging(FullTuning):
+    class Damaging(LoRATuning if "--lora-rank" in flags else FullTuning):
         def prepare(self, *inputs):
             super().prepare(*inputs)
             for i, path in enumerate(photographs.iterdir()):

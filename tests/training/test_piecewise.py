@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from runs import LATEST, SMALL, call, checkpoints, losses, metrics, refused, slow_after, weights
+from runs import BOTH, LATEST, LORA, SMALL, call, checkpoints, losses, metrics, refused, slow_after, weights
 
 import train
 from ldm.dreambooth import FullTuning
 from ldm.errors import InputError, RunError
 from ldm.runtime.processes import World
-from ldm.training import Run, parse
+from ldm.training import LoRATuning, Run, parse
 from ldm.training.optimizer import adamw
 from ldm.training.piecewise import Piecewise, rounded
 
@@ -21,13 +21,15 @@ MODES = {
     "fused": FUSED,
     "bf16, fused": (*BF16, *FUSED),
     "bf16, fused, 8-bit, checkpointing": (*BF16, *FUSED, "--use-8bit-adam", "--gradient-checkpointing"),
+    "fused, LoRA": (*FUSED, *LORA),
     "bf16, one network": (*BF16, "--no-train-text-encoder", "--use-ema"),
 }
 
 
 @pytest.fixture
-def base(saved, photographs) -> tuple:
-    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+def base(request, saved, photographs) -> tuple:
+    tuned = getattr(request, "param", ())  # the flags of BOTH, or those of full tuning
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, *tuned)
 
 
 def test_rounding_keeps_the_mean_and_takes_one_of_the_two_nearest_numbers():
@@ -115,11 +117,12 @@ def test_the_first_losses_are_close_to_those_of_fp32(base, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_a_loss_that_is_not_finite_ends_a_fused_run_and_is_not_saved(base, tmp_path):
     flags = (*base, *FUSED, "--learning-rate", "1e30", "--checkpointing-steps", 1, "--output-dir", tmp_path / "run")
     with pytest.raises(RunError, match="at step 2, and nothing was saved of it"):
         call(*flags)
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not [*(tmp_path / "run").glob("*.safetensors")]
 
 
 @pytest.mark.parametrize(
@@ -143,10 +146,11 @@ def test_several_processes_are_refused_for_updates_in_the_backward_pass(base):
         Run(settings, World(0, 2, torch.device("cpu")))
 
 
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_an_error_before_the_first_update_of_a_step_saves_the_step_before(base, tmp_path):
     """With updates inside the backward pass a step is whole until the first of them."""
 
-    class Failing(FullTuning):
+    class Failing(LoRATuning if LORA[0] in base else FullTuning):
         def forward(self, noisy, t, prompts):
             self.calls = getattr(self, "calls", 0) + (0 if noisy.is_meta else 1)
             if self.calls == 3:

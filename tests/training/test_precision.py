@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, call, checkpoints, command, latent_rows, losses, metrics, run, sample_rows, timeless, weights
+from runs import (
+    BOTH,
+    SMALL,
+    call,
+    checkpoints,
+    command,
+    latent_rows,
+    losses,
+    metrics,
+    run,
+    sample_rows,
+    timeless,
+    weights,
+)
 
 import train
 from ldm import StableDiffusion
@@ -20,8 +33,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
-def base(saved, photographs) -> tuple:
-    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL)
+def base(request, saved, photographs) -> tuple:
+    tuned = getattr(request, "param", ())  # the flags of BOTH, or those of full tuning
+    return ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, *tuned)
 
 
 def failed(*arguments: object) -> str:
@@ -86,6 +100,7 @@ def steep(random_model, tmp_path) -> Path:
     return tmp_path / "steep.safetensors"
 
 
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_an_overflow_is_skipped_and_advances_neither_step_nor_schedule(steep, base, tmp_path):
     flags = ("--model", steep, "--mixed-precision", "fp16", "--lr-scheduler", "linear", "--max-train-steps", 6)
     call(*base, *flags, "--output-dir", tmp_path / "run", "--checkpointing-steps", 2)
@@ -118,28 +133,31 @@ def test_a_model_beyond_the_range_of_fp16_is_refused_before_training(random_mode
     sd.save(tmp_path / "wide.safetensors")
     flags = ("--model", tmp_path / "wide.safetensors", "--output-dir", tmp_path / "run")
     assert "fp16 is too narrow for the model (take bf16" in failed(*base, *flags, "--mixed-precision", "fp16")
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not [*(tmp_path / "run").glob("*.safetensors")]
     call(*base, *flags, "--mixed-precision", "bf16", "--output-dir", tmp_path / "bf16")
 
 
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_a_run_that_diverges_stops_and_does_not_save_that_step(base, tmp_path):
     flags = ("--learning-rate", "1e30", "--checkpointing-steps", 1, "--output-dir", tmp_path / "run")
     message = failed(*base, *flags)
     assert "at step 2, and nothing was saved of it; lower --learning-rate" in message
-    assert checkpoints(tmp_path / "run") == [1] and not (tmp_path / "run" / "model.safetensors").exists()
+    assert checkpoints(tmp_path / "run") == [1] and not [*(tmp_path / "run").glob("*.safetensors")]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run/checkpoints/checkpoint-000001").values())
 
 
 @pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_weights_that_are_not_finite_are_not_saved(every, base, tmp_path):
     """The last step's loss is finite, but its update makes weights that are not."""
     flags = ("--learning-rate", "1e39", "--max-train-steps", 1, "--checkpointing-steps", every)
     message = failed(*base, *flags, "--output-dir", tmp_path / "run")
     assert "is not finite after step 1, and was not saved" in message
-    assert checkpoints(tmp_path / "run") == [] and not (tmp_path / "run" / "model.safetensors").exists()
+    assert checkpoints(tmp_path / "run") == [] and not [*(tmp_path / "run").glob("*.safetensors")]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_a_loss_that_is_not_finite_stops_both_processes(random_model, base, tmp_path):
     """The latents overflow fp16. The run ends with one line that says so, and does not save the step."""
     sd = random_model()
@@ -154,6 +172,7 @@ def test_a_loss_that_is_not_finite_stops_both_processes(random_model, base, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(random_model, base, tmp_path):
     """The model overflows only at late timesteps t, so that at some update it overflows in one process only."""
     sd, late = random_model(), 900

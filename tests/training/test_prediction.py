@@ -1,6 +1,7 @@
 """The memory that a run is said to need is what a process grows by, and what autograd and AdamW really keep."""
 
 import json
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ldm import StableDiffusion
 from ldm.config import SD1
 from ldm.dreambooth import FullTuning, Trainable
 from ldm.runtime import World
-from ldm.training import memory, optimizer, options, predict, tell_memory
+from ldm.training import memory, optimizer, options, predict
 from ldm.training.memory import Rehearsal
 from ldm.training.precision import Precision
 
@@ -173,17 +174,17 @@ def test_train_py_says_how_much_memory_the_run_needs(saved, photographs, tmp_pat
     call("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, "--max-train-steps", 1,
          "--output-dir", tmp_path / "run")  # fmt: skip
     out = capsys.readouterr().out
-    assert out.count("memory: about ") == 1 and "warning" not in out
+    assert len(re.findall(r"^memory +about ", out, re.MULTILINE)) == 1
+    assert not re.search(r"^memory +warning", out, re.MULTILINE)
 
 
-def test_a_warning_names_the_flags_that_help_from_the_one_that_saves_most(random_model, monkeypatch, capsys):
+def test_a_warning_names_the_flags_that_help_from_the_one_that_saves_most(random_model, monkeypatch):
     settings = replace(SETTINGS, train_batch_size=64)
     run = SimpleNamespace(settings=settings, world=World(0, 1, CPU))
     monkeypatch.setattr(memory, "available", lambda device: 100_000_000)
-    tell_memory(run, random_model(), FullTuning)
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    (warning,) = [note.text for note in memory.memory_notes(run, random_model(), FullTuning) if note.warning]
     begin, _, flags = warning.partition("; ")
-    assert begin == "warning: cpu has 0.10 GB for it"
+    assert begin == "cpu has 0.10 GB for it"
     saved = {part.partition(" saves ")[0]: float(part.split()[-2]) for part in flags.split(", ")}
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
     assert {"--gradient-checkpointing", "--mixed-precision bf16", "--train-batch-size 32"} <= saved.keys()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import (
+    BOTH,
     LATEST,
     LORA,
     SMALL,
@@ -21,6 +22,7 @@ from runs import (
     metrics,
     photograph,
     refused,
+    result,
     run,
     slow_after,
     weights,
@@ -34,8 +36,10 @@ ALL = ("--random-flip", "--use-ema", "--ema-decay", "0.9", "--snr-gamma", "5", "
 
 
 @pytest.fixture(scope="module")
-def base(saved, tmp_path_factory) -> tuple:
-    return ("--model", saved["official"], "--instance-data-dir", photograph(tmp_path_factory.mktemp("a") / "b"), *SMALL)
+def base(request, saved, tmp_path_factory) -> tuple:
+    folder = photograph(tmp_path_factory.mktemp("a") / "b")
+    tuned = getattr(request, "param", ())  # the flags of BOTH, or those of full tuning
+    return ("--model", saved["official"], "--instance-data-dir", folder, *SMALL, *tuned)
 
 
 @pytest.fixture(scope="module")
@@ -171,18 +175,21 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"),
+    ("base", "name", "damage"),
     slow_after(
         3,
         [
-            ("model.safetensors", truncate),
-            ("training.safetensors", flip),
-            ("state.json", Path.unlink),
-            ("metrics.jsonl", truncate),
-            ("SHA256SUMS", flip),
-            ("SHA256SUMS", Path.unlink),
+            ((), "model.safetensors", truncate),
+            ((), "training.safetensors", flip),
+            ((), "state.json", Path.unlink),
+            ((), "metrics.jsonl", truncate),
+            ((), "SHA256SUMS", flip),
+            ((), "SHA256SUMS", Path.unlink),
+            (LORA, "lora.safetensors", truncate),
+            (LORA, "training.safetensors", flip),
         ],
     ),
+    indirect=["base"],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(name, damage, once, base, tmp_path, capsys):
     whole = losses(once)
@@ -199,9 +206,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(name, 
     assert checkpoints(once) == [6] and leftovers(once) == []
 
 
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 @pytest.mark.filterwarnings("ignore:checkpoint")
 def test_a_damaged_later_checkpoint_does_not_count_towards_the_limit(once, base):
-    truncate(once / "checkpoints" / "checkpoint-000004" / "model.safetensors")
+    truncate(result(once / "checkpoints" / "checkpoint-000004"))
     limit = ("--checkpointing-steps", 2, "--checkpoints-total-limit", 1, "--max-train-steps", 3)
     (once / "checkpoints" / "checkpoint-000003").rename(once / "checkpoints" / "mine")
     call(*base, "--output-dir", once, *LATEST, *limit)
@@ -210,11 +218,12 @@ def test_a_damaged_later_checkpoint_does_not_count_towards_the_limit(once, base)
     assert checkpoints(once) == [4] and len(losses(once)) == 4
 
 
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 @pytest.mark.filterwarnings("ignore:checkpoint")
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(once, base):
     before = (once / "metrics.jsonl").read_bytes()
     for path in (once / "checkpoints").iterdir():
-        truncate(path / "model.safetensors")
+        truncate(result(path))
     assert "no checkpoint" in refused(*base, "--output-dir", once, *LATEST)
     assert (once / "metrics.jsonl").read_bytes() == before
 
@@ -244,6 +253,7 @@ def test_runs_without_output_dir_are_numbered_and_latest_resumes_the_last(base, 
     assert [len(losses(tmp_path / "runs" / name)) for name in ("dreambooth-3", "dreambooth-4")] == [1, 2]
 
 
+@pytest.mark.parametrize("base", BOTH, indirect=True)
 def test_latest_starts_from_the_base_model_where_there_is_no_checkpoint(base, tmp_path, capsys):
     """A job can then be started and restarted with one command line. A finished model is not trained again."""
     folder = tmp_path / "new"
@@ -252,7 +262,7 @@ def test_latest_starts_from_the_base_model_where_there_is_no_checkpoint(base, tm
     assert len(losses(folder)) == 1 and checkpoints(folder) == [1]
     shutil.rmtree(folder / "checkpoints" / "checkpoint-000001")
     assert "holds a finished run's model" in refused(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 2)
-    (folder / "model.safetensors").unlink()
+    result(folder).unlink()
     (folder / "metrics.jsonl").open("a").write('{"step": 2, "lo')  # a config.json, half a line, and no checkpoint
     call(*base, "--output-dir", folder, *LATEST, "--max-train-steps", 2)
     assert len(losses(folder)) == 2

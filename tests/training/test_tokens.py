@@ -1,14 +1,16 @@
 """Training a learned token, alone and with the networks: only its vectors change, a run resumes, others read it."""
 
 import re
+import warnings
 
 import pytest
 import torch
 from runs import LATEST, SMALL, call, check_same, checkpoints, losses, refused, weights
 from safetensors.torch import load_file
 
+import train
 from ldm import StableDiffusion, tokens
-from ldm.training import Settings, TokenTuning, tuning_of
+from ldm.training import Settings, TokenTuning, parse, tuning_of
 
 WORDS = ("--placeholder-token", "[V]", "--initializer-token", "dog", "--num-vectors", 2, "--token-learning-rate", 1e-2)
 ALONE = (*WORDS, "--train", "token")
@@ -145,7 +147,7 @@ def test_diffusers_loads_the_token_of_a_run(base, saved, tmp_path):
         ((*WORDS, "--instance-prompt", "a sks dog"), r"does not hold the placeholder token \[V\]"),
         ((*WORDS, "--placeholder-token", "the", "--instance-prompt", "the dog"), "there is a token the already"),
         ((*WORDS, "--placeholder-token", "[V]/x", "--instance-prompt", "a [V]/x dog"), "can't be a token"),
-        ((*WORDS, "--lora-rank", 4), "does not go with --lora-rank"),
+        ((*ALONE, "--lora-rank", 4), "--train token trains the token alone: leave out --lora-rank"),
         ((*WORDS, "--num-vectors", 300), "300 vectors"),
         ((*WORDS, "--initializer-token", " "), "has no token to begin with"),
         ((*WORDS, "--token-learning-rate", 0), "is not a positive number"),
@@ -154,3 +156,23 @@ def test_diffusers_loads_the_token_of_a_run(base, saved, tmp_path):
 def test_what_can_t_train_is_refused_in_one_line(flags, said, base, tmp_path):
     assert re.search(said, refused(*base, *flags, "--output-dir", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_sheet_shows_the_subject_of_the_prompt(tmp_path):
+    """Without a model, prompts for the embedded subject fill the sheet, but only if the subject is that one."""
+    assert "a photo of sks monster" in parse([], train.TINY).validation_prompt
+    assert parse(["--instance-prompt", "a photo of [V]"], train.TINY).validation_prompt == ()
+
+
+def test_a_learning_rate_that_has_no_effect_is_a_warning(tmp_path):
+    """Also in a file; not the one of the embedded model, which the user has not given."""
+    (tmp_path / "a.toml").write_text("learning_rate = 1e-3\n")
+    known = [str(word) for word in (*ALONE, "--instance-prompt", "a [V] dog")]
+    for given in (["--learning-rate", "1e-3"], ["--config", str(tmp_path / "a.toml")]):
+        with pytest.warns(UserWarning, match="^--learning-rate has no effect with --train token; --token-learning"):
+            parse([*known, *given], train.TINY)
+    (tmp_path / "a.toml").write_text("learning_rate = 2e-6\n")  # as a run's own config.toml has the default
+    with warnings.catch_warnings(action="error"):
+        parse([*known, "--config", str(tmp_path / "a.toml")], train.TINY)
+        parse(known, train.TINY)
+        parse([*known[:-4], *known[-2:], "--learning-rate", "1e-3"], train.TINY)

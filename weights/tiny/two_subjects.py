@@ -50,10 +50,12 @@ def write_config(path, prompts, usual):
 
 
 @torch.no_grad()
-def likenesses(model, usual):
-    """{prompt's subject: {subject: likeness of the prompt's pictures to it}} of a model's file or folder."""
-    sd, judged = StableDiffusion.load(model), {name: effect.likeness(name) for name in PROMPTS}
-    found = {}
+def likenesses(model, usual, judged):
+    """{prompt's subject: {subject: likeness of the prompt's pictures to it}} of a model's file or folder.
+
+    judged: {subject: what `effect.likeness` returns}.
+    """
+    sd, found = StableDiffusion.load(model), {}
     for prompted, prompt in PROMPTS.items():
         sampling = dict(steps=usual["sample_steps"], guidance=usual["guidance_scale"])
         pictures = score.pictures(sd, [prompt] * COUNT, range(1000, 1000 + COUNT), **sampling)
@@ -101,7 +103,8 @@ def main():
         f"{first} alone": work / "first" / "model.safetensors",
         f"{first}, then {second}": work / "then" / "model.safetensors",
     }
-    results = {model: likenesses(path, usual) for model, path in models.items()}
+    judged = {name: effect.likeness(name) for name in PROMPTS}
+    results = {model: likenesses(path, usual, judged) for model, path in models.items()}
     print(table(results))
     (work / "two_subjects.md").write_text(table(results) + "\n", encoding="utf-8")
 

@@ -1,0 +1,122 @@
+"""Says what a run will do before it does anything slow, and what looks wrong. Errors are those of the settings."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.model import StableDiffusion
+from ldm.runtime import Stopped
+from ldm.training.class_pictures import ClassPictures
+from ldm.training.memory import Tuning, gigabytes, memory_notes
+from ldm.training.note import Note, counted, listed
+from ldm.training.note_photographs import photograph_notes
+from ldm.training.note_prompts import prompt_notes
+from ldm.training.run import Run
+from ldm.training.settings import Settings
+from ldm.training.sorting import sizes_of_photographs
+from ldm.training.state import TrainingState
+from ldm.training.subjects import Subject
+
+
+def tell_preflight(
+    run: Run,
+    tuning: Tuning,
+    state: TrainingState,
+    subjects: Sequence[Subject],
+    class_pictures: Sequence[ClassPictures],
+) -> None:
+    """Prints the notes, a line or two each, and keeps them for RUN/preflight.json. Raises Stopped in a dry run."""
+    settings, sd = run.settings, state.trainable.sd
+
+    def tell() -> None:
+        notes = [note for subject in subjects for note in subject_notes(subject, settings, sd, len(subjects) > 1)]
+        notes += resolution_notes(settings, sd.config.resolution)
+        notes += [class_note(settings, class_pictures), steps_note(settings, subjects, run.world.size)]
+        notes += disk_notes(run, state, class_pictures)
+        notes += memory_notes(run, sd, tuning)
+        for note in notes:
+            print(note)
+        run.notes = [dataclasses.asdict(note) for note in notes]
+
+    run.on_main(tell)
+    if settings.dry_run:
+        raise Stopped
+
+
+def subject_notes(subject: Subject, settings: Settings, sd: StableDiffusion, is_named: bool) -> list[Note]:
+    """The notes on the prompts and photographs of one subject. is_named: whether each begins with its name."""
+    size_of = sizes_of_photographs(settings, sd)
+    notes = prompt_notes(subject, settings, sd.tokenizer)
+    notes += photograph_notes([e.picture for e in subject.examples], [size_of(e) for e in subject.examples])
+    return [dataclasses.replace(note, text=f"{subject.name}: {note.text}") for note in notes] if is_named else notes
+
+
+def resolution_notes(settings: Settings, own: int) -> list[Note]:
+    """A warning if the model was trained on pictures of another size. own: that size in pixels."""
+    if settings.resolution == own:
+        return []
+    text = f"The model was trained at {own} pixels; this run has {settings.resolution}. --resolution {own} suits it."
+    return [Note("resolution", text, warning=True)]
+
+
+def class_note(settings: Settings, class_pictures: Sequence[ClassPictures]) -> Note:
+    """How many class pictures are still to be made. How long that takes is unknown before the first ones."""
+    topic = "class pictures"
+    if settings.predicts_prior:
+        return Note(topic, "None are made: the base model's own prediction takes their place.")
+    if not class_pictures:
+        return Note(topic, "None are made: the run has no prior term.")
+    missing = sum(len(pictures.missing()) for pictures in class_pictures)
+    number = sum(len(pictures.paths) for pictures in class_pictures)
+    if not missing:
+        return Note(topic, f"All {number:,} are there.")
+    text = f"{missing:,} of {number:,} are still to make, in {settings.sample_steps} sampling steps each."
+    return Note(topic, f"{text} The first ones will tell how long it takes.")
+
+
+def steps_note(settings: Settings, subjects: Sequence[Subject], processes: int) -> Note:
+    """How often the run sees each photograph, and the effective batch."""
+    parts = settings.train_batch_size, settings.gradient_accumulation_steps, processes
+    batch, weights = math.prod(parts), sum(subject.weight for subject in subjects)
+    passes = []
+    for subject in subjects:
+        share = subject.weight / weights
+        number = settings.max_train_steps * batch * share / sum(example.repeats for example in subject.examples)
+        many = f"{number:.2g}" if number < 10 else f"{number:,.0f}"
+        whose = f" of {subject.name}" if len(subjects) > 1 else ""
+        passes.append(f"{many} passes over the {counted(len(subject.examples), 'photograph')}{whose}")
+    text = f"{counted(settings.max_train_steps, 'step')} = {listed(passes)}. A step takes {batch:,} of them"
+    if settings.with_prior_preservation and not settings.predicts_prior:
+        text += " and as many class pictures"
+    if batch > settings.train_batch_size:
+        text += " (batch of {} x {} accumulated x {} processes)".format(*parts)
+    return Note("steps", f"{text}.")
+
+
+def disk_notes(run: Run, state: TrainingState, class_pictures: Sequence[ClassPictures]) -> list[Note]:
+    """How much of the disk the run fills at most, and a warning if it has less."""
+    settings = run.settings
+    saves = -(-settings.max_train_steps // settings.checkpointing_steps)
+    kept = min(saves, settings.checkpoints_total_limit or saves)
+    at_once = kept + (kept < saves)  # an old checkpoint goes when the new one is there
+    checkpoints = at_once * state.bytes_saved
+    pictures = sum(len(pictures.missing()) for pictures in class_pictures) * 3 * settings.resolution**2
+    results = (1 + settings.keeps_best) * state.trainable.bytes_saved()
+    needed, free = checkpoints + results + pictures, free_space(run.folder)
+    most, part = f"at most {gigabytes(needed)} GB", f"{gigabytes(checkpoints)} of it with"
+    text = f"The run fills {most}, {part} {counted(at_once, 'checkpoint')}; {gigabytes(free)} GB are free."
+    notes = [Note("disk", text)]
+    if free < needed:
+        text = "The run may fill the disk; --checkpoints-total-limit 1 keeps the last checkpoint alone."
+        notes.append(Note("disk", text, warning=True))
+    return notes
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are left on the disk that will hold the folder."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
