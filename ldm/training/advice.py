@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 Line = dict[str, Any]  # of validation.jsonl
 
-MUCH = 0.3  # harm to the class that the advice warns of; without held-out losses, the most that it accepts
+MUCH = 0.3  # without losses, the most harm to the class that the advice accepts
 
 
 class Advice(NamedTuple):
@@ -16,48 +16,69 @@ class Advice(NamedTuple):
     reason: str
 
 
+class Score(NamedTuple):
+    """What speaks for a step and against it, as shares of what the base model has."""
+
+    learned: float  # how far the loss of the training photographs has fallen; of the held-out pictures if not measured
+    overfit: float  # how far the loss of the held-out pictures has risen, 0 if it has fallen or was not measured
+    harm: float  # see `harm`, 0 if it was not measured
+
+    @property
+    def total(self) -> float:
+        return self.learned - self.overfit - self.harm
+
+
 def advise(lines: Sequence[Line]) -> Advice:
     """The step whose model is likely the best, and why.
 
     lines: of validation.jsonl, in any order; step 0 is the base model. Numbers that are missing or not finite count as
-    not measured. Two things are weighed, each from 0 to 1:
-
-        gain    how much of the held-out loss's fall, from the base to its lowest, the step has reached
-        harm    the larger of drift and lost diversity: 1 if the class's pictures all show the subject
-
-    The step with the largest gain - harm is taken; an earlier one of two that are equal. Without held-out losses more
-    training counts as gain: the last step whose harm is at most 0.3 is taken, else the one with the least harm.
+    not measured. The step with the highest score is taken: what it has learned, less over-fitting, less harm to the
+    class; an earlier one of two that are equal. Held-out loss alone would be lowest long before the model shows all of
+    the subject (weights/tiny/README.md). Without any loss, more training counts as learning: the last step whose harm
+    is at most 0.3 is taken, else the one with the least harm.
     """
-    base = next((line for line in lines if line["step"] == 0), {})
     steps = sorted((line for line in lines if line["step"] > 0), key=lambda line: line["step"])
     if not steps:
         return Advice(None, "no step was validated")
-    losses = {line["step"]: loss for line in steps if (loss := number(line, "validation_loss")) is not None}
-    if not losses:
+    scored = [(line, found) for line in steps if (found := score(line, lines)) is not None]
+    if not scored:
         return without_losses(steps)
-    lowest = min(losses, key=losses.get)
-    first = number(base, "validation_loss")
-    first = max(losses.values()) if first is None else first
-    fall = first - losses[lowest]
-    if fall <= 0:
-        return Advice(lowest, f"no step has a lower held-out loss than the base model; {said(base, lowest, losses)}")
-    measured = [line for line in steps if line["step"] in losses]
-    best = max(measured, key=lambda line: (first - losses[line["step"]]) / fall - (harm(line) or 0.0))
-    return Advice(best["step"], reason(best, measured, losses, first))
+    best, last = max(scored, key=lambda pair: pair[1].total), scored[-1]
+    text = f"it has the highest score: {said(*best)}"
+    if last[0] is not best[0]:
+        text += f"; the last step, {last[0]['step']}: {said(*last)}"
+    return Advice(best[0]["step"], text)
 
 
-def reason(best: Line, measured: Sequence[Line], losses: dict[int, float], first: float) -> str:
-    """Why the step is taken, beside the one with the lowest held-out loss and the last one."""
-    step, lowest, last = best["step"], min(losses, key=losses.get), measured[-1]
-    change = losses[step] / first - 1
-    text = f"held-out loss {losses[step]:.4f}, {change:+.0%} from the base model's" if first else "held-out loss"
-    text += " and the lowest" if step == lowest else f" (lowest at step {lowest}: {losses[lowest]:.4f})"
-    text += f"; {of_class(best)}" if harm(best) is not None else "; language drift was not measured"
-    if last["step"] != step:
-        after = [f"held-out loss {losses[last['step']]:.4f}"] if losses[last["step"]] > losses[step] else []
-        after += [of_class(last)] if harm(last) is not None and harm(last) > (harm(best) or 0.0) else []
-        text += f"; at the last step, {last['step']}: {', '.join(after)}" if after else ""
-    return text
+def score(line: Line, lines: Sequence[Line]) -> Score | None:
+    """The score of one validation; None if no loss was measured. It depends on the base model's line alone, if given.
+
+    lines: all of the run. Where the base model's loss was not measured, the highest one of the run takes its place.
+    """
+    falls = [fall(line, lines, name) for name in ("training_loss", "validation_loss")]
+    known = [found for found in falls if found is not None]
+    if not known:
+        return None
+    return Score(known[0], max(-(falls[1] or 0.0), 0.0), harm(line) or 0.0)
+
+
+def fall(line: Line, lines: Sequence[Line], name: str) -> float | None:
+    """How far a loss has fallen from the base model's, as a share of it; None if it was not measured."""
+    loss = number(line, name)
+    if loss is None:
+        return None
+    base = [number(other, name) for other in lines if other["step"] == 0]
+    first = next((found for found in base if found is not None), None)
+    if first is None:
+        first = max(found for other in lines if (found := number(other, name)) is not None)
+    return (first - loss) / max(first, 1e-12)
+
+
+def said(line: Line, found: Score) -> str:
+    """A score in words."""
+    parts = [f"learned {found.learned:.0%}", f"over-fitted {found.overfit:.0%}"]
+    harmed = f"harmed the class {found.harm:.0%}" if harm(line) is not None else "language drift was not measured"
+    return ", ".join([*parts, harmed])
 
 
 def without_losses(steps: Sequence[Line]) -> Advice:
@@ -71,11 +92,6 @@ def without_losses(steps: Sequence[Line]) -> Advice:
         return Advice(mild[-1]["step"], f"{which}; {of_class(mild[-1])}; there are no held-out pictures")
     least = min(known, key=lambda pair: pair[1])[0]
     return Advice(least["step"], f"the class suffers at every step, here least; {of_class(least)}")
-
-
-def said(base: Line, step: int, losses: dict[int, float]) -> str:
-    first = number(base, "validation_loss")
-    return f"step {step} comes closest: {losses[step]:.4f}" + (f", and the base {first:.4f}" if first else "")
 
 
 def harm(line: Line) -> float | None:

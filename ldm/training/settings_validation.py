@@ -6,7 +6,7 @@ from pathlib import Path
 from ldm.runtime import cli
 from ldm.training.setting import Group, setting
 
-BEST_METRICS = ("validation_loss", "validation_and_class_loss")
+BEST_METRICS = ("score", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Validation(Group):
     )
     hold_out: int = setting(0, "hold this many of the photographs out, chosen by the seed, instead of a folder")
     best_metric: str = setting(
-        "validation_loss",
-        "best/ keeps the model with the lowest loss: of the held-out pictures, or of these and the class, weighted as "
-        "in training",
+        "score",
+        "best/ keeps the model with the highest score, which weighs learning, over-fitting and harm to the class, or "
+        "with the lowest loss of the held-out pictures",
         choices=BEST_METRICS,
     )
     num_drift_images: int = setting(
@@ -55,8 +55,6 @@ class Validation(Group):
         folders = [Path(folder).resolve() for folder in (self.validation_data_dir, self.instance_data_dir) if folder]
         if self.validation_data_dir and len(set(folders)) < len(folders):
             return f"--validation-data-dir {self.validation_data_dir} is --instance-data-dir too; give other pictures"
-        if self.best_metric != "validation_loss" and not self.with_prior_preservation:
-            return f"--best-metric {self.best_metric} needs prior preservation"
         return None
 
 

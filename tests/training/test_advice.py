@@ -48,9 +48,23 @@ def test_the_step_to_take(columns, step):
 
 def test_the_reason_says_what_was_measured_there_and_at_the_end():
     reason = advise(curve(validation_loss=OVERFITS, drift=HARSH, diversity=ALIKE)).reason
-    assert "held-out loss 0.2000, -50% from the base model's and the lowest" in reason
-    assert "drift 10%, diversity 90%" in reason
-    assert "at the last step, 300: held-out loss 0.5000, class pictures: drift 100%, diversity 10%" in reason
+    assert "learned 50%, over-fitted 0%, harmed the class 10%" in reason
+    assert "the last step, 300: learned -25%, over-fitted 25%, harmed the class 100%" in reason
+
+
+def test_more_training_is_better_while_the_class_and_held_out_pictures_do_not_suffer():
+    """The numbers of `python train.py`: effect.py's judge finds each step better than the one before."""
+    lines = curve(
+        (0, 100, 200, 300, 400, 500),
+        training_loss=(0.477, 0.309, 0.274, 0.239, 0.212, 0.206),
+        validation_loss=(0.364, 0.314, 0.323, 0.334, 0.344, 0.363),
+        drift=(0.0, 0.68, 0.41, 0.55, 0.36, -0.10),
+        diversity=(1.0, 0.82, 0.82, 0.73, 0.82, 0.88),
+    )
+    assert advise(lines).step == 500
+    assert advise([line | {"drift": 0.9} if line["step"] == 500 else line for line in lines]).step == 400
+    over = [line | {"validation_loss": 0.9} if line["step"] == 500 else line for line in lines]
+    assert advise(over).step == 400
 
 
 @pytest.mark.parametrize("lines", [[], [{"step": 0, "validation_loss": 0.3}]])

@@ -231,11 +231,16 @@ def write_subject(name, folder):
 
 
 def write_held_out(name, folder, count=4):
-    """Writes pictures of a subject that are none of its photographs, at random places, for train.py's validation."""
+    """Writes pictures of a subject that are none of its photographs, at random places, for train.py's validation.
+
+    Captions name the scenes: a loss that asks for an unnamed scene would measure how well the model guesses it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         rng = random.Random(f"{name} held out {i}")
-        Image.fromarray(draw(subject(name, rng), rng)).save(folder / f"{i}.png")
+        picture = subject(name, rng)
+        Image.fromarray(draw(picture, rng)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo of {{token}} {{class}} {picture.scene}\n", encoding="utf-8")
 
 
 def main():
