@@ -91,7 +91,8 @@ def test_a_run_has_a_line_for_each_validation_and_a_sheet_for_each_in_between(ma
     assert (lines[0]["drift"], lines[0]["diversity"]) == (0.0, 1.0)
     assert all(lines[2][name] != lines[0][name] for name in names)
     found = sorted(path.name for path in (made / "sheets").iterdir())
-    assert found == ["after.png", "before.png", "before_after.png", "step-000002.png", "steps.png"]
+    thumbnails = ["photographs.png", "class.png"]  # for the report
+    assert found == sorted(["after.png", "before.png", "before_after.png", "step-000002.png", "steps.png", *thumbnails])
 
 
 def test_the_sheet_of_all_steps_has_a_row_for_each_step_and_a_column_for_each_prompt(made):
