@@ -102,9 +102,10 @@ def test_two_subjects_prints_its_table(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(effect, "train", lambda output, flags: call(*flags, *SHORT, "--output-dir", output))
     monkeypatch.setattr(sys, "argv", ["two_subjects.py", "--work-dir", str(tmp_path)])
     script.main()
-    table = capsys.readouterr().out.splitlines()[-6:]
-    assert [len(line.split("|")) for line in table] == [7] * 6
-    assert [line.split("|")[1].strip() for line in table[2:]] == [
+    table = capsys.readouterr().out.splitlines()[-7:]
+    assert [len(line.split("|")) for line in table] == [7] * 7
+    assert table[2].startswith("| drawings of the subjects | 100% |") and table[2].endswith("| 100% |")
+    assert [line.split("|")[1].strip() for line in table[3:]] == [
         "base", "both in one run", "baron alone", "baron, then pip"
     ]  # fmt: skip
 

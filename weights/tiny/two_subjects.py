@@ -9,7 +9,7 @@ Trains three times with the settings of train.toml, each subject on as many rows
 For each model it prints the likeness of the pictures of each prompt to each subject: the cosine of their features to
 the mean of 48 drawings of the subject (see effect.py); other drawings of the subject reach 100 %. A subject is learned
 if the pictures of its prompt are like it. The subjects stay apart if those pictures are no more like the other subject
-than those of the base model.
+than drawings of the first one are: both are striped monsters, and share that.
 
     python weights/tiny/two_subjects.py      # about fifteen minutes on two cores
 
@@ -59,10 +59,14 @@ def likenesses(model, usual, judged):
     for prompted, prompt in PROMPTS.items():
         sampling = dict(steps=usual["sample_steps"], guidance=usual["guidance_scale"])
         pictures = score.pictures(sd, [prompt] * COUNT, range(1000, 1000 + COUNT), **sampling)
-        found[prompted] = {
-            name: float((eye.features(pictures) @ mean).mean()) / real for name, (eye, mean, real) in judged.items()
-        }
+        found[prompted] = compare(pictures, judged)
     return found
+
+
+@torch.no_grad()
+def compare(pictures, judged):
+    """{subject: likeness of the pictures to it}."""
+    return {name: float((eye.features(pictures) @ mean).mean()) / real for name, (eye, mean, real) in judged.items()}
 
 
 def table(results):
@@ -104,7 +108,8 @@ def main():
         f"{first}, then {second}": work / "then" / "model.safetensors",
     }
     judged = {name: effect.likeness(name) for name in PROMPTS}
-    results = {model: likenesses(path, usual, judged) for model, path in models.items()}
+    results = {"drawings of the subjects": {n: compare(effect.drawings(n, 48, "real"), judged) for n in PROMPTS}}
+    results |= {model: likenesses(path, usual, judged) for model, path in models.items()}
     print(table(results))
     (work / "two_subjects.md").write_text(table(results) + "\n", encoding="utf-8")
 
