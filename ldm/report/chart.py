@@ -89,8 +89,8 @@ def figure(
 
 def _legend(series: Sequence[Series]) -> Html:
     """The names of the curves, each with its last value; the script replaces them by those below the pointer."""
-    step = int(series[0].points[-1][0])
-    items = [el("li", "step ", el("b", f"{step:,}"), class_="at")]
+    ends = {one.points[-1][0] for one in series}
+    items = [el("li", "step ", el("b", f"{max(ends):,.0f}" if len(ends) == 1 else "last"), class_="at")]
     for one in series:
         items.append(el("li", swatch(one.style), el("span", one.name), " ", el("b", short(one.points[-1][1]))))
     return el("ul", items, class_="legend", aria_live="polite")

@@ -77,15 +77,18 @@ def _pictures(records: Sequence[Record], names: Sequence[str], album: Album) -> 
         return None
     contents = []
     for step in steps:
-        cells = []
-        for name, record in zip(names, records, strict=True):
-            prompts = "; ".join(record.prompts)
-            shown = el("p", "No sheet of this step.", class_="missing")
-            if step in record.sheets:
-                shown = picture(album.show(record.sheets[step]), f"{name}, step {step}. Rows: {prompts}.")
-            cells.append(el("figure", el("figcaption", name), shown))
+        cells = [_sheet(record, name, step, album) for name, record in zip(names, records, strict=True)]
         contents.append(el("div", cells, class_="beside"))
     return slider(steps, contents)
+
+
+def _sheet(record: Record, name: str, step: int, album: Album) -> Html:
+    """A run's newest sheet at this step."""
+    found = max((one for one in record.sheets if one <= step), default=None)
+    if found is None:
+        return el("figure", el("figcaption", name), el("p", "No sheet yet.", class_="missing"))
+    alt = f"{name}, step {found}. Rows: {'; '.join(record.prompts)}."
+    return el("figure", el("figcaption", f"{name}, step {found:,}"), picture(album.show(record.sheets[found]), alt))
 
 
 def _curves(records: Sequence[Record], names: Sequence[str]) -> Html | None:
@@ -94,7 +97,8 @@ def _curves(records: Sequence[Record], names: Sequence[str]) -> Html | None:
         curves = [points(getattr(record, file), name) for record in records]
         if file == "metrics":
             curves = [thin(smooth(curve)) for curve in curves]
-        if any(value for curve in curves for _, value in curve):
+        curves = [curve if any(value for _, value in curve) else [] for curve in curves]  # 0: it had no such loss
+        if any(curves):
             series = [Series(names[i], curve, i) for i, curve in enumerate(curves)]
             found.append(chart.figure(caption, caption, series, name.endswith("loss")))
     return el("div", found, class_="charts") if found else None

@@ -42,13 +42,14 @@ for (const figure of all(".chart")) {
 
   const show = i => {
     current = Math.max(0, Math.min(steps.length - 1, i));
-    const step = steps[current], found = series.map(points => nearest(points, step, point => point[0]));
+    const step = steps[current], found = series.map(points =>  // null where a curve has not begun, or has ended
+      step < points[0][0] || step > points.at(-1)[0] ? null : nearest(points, step, point => point[0]));
     values[0].textContent = step.toLocaleString("en");
-    found.forEach((point, s) => { values[s + 1].textContent = short(point[1]); });
+    found.forEach((point, s) => { values[s + 1].textContent = point ? short(point[1]) : "–"; });
     all(".cursor", plot).forEach((cursor, c) => {
       const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
       line.setAttribute("d", `M${across(step)} ${top}V${bottom}`);
-      const dots = found.filter(point => point[1] > 0 || !y[c][2]).map(point => {
+      const dots = found.filter(point => point && (point[1] > 0 || !y[c][2])).map(point => {
         const dot = document.createElementNS("http://www.w3.org/2000/svg", "circle");
         for (const [name, value] of [["cx", across(point[0])], ["cy", up(point[1], y[c])], ["r", 3.5]]) dot.setAttribute(name, value);
         return dot;
