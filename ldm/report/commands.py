@@ -44,25 +44,37 @@ def _launcher(record: Record) -> str:
 
 def _sampling(record: Record) -> list[Command]:
     prompt = f"--prompt {shlex.quote(_prompt(record))} --num-images 4 --grid"
-    base = f"--model {_quoted(record.text('model') or 'BASE')} "
     result = record.result
     if result is None:
         if not record.checkpoints or record.identity.get("tuning", "FullTuning") != "FullTuning":
             return []
         path = record.folder / "checkpoints" / record.checkpoints[-1]
         return [Command("Sample from its newest checkpoint", f"python sample.py --model {_quoted(path)} {prompt}")]
+    if (flags := _flags(result, record)) is None:
+        return []
+    found = [Command("Make pictures", f"python sample.py {flags}{prompt}")]
+    best = record.folder / "best" / result.name
+    if record.best and best.exists():
+        what = f"Make pictures with the best step, {record.best['step']}"
+        found.append(Command(what, f"python sample.py {_flags(best, record)}{prompt}"))
+    return found
+
+
+def _flags(result: Path, record: Record) -> str | None:
+    """The flags of sample.py that take a result; None if there are none."""
+    base = f"--model {_quoted(record.text('model') or 'BASE')} "
+    token = _token_of(result, record)
     flags = {"model": f"--model {_quoted(result)} ", "lora": f"{base}--lora {_quoted(result)} "}
     flags |= {"token": f"{base}--embedding {_quoted(result)} "}
-    if (kind := kind_of(result, record)) not in flags:
-        return []
-    best = record.folder / "best" / result.name
-    found = [Command("Make pictures", f"python sample.py {flags[kind]}{prompt}")]
-    if record.best and best.exists():
-        flag = flags[kind].replace(_quoted(result), _quoted(best))
-        found.append(
-            Command(f"Make pictures with the best step, {record.best['step']}", f"python sample.py {flag}{prompt}")
-        )
-    return found
+    flags["lora"] += f"--embedding {_quoted(token)} " if token else ""
+    return flags.get(kind_of(result, record))
+
+
+def _token_of(result: Path, record: Record) -> Path | None:
+    """The file of the token that has trained with a LoRA: it lies beside the LoRA's."""
+    name = f"{record.settings.get('placeholder_token')}.safetensors"
+    found = any(path.name == name for path in record.results)
+    return result.with_name(name) if found and result.name == "lora.safetensors" else None
 
 
 def kind_of(result: Path, record: Record) -> str:
@@ -92,6 +104,8 @@ def _elsewhere(record: Record) -> list[Command]:
     if kind == "lora":
         folder = f"{json.dumps(_shown(result.parent), ensure_ascii=False)}, weight_name={json.dumps(result.name)}"
         code = f"pipe.load_lora_weights({folder})\n"
+        if token := _token_of(result, record):
+            code += f"pipe.load_textual_inversion({json.dumps(_shown(token), ensure_ascii=False)})\n"
         text = (
             f"ComfyUI: copy {result.name} to models/loras, and put the node Load LoRA after the base model's loader. "
         )

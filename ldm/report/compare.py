@@ -14,8 +14,6 @@ from ldm.report.record import Record
 from ldm.report.story import key_numbers
 from ldm.training import Settings
 
-ONCE = {"output_dir", "resume_from_checkpoint", "dry_run"}  # settings of one start of train.py, not of the run
-
 # (caption, file, name of the number): what is drawn, one chart each.
 CURVES = (
     ("Subject loss of each training step", "metrics", "subject_loss"),
@@ -105,7 +103,7 @@ def _curves(records: Sequence[Record], names: Sequence[str]) -> Html | None:
 def _settings(records: Sequence[Record], names: Sequence[str]) -> Html | None:
     """The settings whose values are not the same in all runs. One that a run does not know has its default there."""
     defaults = {f.name: f.default for f in fields(Settings)}
-    known = list(dict.fromkeys(name for record in records for name in record.settings if name not in ONCE))
+    known = list(dict.fromkeys(name for record in records for name in record.settings))
     rows = []
     for name in known:
         values = [value_text(record.settings.get(name, defaults.get(name))) for record in records]

@@ -140,14 +140,14 @@ def _read_settings(record: Record, names: set[str]) -> None:
     table = table if isinstance(table, dict) and table.keys() & RUNS else {}
     both = dict(list({**tree, **table}.items())[:MAX_ENTRIES])
     record.identity = {name: value for name, value in tree.items() if name in IDENTITY}
-    record.settings = {name: value for name, value in both.items() if name not in IDENTITY}
+    record.settings = {name: value for name, value in both.items() if name not in IDENTITY | ONCE}
 
 
 # What config.json says beside settings: see ldm.training.continuity.
-IDENTITY = set(
-    "global_batch base tuning launch pictures photographs captions masks focus held_out class_pictures".split()
-)
+IDENTITY = {"global_batch", "base", "tuning", "launch", "pictures", "photographs", "captions", "masks", "focus"}
+IDENTITY |= {"held_out", "class_pictures"}
 
+ONCE = {"output_dir", "resume_from_checkpoint", "dry_run"}  # settings of one start of train.py, not of the run
 
 # Sheets without a step.
 OTHERS = {"photographs": "photographs.png", "class_pictures": "class.png", "all_steps": "steps.png"}

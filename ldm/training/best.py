@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from ldm.runtime import written
+from ldm.errors import InputError
+from ldm.runtime import read_json, written
 from ldm.training import checkpoint
 from ldm.training.advice import Line, number, score
 from ldm.training.run import Run
@@ -52,3 +54,12 @@ def keep(run: Run, state: TrainingState, lines: Sequence[Line]) -> None:
                 checkpoint.clean(run.folder)
 
     run.world.on_main(lambda: run.saver.write_best(work))
+
+
+def kept_step(folder: Path) -> int | None:
+    """The step of the model in best/ of a run's folder; None if there is none that can be read."""
+    path = folder / FOLDER / FILE
+    try:
+        return read_json(path)["step"] if path.exists() else None
+    except (InputError, KeyError, TypeError):
+        return None

@@ -41,7 +41,7 @@ def save(folder: Path, state: TrainingState, config: dict[str, Any], metrics: st
 
     Raises RunError, and leaves nothing of the checkpoint, if the disk refuses it.
     """
-    final = folder / f"checkpoint-{state.step:06d}"
+    final = path_of(folder, state.step)
     temporary = folder / f"{TEMPORARY}{final.name}"
     files = [state.trainable.weights_file, TRAINING, STATE, METRICS]
     try:
@@ -63,6 +63,11 @@ def save(folder: Path, state: TrainingState, config: dict[str, Any], metrics: st
         raise RunError(f"{final} can't be saved ({error}); older checkpoints are as they were") from None
     finally:
         clean(folder)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The path of a step's checkpoint in the folder of checkpoints."""
+    return folder / f"checkpoint-{step:06d}"
 
 
 def put_in_place(temporary: Path, final: Path) -> None:

@@ -51,6 +51,12 @@ class HalfUNet(nn.Module):
         return self.middle_block(x, emb, context)
 
 
+def weights_kept(settings: Settings, unet: UNet, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of the shapes and type of the weights that `Drift` will keep a copy of, on the CPU."""
+    half = HalfUNet(unet)
+    return [p.detach().to(dtype, copy=True) for p in half.parameters()] if is_wanted(settings) and half.trains else []
+
+
 class Drift:
     """Drift and diversity of the class prompt's pictures, against those that the base model made from the same seeds.
 

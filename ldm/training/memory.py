@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ldm.dreambooth import Trainable, dreambooth_loss
 from ldm.model import StableDiffusion
 from ldm.runtime import at_once
-from ldm.training.drift import HalfUNet, is_wanted
+from ldm.training.drift import weights_kept
 from ldm.training.ledger import Kernels, Ledger
 from ldm.training.note import Note
 from ldm.training.precision import Precision
@@ -106,6 +106,7 @@ class Rehearsal:
 
     def __init__(self, sd: StableDiffusion, tuning: Tuning, settings: Settings, device: torch.device):
         self.settings, self.device = (settings := replace(settings, compile=False)), device
+        self.encodes = settings.random_crop or sd.config.unet.paints_in  # pictures in each step: cut, or with a hole
         self.sd = Twin(sd)
         with torch.device("meta"):
             self.trainable = tuning(self.sd, settings)
@@ -113,9 +114,8 @@ class Rehearsal:
         self._sampled: tuple[int, int] | None = None
         precision = Precision(settings.mixed_precision, device, settings.train_dtype)
         self.kernels = Kernels(precision.dtype, device, sd.config.unet.upcast_attention)
-        subject = settings.taught[0]
-        prompts = [subject.instance_prompt, *([subject.class_prompt] if settings.with_prior_preservation else [])]
-        self.prompts = tuple(prompt for prompt in prompts for _ in range(settings.train_batch_size))
+        named, of_class = settings.taught[0].instance_prompt, settings.taught[0].class_prompt
+        self.prompts = ((named, of_class) if settings.with_prior_preservation else (named,)) * settings.train_batch_size
 
     def class_pictures(self) -> Memory:
         """The sheet before training, or batches of class pictures, on a CPU as many at once as it has cores."""
@@ -130,8 +130,7 @@ class Rehearsal:
     def prepare(self) -> None:
         """What train.py does between the class pictures and the first step."""
         dtype = self.kernels.dtype
-        if is_wanted(self.settings) and (half := HalfUNet(self.sd.unet)).trains:  # its copy stays on the CPU
-            self.sd.originals += [parameter.detach().to(dtype, copy=True) for parameter in half.parameters()]
+        self.sd.originals += weights_kept(self.settings, self.sd.unet, dtype)
         if self.encodes:
             self.sd.freeze(self.sd.vae, torch.float32)
         else:
@@ -203,11 +202,6 @@ class Rehearsal:
         """The UNet's input: noisy latents, and a mask and a picture if it is for painting in."""
         side = self.settings.resolution // self.sd.config.vae.factor
         return torch.empty(rows, self.sd.config.unet.in_channels, side, side, device="meta")
-
-    @property
-    def encodes(self) -> bool:
-        """Whether each step encodes pictures: cut at random, or with a hole."""
-        return self.settings.random_crop or self.sd.config.unet.paints_in
 
     def _pictures(self, rows: int) -> Tensor:
         return torch.empty(rows, 3, self.settings.resolution, self.settings.resolution, device="meta")

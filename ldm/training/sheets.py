@@ -26,7 +26,8 @@ def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
             batches = len(_batches(run.settings))
             total = batches * samplers.find(run.settings.sampler).evaluations(run.settings.sample_steps)
             with progress_bar(run.stop, f"sheet {when}", total) as progress, _sampling(run, when):
-                _save(run, when, images.grid(sample(run.settings, sd, when, progress)))
+                path = _save(run, when, images.grid(sample(run.settings, sd, when, progress)))
+            run.lines.tracker.picture(0 if when == "before" else run.settings.max_train_steps, "sheet", path)
         if when == "after" and run.settings.validation_steps is not None:
             make_steps(run)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ldm import images, rng
 from ldm.errors import InputError, RunError
 from ldm.runtime import Stopped
-from ldm.training import best, grid, sheets
+from ldm.training import best, checkpoint, grid, sheets
 from ldm.training.advice import Line, advise, of_class
 from ldm.training.captions import words_of
 from ldm.training.class_pictures import ClassPictures
@@ -140,7 +140,18 @@ class Validation:
         if self.settings.validation_steps is None:
             return
         advice = advise(self._lines())
-        self._say(f"advice: take step {advice.step}: {advice.reason}")
+        if advice.step is not None:
+            self._say(f"advice: take step {advice.step}, {self._place(advice.step)}: {advice.reason}")
+
+    def _place(self, step: int) -> str:
+        """Where the model of a step is."""
+        if step == self.settings.max_train_steps:
+            return "the last one"
+        if best.kept_step(self.run.folder) == step:
+            return f"which is in {self.run.folder / best.FOLDER}"
+        if (path := checkpoint.path_of(self.run.claim.checkpoints, step)).exists():
+            return f"which is in {path}"
+        return f"which is not saved (--max-train-steps {step} makes it)"
 
     def _lines(self) -> list[Line]:
         """The lines of validation.jsonl so far, in all processes."""

@@ -187,12 +187,18 @@ def test_a_run_that_was_killed_says_how_to_resume_it(run):
     [
         ("lora.safetensors", {"lora_rank": 4}, ["--lora", "load_lora_weights", "models/loras", "<lora:lora:1>"]),
         ("[V].safetensors", {"placeholder_token": "[V]", "train": "token"}, ["--embedding", "load_textual_inversion"]),
+        (
+            "[V].safetensors lora.safetensors",
+            {"placeholder_token": "[V]", "lora_rank": 4},
+            ["lora.safetensors --embedding", "load_lora_weights", "load_textual_inversion"],
+        ),
         ("trained.safetensors", {}, []),
     ],
 )
 def test_each_way_of_training_has_its_own_commands(tmp_path, name, settings, words):
     (tmp_path / "config.json").write_text(json.dumps({"instance_prompt": "a [V]", "model": "base", **settings}))
-    (tmp_path / name).write_bytes(b"")
+    for file in name.split():
+        (tmp_path / file).write_bytes(b"")
     page = shown(tmp_path)
     assert all(word in page.text for word in words)
     assert ("sample.py" in page.text) == bool(words)

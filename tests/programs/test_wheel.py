@@ -41,3 +41,5 @@ def test_both_programs_run_on_an_installed_wheel(root, saved, photographs, tmp_p
     run("sample.py", "--model", "run/model.safetensors", "--prompt", "a sks dog")
     assert (home / "samples" / "00000-0.png").exists()
     assert "weights" in run("-m", "ldm", "--help")
+    assert run("-m", "ldm", "report", "run") == "run/report.html\n"
+    assert "sha256-" in (home / "run" / "report.html").read_text(encoding="utf-8")  # the style and script are there

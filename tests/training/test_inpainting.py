@@ -1,14 +1,20 @@
 """Training a model for painting in: random masks are a function of (seed, kind, index), and curves stay the same."""
 
+import json
 import math
+import shlex
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from runs import LATEST, LORA, SMALL, call, check_same, collection, command, losses, metrics, run
 from torch.utils.data import default_collate
 
+import sample
+import train
 from ldm import StableDiffusion, rng
+from ldm.__main__ import main as tools
 from ldm.images import fit, read_picture, to_tensor
 from ldm.training import CropDraws, Example, LatentDraws, draw_mask, widen
 from ldm.training.inpainting import draw_hole, keep_images
@@ -154,6 +160,14 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(flags, base, tmp_path):
         assert tuned.config.unet.paints_in and (change > 1e-6).all()  # all nine channels train
 
 
+def test_validation_measures_a_model_for_painting_in(base, tmp_path):
+    held_out = ("--hold-out", 1, "--validation-steps", 1, "--num-drift-images", 2)
+    call(*base, *held_out, "--max-train-steps", 1, "--output-dir", tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert all(line.keys() >= {"validation_loss", "training_loss", "class_loss", "drift"} for line in lines)
+
+
 def test_accumulation_gives_the_same_losses(base, tmp_path):
     base = (*base, "--random-flip", "--num-class-images", 3)
     call(*base, "--train-batch-size", 4, "--output-dir", tmp_path / "one")
@@ -166,3 +180,25 @@ def test_processes_give_the_same_losses(base, tmp_path):
     run(command([*base, "--train-batch-size", 2, "--output-dir", tmp_path / "one"]), tmp_path)
     run(command([*base, "--output-dir", tmp_path / "two"], 2), tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_commands_of_readme_paint_in(root, tmp_path, monkeypatch):
+    """The commands of the section, with fewer steps: each writes what the next one reads."""
+    section = (root / "README.md").read_text(encoding="utf-8").split("### Painting in\n")[1].split("\n## ")[0]
+    code = "\n".join(line for line in section.splitlines() if line.startswith("    "))
+    commands = [shlex.split(text) for text in code.replace("\\\n", " ").splitlines()]
+    assert [words[1] for words in commands] == ["sample.py", "-m", "train.py", "sample.py"]
+    (tmp_path / "weights").symlink_to(root / "weights")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    few = ("--max-train-steps=1", "--num-class-images=2", "--num-validation-images=1", "--sample-steps=1")
+    programs = {"sample.py": (sample.main, ("--steps=2",)), "train.py": (train.main, few)}
+    for words in commands:
+        main, more = programs.get(words[1]) or (tools, ())
+        main([*(words[3:] if words[1] == "-m" else words[2:]), *more])
+    made = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "samples").glob("0*.png"))])
+    outside = ~np.asarray(Image.open(root / "weights" / "tiny" / "mask.png"))
+    picture = np.asarray(Image.open(root / "weights" / "tiny" / "subject" / "2.png").convert("RGB"))
+    assert len(made) == 8 and (made[:, outside] == picture[outside]).all()
+    assert (made[:, ~outside] != picture[~outside]).any((1, 2)).all()

@@ -81,12 +81,12 @@ def test_the_experiment_with_masks_runs_and_goes_on_where_it_stopped(root, tmp_p
     assert "python weights/tiny/masks.py" in (root / "weights" / "tiny" / "README.md").read_text(encoding="utf-8")
     short = "--max-train-steps 1 --num-class-images 2 --sample-steps 1 --guidance-scale 1 --num-validation-images 1"
     command = [sys.executable, root / "weights" / "tiny" / "masks.py", "--work-dir", "masks", "--", *short.split()]
-    numbers, tables, times = tmp_path / "masks" / "with-1" / "measures.json", [], []
+    numbers, tables, times = tmp_path / "masks" / "with-masks-seed-1" / "measures.json", [], []
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         tables.append((tmp_path / "masks" / "masks.md").read_text(encoding="utf-8"))
         times.append(numbers.stat().st_mtime_ns)
-    assert tables[0] == tables[1] and tables[0].count("masks, seed") == 4
+    assert tables[0] == tables[1] and tables[0].count(", seed") == 6
     assert times[0] == times[1]  # measured once
-    assert len(list((tmp_path / "masks" / "photographs-with").iterdir())) == 8
+    assert len(list((tmp_path / "masks" / "masked").iterdir())) == 8

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image, ImageEnhance, ImageOps
 from runs import SMALL, call, command, photograph, run
 
@@ -16,7 +17,7 @@ from ldm.training import Example, Settings, Subject, log, pace
 from ldm.training.note import Note, listed
 from ldm.training.note_photographs import ALIKE, fingerprint, photograph_notes
 from ldm.training.note_prompts import identifier, prompt_notes
-from ldm.training.preflight import class_note, disk_notes, resolution_notes, steps_note
+from ldm.training.preflight import class_note, disk_notes, resolution_notes, steps_note, subject_notes
 from ldm.training.tracking import Tracker
 
 
@@ -96,8 +97,6 @@ def test_another_vocabulary_than_clips_is_shown_without_warnings(random_model):
 
 def scene(seed: int, size: tuple[int, int] = (400, 300)) -> Image.Image:
     """A smooth picture, as a photograph is."""
-    import torch
-
     noise = torch.randint(256, (6, 8, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(noise.numpy()).resize(size, Image.Resampling.BICUBIC)
 
@@ -159,6 +158,15 @@ def test_every_kind_of_picture_is_looked_at(tmp_path):
     for mode in ("1", "L", "P", "RGBA", "I;16", "CMYK"):
         image = scene(1) if mode != "I;16" else scene(1).convert("L").convert("I")
         fingerprint(picture(mode, image if mode == "I;16" else image.convert(mode), "TIFF"))
+
+
+def test_notes_on_one_of_several_subjects_begin_with_its_name(random_model):
+    dog = Subject("dog", [Example(picture("a", scene(1)), "a sks dog")] * 2, "a sks dog", "a dog")
+    settings = replace(Settings(), resolution=16)
+    named, plain = (subject_notes(dog, settings, random_model(), is_named) for is_named in (True, False))
+    assert [note.text for note in named] == [f"dog: {note.text}" for note in plain]
+    assert [note.topic for note in plain] == ["identifier", "prompts", "photographs", "photographs"]
+    assert [note.warning for note in named] == [note.warning for note in plain] == [False, False, False, True]
 
 
 # The work to do
@@ -270,7 +278,7 @@ def test_a_run_says_it_first_and_keeps_it_and_a_dry_run_says_the_same_and_writes
 
     call(*given)
     real = re.sub(free, "", capsys.readouterr().out).splitlines()
-    assert dry[:-1] == real[: len(dry) - 1] and real[-2].startswith("model: ")
+    assert dry[:-1] == real[: len(dry) - 1] and real[-3].startswith("model: ")
     notes = json.loads((tmp_path / "run" / "preflight.json").read_text())
     assert all(note.keys() == {"topic", "text", "warning"} for note in notes)
     topics = [note["topic"] for note in notes]

@@ -1,8 +1,9 @@
 """Measures what masks do: how much of the photographs' background leaks into new pictures.
 
 Draws four photographs of the subject, each in front of the same loud wallpaper, and their masks. Tunes the embedded
-model on them with and without the masks, with two seeds, and compares with effect.py's measures. Without masks a model
-learns the wallpaper together with the subject, and shows it where the prompt asks for another scene.
+model on them without the masks, with them, and with no loss at all outside of them, with two seeds each, and compares
+with effect.py's measures. Without masks a model learns the wallpaper together with the subject, and shows it where the
+prompt asks for another scene.
 
     python weights/tiny/masks.py      # about 20 minutes on two cores
 
@@ -27,6 +28,11 @@ from ldm.runtime import cli, replacing
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1)
+ARMS = {  # name: the folder of the photographs, and flags of train.py
+    "without masks": ("plain", []),
+    "with masks": ("masked", []),
+    "with masks, weight 0 outside": ("masked", ["--unmasked-weight", "0"]),
+}
 
 
 def wallpaper(rng):
@@ -89,18 +95,18 @@ def main():
     args = parser.parse_args()
 
     likeness, results, rows = effect.likeness(args.subject), {}, []
-    for seed, how in itertools.product(SEEDS, ("without", "with")):
-        photographs, run = args.work_dir / f"photographs-{how}", args.work_dir / f"{how}-{seed}"
-        paths = write_photographs(args.subject, photographs, masks=how == "with")
-        flags = ["--config", HERE / "train.toml", "--instance-data-dir", photographs, "--seed", str(seed)]
-        flags += ["--class-data-dir", args.work_dir / f"class-{seed}", "--num-validation-images", "1"]
+    for (arm, (kind, flags)), seed in itertools.product(ARMS.items(), SEEDS):
+        name, photographs = f"{arm}, seed {seed}", args.work_dir / kind
+        paths = write_photographs(args.subject, photographs, masks=kind == "masked")
+        run = args.work_dir / name.replace(", ", "-").replace(" ", "-")
         if not (run / "measures.json").exists():
-            effect.train(run, [*flags, *args.train_flags])
+            common = ["--config", HERE / "train.toml", "--instance-data-dir", photographs, "--seed", str(seed)]
+            common += ["--class-data-dir", args.work_dir / f"class-{seed}", "--num-validation-images", "1"]
+            effect.train(run, [*common, *flags, *args.train_flags])
         settings = effect.settings_of(run)
         if not rows:
             rows.append(("four photographs of the subject", [Image.open(path) for path in paths]))
             results["base"], _ = measured(args.work_dir, HERE / "base", settings, likeness)
-        name = f"{how} masks, seed {seed}"
         results[name], pictures = measured(run, run / "model.safetensors", settings, likeness)
         rows.append((f'{name}: "{settings["instance_prompt"]}", then {", ".join(effect.NEW_SCENES)}', pictures))
         print(effect.table(results), flush=True)
