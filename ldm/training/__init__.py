@@ -66,7 +66,7 @@ from ldm.training.rows import CropDraws, LatentDraws, Rows, make_rows
 from ldm.training.run import Run
 from ldm.training.settings import Settings
 from ldm.training.sheets import make_comparison, make_sheet, sheet_path
-from ldm.training.sorting import cut_from_photographs, sort_class_pictures, sort_photographs
+from ldm.training.sorting import sort_class_pictures, sort_photographs
 from ldm.training.state import TrainingState
 from ldm.training.subjects import Subject, read_subjects
 from ldm.training.token_tuning import TokenTuning
@@ -93,7 +93,6 @@ __all__ = [
     "Validation",
     "advise",
     "check_photographs",
-    "cut_from_photographs",
     "draw_mask",
     "encode",
     "encode_pictures",

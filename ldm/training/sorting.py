@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ldm.errors import InputError
 from ldm.images import upright_size
 from ldm.model import StableDiffusion
-from ldm.training.buckets import Size, bucket_of, bucket_sizes, bucket_step, cut_away
+from ldm.training.buckets import Size, bucket_of, bucket_sizes, bucket_step
 from ldm.training.examples import Example
 from ldm.training.mixture import Mixture, turn_of
 from ldm.training.settings import Settings
@@ -102,10 +102,3 @@ def sizes_of_photographs(settings: Settings, sd: StableDiffusion) -> Callable[[E
             raise InputError(f"{example.picture.path}: {error}") from None
 
     return size_of
-
-
-def cut_from_photographs(subjects: Sequence[Subject], settings: Settings, sd: StableDiffusion) -> list[float]:
-    """For each photograph, in order, the fraction of its area that is cut away."""
-    size_of = sizes_of_photographs(settings, sd)
-    examples = [example for subject in subjects for example in subject.examples]
-    return [cut_away(upright_size(example.picture), size_of(example)) for example in examples]

@@ -16,7 +16,7 @@ from ldm import StableDiffusion, training
 from ldm.dreambooth import FullTuning
 from ldm.errors import RunError
 from ldm.runtime.processes import World
-from ldm.training import Batches, Run, TrainingState, numbers
+from ldm.training import Batches, Run, SubjectLosses, TrainingState, numbers
 from ldm.training.precision import Precision
 
 META = torch.device("meta")
@@ -37,7 +37,7 @@ def loop(base, random_model, tmp_path, monkeypatch):
     # Fused AdamW knows how to compute shapes on the meta device, but its constructor refuses to.
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)
 
-    def go(*flags: str) -> list[dict]:
+    def go(*flags: str, subjects: tuple[str, ...] = ()) -> list[dict]:
         arguments = [*base, *FLAGS, *flags, "--max-train-steps", "3", "--output-dir", str(tmp_path / "run")]
         settings = training.parse([str(flag) for flag in arguments], train.TINY)
         run = Run(settings, World(0, 1, META))
@@ -53,6 +53,7 @@ def loop(base, random_model, tmp_path, monkeypatch):
             for kind, prompt in (("instance", settings.instance_prompt), ("class", settings.class_prompt))
         ]
         batches = Batches(rows, settings, run.world)
+        run.subject_losses = SubjectLosses(subjects, META)
         lines = []
         run.saver, run.lines = SimpleNamespace(rescuing=lambda *_: nullcontext()), SimpleNamespace(add=lines.append)
         monkeypatch.setattr(run, "save_if_due", lambda state: None)
@@ -69,6 +70,10 @@ def loop(base, random_model, tmp_path, monkeypatch):
 )
 def test_a_step_reads_nothing_from_the_device(flags, loop):
     assert [line["step"] for line in loop(*flags)] == [1, 2]  # that of the third step is still on its way
+
+
+def test_losses_of_several_subjects_are_not_read_in_a_step(loop):
+    assert len(loop("--no-train-text-encoder", subjects=("dog", "cat"))) == 2
 
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.cpu, bool])

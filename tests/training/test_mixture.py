@@ -23,13 +23,13 @@ from ldm.training import (
     Example,
     Settings,
     Subject,
-    cut_from_photographs,
     make_rows,
     sort_class_pictures,
     sort_photographs,
 )
 from ldm.training.buckets import bucket_of, bucket_sizes, bucket_step, cut_around, cut_away
 from ldm.training.mixture import Mixture, turn_of
+from ldm.training.sorting import sizes_of_photographs
 
 CPU = torch.device("cpu")
 
@@ -265,11 +265,14 @@ def test_class_pictures_are_dealt_out_to_the_buckets_of_their_subject(random_mod
         assert own.size == of_class.size and list(map(bool, own.decks)) == list(map(bool, of_class.decks))
 
 
-def test_the_cut_of_each_photograph_is_known_before_training(random_model):
-    sd, subjects = random_model(), dog_and_cat()
-    assert cut_from_photographs(subjects, settings_of(), sd) == pytest.approx([0, 0, 0, 0, 1 - (32 / 50) / (24 / 36)])
-    square = cut_from_photographs(subjects, replace(settings_of(), aspect_ratio_buckets=False), sd)
-    assert square == pytest.approx([1 / 3, 1 / 3, 0, 0, 1 - 32 / 50])
+def test_each_photograph_is_cut_to_the_nearest_shape_or_to_the_square(random_model):
+    sd, examples = random_model(), [one for subject in dog_and_cat() for one in subject.examples]
+    sizes = [sizes_of_photographs(replace(settings_of(), aspect_ratio_buckets=on), sd) for on in (True, False)]
+    assert [sizes[0](one) for one in examples] == [(36, 24), (36, 24), (32, 32), (32, 32), (24, 36)]
+    assert {sizes[1](one) for one in examples} == {(32, 32)}
+    small = example((3, 50), 0, "a dog")
+    with pytest.raises(InputError, match="0.png: 3 x 50 pixels are too few"):
+        sizes_of_photographs(settings_of(upscale=False), sd)(small)
 
 
 # Prompts
