@@ -102,7 +102,7 @@ class Run:
                 if new:  # and only this run uses it: it has the lock
                     checkpoint.remove(self.folder)
                 raise
-            _write_settings(self)
+            _write_settings(self, found)
             _open_files(self, state, found)
             return found
 
@@ -190,13 +190,15 @@ def _open_files(run: Run, state: TrainingState, found: Path | None) -> None:
     run.saver = Saver(run.claim.checkpoints, run.settings, state.bytes_needed)
 
 
-def _write_settings(run: Run) -> None:
-    """Writes what the run was told, and what `preflight` has said of it."""
+def _write_settings(run: Run, found: Path | None) -> None:
+    """Writes what the run was told, and what `preflight` said when it began. found: as in `_open_files`."""
     texts = {
         SETTINGS: to_toml(run.settings, run.folder / SETTINGS, run.world.size),
         PREFLIGHT: json.dumps(run.notes, indent=2) + "\n",
         CONFIG: json.dumps(run.identity.config, indent=2) + "\n",
     }
+    if found and (run.folder / PREFLIGHT).exists():
+        del texts[PREFLIGHT]
     for name, text in texts.items():
         with replacing(run.folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")  # a path need not be UTF-8

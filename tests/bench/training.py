@@ -123,6 +123,7 @@ class Ours:
         self.settings = training.parse(words, train.TINY)
         self.run = Run(self.settings, processes.start(self.settings.device))
         self.state, *pictures = train.begin(self.run, FullTuning)
+        self.validation = training.Validation(self.run, self.state, *pictures)
         self.batches = train.prepare(self.run, self.state, *pictures)
         self.run.save_if_due = lambda state: None
 
@@ -131,7 +132,7 @@ class Ours:
         self.run.settings = self.state.settings = replace(self.settings, max_train_steps=self.state.step + steps)
         self.state._wrapped = False  # `train` is called again, and wraps the model again
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            train.train(self.run, self.state, self.batches)
+            train.train(self.run, self.state, self.batches, self.validation)
 
     def record(self, steps: int) -> list[Batch]:
         """Makes steps, and returns copies of their batches."""

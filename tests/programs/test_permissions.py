@@ -138,6 +138,7 @@ def answers(folder, root) -> dict[str, list]:
     return dict(zip(CASES, map(json.loads, lines), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", CASES)
 def test_what_this_user_may_not_do_is_one_line(command, answers):
     status, said = answers[command]

@@ -88,6 +88,7 @@ def test_a_page_is_whole_and_accessible(visit, pages, name):
     assert levels[0] == 1 and levels.count(1) == 1 and max(levels) <= 2
 
 
+@pytest.mark.slow
 def test_keys_and_pointer_work(visit, pages):
     page = visit(pages["report"])
     slider = page.locator("input[type=range]")

@@ -317,6 +317,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(base, mounted):
     assert f"--output-dir {disk / 'run'} can't be written" in message
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(base, tmp_path):
     folder = tmp_path / "run"
     forever = ("--max-train-steps", 10**6, "--checkpointing-steps", 1, "--checkpoints-total-limit", 1)

@@ -138,6 +138,7 @@ def test_class_pictures_are_painted_in_a_mask_of_the_whole_picture(base, nine, t
         assert Image.open(tmp_path / "run" / "class" / f"class-{i:05d}.png").tobytes() == picture.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

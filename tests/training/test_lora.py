@@ -142,6 +142,7 @@ def test_diffusers_opens_the_file_and_makes_our_picture(tmp_path):
 # A checkpoint with another content
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:checkpoint")
 @pytest.mark.parametrize(
     ("change", "words"),

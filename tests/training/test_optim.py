@@ -118,6 +118,7 @@ def test_a_text_encoder_that_has_stopped_does_not_run(base, tmp_path):
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--random-flip", "--random-crop"])
 def test_random_flips_and_crops_change_the_losses_a_little(flag, base, tmp_path):
     call(*base, "--max-train-steps", 8, "--output-dir", tmp_path / "plain")
@@ -154,6 +155,7 @@ def test_crops_are_a_function_of_seed_and_index(base, saved, photographs, tmp_pa
             assert torch.equal(together.noise[i], noise) and together.t[i] == t
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [(), ("--random-crop",), pytest.param((*LORA, "--random-crop"), marks=pytest.mark.slow)]
 )

@@ -105,6 +105,7 @@ def test_a_resumed_run_equals_the_run_that_never_stopped(mode, base, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_the_first_losses_are_close_to_those_of_fp32(base, tmp_path):
     flags = (*base, "--max-train-steps", 6, "--learning-rate", "2e-4", "--max-grad-norm", 0)
     call(*flags, "--output-dir", tmp_path / "fp32")

@@ -93,6 +93,7 @@ def slow(*flags: object) -> object:
     return pytest.param(flags, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -24,9 +24,8 @@ import train
 from ldm import StableDiffusion
 from ldm.dreambooth import FullTuning
 from ldm.errors import RunError
-from ldm.images import read_picture
 from ldm.runtime.processes import World
-from ldm.training import Run, Settings, TrainingState, parse
+from ldm.training import Run, Settings, TrainingState, parse, read_subjects
 
 UNET = "model.diffusion_model."
 ALONE = World(0, 1, torch.device("cpu"))
@@ -69,7 +68,8 @@ def test_trained_weights_are_fp32_and_frozen_weights_are_saved_unchanged(name, b
     settings = parse([str(flag) for flag in (*base, *flags, "--output-dir", tmp_path / "new")], train.TINY)
     sd, another = StableDiffusion.load(saved["official"]), Run(settings, ALONE)
     state = TrainingState(FullTuning(sd, settings), settings, another.precision, "")
-    train.prepare(another, state, [read_picture(path) for path in sorted(Path(base[3]).iterdir())], None)
+    another.identity.parts["global_batch"] = 1
+    train.prepare(another, state, read_subjects(settings), [])
     types = {kind: {p.dtype for p in net.parameters()} for kind, net in sd.networks().items()}
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
     assert list(types.values()) == [{torch.float32}, {half}, {half}]

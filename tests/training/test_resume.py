@@ -174,6 +174,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "name", "damage"),
     slow_after(
@@ -206,6 +207,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(name, 
     assert checkpoints(once) == [6] and leftovers(once) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BOTH, indirect=True)
 @pytest.mark.filterwarnings("ignore:checkpoint")
 def test_a_damaged_later_checkpoint_does_not_count_towards_the_limit(once, base):
@@ -228,6 +230,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(once, base):
     assert (once / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_resumes_in_its_own_folder_and_in_a_new_one(once, base, tmp_path, monkeypatch):
     whole, older = losses(once), once / "checkpoints" / "checkpoint-000002"
     call(*base, "--output-dir", tmp_path / "new", "--resume-from-checkpoint", older)
@@ -241,6 +244,7 @@ def test_an_older_checkpoint_resumes_in_its_own_folder_and_in_a_new_one(once, ba
     assert "checkpoint-000004 is beyond --max-train-steps 3" in message
 
 
+@pytest.mark.slow
 def test_runs_without_output_dir_are_numbered_and_latest_resumes_the_last(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = ("--max-train-steps", 1, "--no-with-prior-preservation", "--checkpointing-steps", 1)

@@ -16,6 +16,7 @@ from ldm.training.settings_toml import ONCE, to_toml
 FEW = "--max-train-steps 2 --num-class-images 2 --sample-steps 1 --num-validation-images 1 --train-batch-size 1".split()
 
 
+@pytest.mark.slow
 def test_the_settings_of_the_embedded_model_repeat_its_run_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call(*FEW)

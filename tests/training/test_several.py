@@ -62,6 +62,7 @@ def test_every_split_gives_the_same_losses(more, base, tmp_path):
             assert b == pytest.approx(a, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [pytest.param(("--random-crop",), marks=pytest.mark.slow), ("--use-ema",)])
 def test_a_run_resumes_to_the_same_bits(more, base, tmp_path):
     flags = (*base, *more, "--train-batch-size", 2)

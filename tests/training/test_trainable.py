@@ -29,6 +29,7 @@ def test_another_way_of_fine_tuning_takes_less_than_forty_lines():
     assert len(inspect.getsource(KeysAndValues).splitlines()) < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--use-ema", "--mixed-precision", "bf16", "--gradient-accumulation-steps", 2)])
 def test_a_run_of_keys_and_values_alone_resumes_to_the_same_bits_and_writes_only_them(flags, base, saved, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -216,6 +216,7 @@ def timeless_report(run: Path) -> str:
     return re.sub("training time</dt><dd>[^<]+<", "", text)
 
 
+@pytest.mark.slow
 def test_a_signal_during_validation_saves_the_step_and_the_resumed_run_measures_it(
     made, base, every, tmp_path, monkeypatch, capsys
 ):
