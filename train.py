@@ -95,7 +95,8 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
         target = schedule.target(batch.latents, batch.noise, batch.t)
         if settings.predicts_prior:  # the base model's own prediction takes the place of class pictures
             rows = batch.class_rows
-            target = target.index_copy(0, rows, state.trainable.base(noisy[rows], batch.t[rows]).float())
+            before = state.trainable.base(noisy[rows], batch.t[rows], batch.class_prompts)
+            target = target.index_copy(0, rows, before.float())
     snr_weight = place_weight = None
     if settings.snr_gamma is not None:
         snr_weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
@@ -166,7 +167,7 @@ def prepare(run: Run, state: TrainingState, subjects: list[Subject], class_pictu
     run.subject_losses = training.SubjectLosses([subject.name for subject in subjects], run.world.device)
     if settings.predicts_prior:
         prompts = tuple(subject.class_prompt for subject in subjects)
-        state.trainable.keep_base(prompts[0], run.precision.dtype)
+        state.trainable.keep_base(tuple(dict.fromkeys(prompts)), run.precision.dtype)
         rows.append(rows[0].of_class(prompts))  # the same noisy latents
     if settings.random_crop or sd.config.unet.paints_in:  # then every step encodes pictures
         sd.freeze(sd.vae, torch.float32)

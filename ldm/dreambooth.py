@@ -76,8 +76,8 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
 def mask_weight(mask: Tensor, unmasked_weight: float) -> Tensor:
     """Place weights of mean 1 in each row, (B, 1, h, w), so that a small subject counts as much as a large one.
 
-    mask: (B, 1, h, w) in [0, 1]; a place has weight 1 where it is 1, and `unmasked_weight` where it is 0. An empty mask
-    and a full one give 1 everywhere; an empty one with `unmasked_weight` 0 gives 0.
+    mask: (B, 1, h, w) in [0, 1]; before the division, a place has weight 1 where it is 1, `unmasked_weight` where 0.
+    An empty mask counts as a full one does; not at all if `unmasked_weight` is 0.
     """
     weight = mask + unmasked_weight * (1.0 - mask)
     return weight / weight.mean((1, 2, 3), keepdim=True).clamp(min=1e-8)
@@ -93,6 +93,7 @@ class Batch:
     prompts: Prompts  # B, one a row
     is_class: Tensor  # (B,) bool, True for rows of the class prior
     class_rows: Tensor  # the places of those rows, int64
+    class_prompts: Prompts  # and their prompts
     last: bool = True  # whether this is the last batch whose gradients the step accumulates
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], 1 where the loss counts in full; 1 in rows of the class prior
     subject: Tensor | None = None  # (B,) the number of each row's subject, int64
@@ -145,20 +146,19 @@ class Trainable(nn.Module):
     def text_encoder_trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.sd.text_encoder.parameters())
 
-    def keep_base(self, prompt: str, dtype: torch.dtype) -> None:
+    @torch.no_grad()
+    def keep_base(self, prompts: Prompts, dtype: torch.dtype) -> None:
         """Called once before training if `base` will be: keeps a frozen copy of the UNet in `dtype`."""
-        with torch.no_grad():
-            context = self.sd.encode_prompt(prompt)  # (1, L, D)
         unet = deepcopy(self.sd.unet).requires_grad_(False).to(dtype)
-        self._base = [unet, context]  # in a list, since no submodule of this one should be frozen
+        contexts = dict(zip(prompts, self.sd.encode_prompt(prompts), strict=True))  # (L, D) each
+        self._base = [unet, contexts]  # in a list: no submodule of this one should be frozen
 
     @torch.no_grad()
-    def base(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """What the base model predicts for the prompt of `keep_base`. noisy: (B, 4 or 9, h, w); t: (B,)."""
-        unet, context = self._base
-        dtype = next(unet.parameters()).dtype
-        context = context.to(dtype).expand(len(noisy), -1, -1)
-        channels = unet.config.out_channels
+    def base(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The base model's prediction. noisy: (B, 4 or 9, h, w); t: (B,); prompts: B of those of `keep_base`."""
+        unet, contexts = self._base
+        dtype, channels = next(unet.parameters()).dtype, unet.config.out_channels
+        context = torch.stack([contexts[prompt] for prompt in prompts]).to(dtype)
         x, beside = noisy[:, :channels], noisy[:, channels:]
         return self.sd.schedule.ask(lambda x, t: unet(seen(x, beside).to(dtype), t, context), self._base_schedule, x, t)
 

@@ -49,11 +49,19 @@ class Batches:
     def _batch(self, samples: Sequence[Sample], last: bool) -> Batch:
         latents, noise, t, subject = (torch.cat([sample[i] for sample in samples]) for i in range(4))
         prompts = tuple(prompt for sample in samples for prompt in sample.prompts)
+        class_prompts = tuple(
+            prompt
+            for rows, sample in zip(self.rows, samples, strict=True)
+            if rows.is_class
+            for prompt in sample.prompts
+        )
         mask = None
         if any(sample.mask is not None for sample in samples):
             mask = torch.cat([_full(s.latents) if s.mask is None else s.mask for s in samples])
         extra = None if samples[0].extra is None else torch.cat([sample.extra for sample in samples])
-        return Batch(latents, noise, t, prompts, self.is_class, self.class_rows, last, mask, subject, extra)
+        return Batch(
+            latents, noise, t, prompts, self.is_class, self.class_rows, class_prompts, last, mask, subject, extra
+        )
 
     def _loader(self, draws: Draws, start: int) -> DataLoader:
         return DataLoader(

@@ -181,9 +181,6 @@ def plan_class_pictures(run: Run, sd: StableDiffusion, base: str, subjects: Sequ
     Subjects of one class, with no folder of their own, share its pictures. Raises InputError as `ClassPictures`.
     """
     settings = run.settings
-    classes = {subject.class_prompt for subject in subjects}
-    if settings.predicts_prior and len(classes) > 1:
-        raise InputError("--prior prediction needs one class prompt for all subjects; give --prior pictures")
     if not settings.with_prior_preservation or settings.predicts_prior:
         return []
     guidance = settings.class_guidance_scale
@@ -199,7 +196,7 @@ def plan_class_pictures(run: Run, sd: StableDiffusion, base: str, subjects: Sequ
     planned = []
     for subject in subjects:
         own = run.folder / "class"
-        if len(classes) > 1:
+        if len(first) > 1:
             own /= first[subject.class_prompt]
         folder = subject.class_data_dir or own
         about = {"prompt": subject.class_prompt, **recipe}

@@ -102,6 +102,7 @@ def errors_of(run: Run, trainable: Trainable, part: Part, rows: range) -> Tensor
     beside = part.beside.expand(len(rows), -1, -1, -1) if part.beside is not None else None
     noisy = seen(schedule.add_noise(latents, noise, t), beside)
     with run.precision.autocast():
-        prediction = trainable(noisy, t, [part.prompts[picture] for picture in pictures])
-        target = trainable.base(noisy, t) if part.by_base else schedule.target(latents, noise, t)
+        prompts = [part.prompts[picture] for picture in pictures]
+        prediction = trainable(noisy, t, prompts)
+        target = trainable.base(noisy, t, prompts) if part.by_base else schedule.target(latents, noise, t)
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

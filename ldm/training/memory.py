@@ -137,7 +137,7 @@ class Rehearsal:
             self.sd.forget_encoder()
             self.sd.freeze(self.sd.vae, dtype)
         if self.settings.predicts_prior:
-            self.trainable.keep_base(self.settings.taught[0].class_prompt, dtype)
+            self.trainable.keep_base((self.settings.taught[0].class_prompt,), dtype)
         self.trainable.prepare(tuple(dict.fromkeys(self.prompts)), dtype)
 
     def training_step(self, processes: int) -> Memory:
@@ -159,7 +159,8 @@ class Rehearsal:
             with self.kernels.autocast():
                 prediction = self.trainable(noisy, t, self.prompts)
                 if self.settings.predicts_prior:
-                    self.trainable.base(noisy[: len(noisy) // 2], t[: len(noisy) // 2])
+                    half = len(noisy) // 2
+                    self.trainable.base(noisy[:half], t[:half], (self.settings.taught[0].class_prompt,) * half)
             self.kernels.backward(dreambooth_loss(prediction, noisy[:, : prediction.shape[1]], is_class, 1.0).total)
         gradients = ledger.gradients_at_peak
         return self._memory("in a training step", gradients, ledger.peak - gradients)

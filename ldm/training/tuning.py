@@ -1,5 +1,6 @@
 """Which parameters train: LoRA as a `Trainable`, also with a learned token, and the choice that the settings make."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,15 @@ class LoRATuning(Trainable):
             if not parameter.requires_grad:  # a token's vectors stay fp32
                 parameter.data = parameter.to(dtype)  # not `sd.freeze`, which keeps a copy to save: no base is saved
 
-    def keep_base(self, prompt: str, dtype: torch.dtype) -> None:
-        """The base is the model without the adapter: only the prompt is encoded once."""
-        with torch.no_grad(), disabled(self.adapters.values()):
-            self._base = [self.sd.unet, self.sd.encode_prompt(prompt)]
-
-    def base(self, noisy: Tensor, t: Tensor) -> Tensor:
+    @torch.no_grad()
+    def keep_base(self, prompts: Prompts, dtype: torch.dtype) -> None:
+        """The base is the model without the adapter: only the prompts are encoded once."""
         with disabled(self.adapters.values()):
-            return super().base(noisy, t)
+            self._base = [self.sd.unet, dict(zip(prompts, self.sd.encode_prompt(prompts), strict=True))]
+
+    def base(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        with disabled(self.adapters.values()):
+            return super().base(noisy, t, prompts)
 
     def parameter_groups(self, settings: Settings) -> list[dict[str, Any]]:
         unet, text = (

@@ -117,3 +117,11 @@ def test_the_command_with_buckets_runs(root, tmp_path):
     (found,) = re.findall(r"^    python train.py (.*--aspect-ratio-buckets.*)$", text, re.M)
     call(*found.split(), *SHORT, "--output-dir", tmp_path / "run")
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_the_base_model_predicts_the_class_of_each_subject(base, tmp_path):
+    """In the first step the model is the base model, so that it predicts for each class prompt what the base does."""
+    flags = ("--prior", "prediction", "--train-batch-size", 4, "--max-train-steps", 2)
+    call(*base, *flags, "--output-dir", tmp_path / "run")
+    first, second = (line["prior_loss"] for line in metrics(tmp_path / "run"))
+    assert first < 1e-10 < 1e-6 < second
