@@ -314,8 +314,8 @@ def our_loop(folder: Path, data: Path, args: argparse.Namespace) -> float:
     """Runs train.py. Returns the seconds of its loop, the checkpoint after the last step included."""
     plain, seconds = train.train, []
 
-    def timed(run: Run, state: Any, batches: Any) -> None:
-        seconds.append(measure.seconds_of(partial(plain, run, state, batches), args.device))
+    def timed(*everything: Any) -> None:
+        seconds.append(measure.seconds_of(partial(plain, *everything), args.device))
 
     train.train = timed
     out = Path(tempfile.mkdtemp(dir=data), "run")
