@@ -19,12 +19,11 @@ from ldm.runtime import cli, replacing
 HERE = Path(__file__).parent
 SUBJECT = "baron"
 FREE = ["--no-with-prior-preservation"]
-SLOW = ["--learning-rate", "5e-5", "--text-encoder-learning-rate", "5e-6"]
 RUNS = {  # flags, steps between the checkpoints that are compared, number of steps
-    "no prior": (FREE, 10, 50),
-    "no prior, a quarter of the rate": ([*FREE, *SLOW], 50, 100),
-    "prior of weight 0.1": (["--prior-loss-weight", "0.1"], 50, 100),
-    "prior": ([], 100, 100),
+    "no prior": (FREE, 10, 30),
+    "no prior, longer": (FREE, 50, 100),
+    "no prior, longest": (FREE, 200, 200),
+    "prior": ([], 100, 500),
 }
 
 
