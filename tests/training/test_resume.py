@@ -307,7 +307,7 @@ DIFFERENCES = [
     (("--instance-prompt", "a zwx dog"), "instance_prompt was 'a sks dog' and is 'a zwx dog'"),
     (
         ("--learning-rate", "2e-4", "--snr-gamma", 5),
-        "learning_rate was 0.0001 and is 0.0002; snr_gamma was None and is 5.0",
+        "snr_gamma was None and is 5.0; learning_rate was 0.0001 and is 0.0002",
     ),
     (("--mixed-precision", "bf16"), "mixed_precision was 'no' and is 'bf16'"),
     (("--use-ema",), "use_ema was False and is True"),

@@ -87,7 +87,8 @@ def main():
     args = parser.parse_args()
 
     work = args.work_dir
-    ours = ("model", "instance_data_dir", "instance_prompt", "validation_prompt")
+    ours = ("model", "instance_data_dir", "instance_prompt", "validation_prompt", "validation_steps")
+    ours += ("validation_data_dir",)
     usual = tomllib.loads((HERE / "train.toml").read_text(encoding="utf-8"))
     usual = {key: value for key, value in usual.items() if key not in ours}
     for name in PROMPTS:
