@@ -72,6 +72,7 @@ def visit(request, chromium):
     assert [url for url in asked if not url.startswith("data:")] == opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["report", "comparison", "hostile"])
 def test_a_page_is_whole_and_accessible(visit, pages, name):
     page = visit(pages[name])

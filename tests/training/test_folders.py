@@ -401,6 +401,7 @@ def two(saved, tmp_path) -> tuple:
     return *flags, "--output-dir", tmp_path / "run", "--max-train-steps", 2, "--checkpointing-steps", 1
 
 
+@pytest.mark.slow
 def test_what_a_folder_says_is_part_of_the_run(two, tmp_path):
     call(*two)
     assert {name for line in metrics(tmp_path / "run") for name in line} >= {"subject_loss/rex", "subject_loss/tom"}

@@ -74,6 +74,7 @@ def test_a_command_line_of_the_diffusers_script_works(saved, photographs, root, 
     assert tuned.config == base.config and tuned.tokenizer.vocab == base.tokenizer.vocab
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bits_in_either_layout(run):
     official, folder = run("--layout official", "a"), run("--layout diffusers", "b")
     assert not (official / "model").exists() and not (folder / "model.safetensors").exists()
