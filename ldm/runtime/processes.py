@@ -4,6 +4,7 @@ A single process is a world of size 1 and runs the same code. torchrun gives eac
 world in the environment.
 """
 
+import atexit
 import gc
 import os
 import socket
@@ -106,19 +107,20 @@ class World:
         return self.share(result)
 
     def close(self) -> None:
-        """Leaves the group of processes. All but the main process end here, with status 0.
+        """Leaves the group of processes. If there are several, this process ends here, with status 0.
 
-        In about one of several hundred runs torch's threads abort a process while Python exits, after all work is done,
-        and torchrun reports that the run failed. The main process exits normally: it has trackers to close.
+        It skips the end of Python's interpreter: in about one of several hundred runs a thread of gloo wants the
+        interpreter just then and aborts the process, after all work is done, and torchrun reports that the run failed
+        (pytorch/pytorch#190489). What waits for Python's exit, such as a tracker, is called before.
         """
         if self.size == 1:
             return
         gc.collect()  # a wrapped module may still hold the group
         dist.destroy_process_group()
-        if not self.main:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def start(device: str | None) -> World:

@@ -336,6 +336,30 @@ def test_three_processes_resume_to_the_same_bits(base, tmp_path):
     check_same(tmp_path / "whole", tmp_path / "parts")
 
 
+ENDS = """
+import atexit, os, sys, time
+from ldm.runtime import processes
+
+class Abort:
+    def __del__(self):
+        os.abort()  # as a thread of gloo may do while the interpreter ends
+
+world = processes.start("cpu")
+abort = Abort()
+atexit.register(lambda: open(f"{sys.argv[1]}/{world.rank}", "x").close())
+world.close()
+"""
+
+
+@pytest.mark.slow
+def test_an_abort_at_the_very_end_does_not_fail_a_finished_run_of_two_processes(tmp_path):
+    """What waits for the exit of Python, as trackers do, is still called."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    run(command([tmp_path], 2, script=script), tmp_path, PYTHONPATH=str(ROOT))
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+
 def test_a_signal_is_not_taken_for_a_damaged_file(saved, monkeypatch):
     """While a file is read, what a damaged one raises is an InputError; a signal is not."""
     stop = Stop()
