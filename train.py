@@ -14,6 +14,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,14 +103,10 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
         snr_weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
     if batch.mask is not None:
         place_weight = mask_weight(batch.mask, settings.unmasked_weight)
-    weights = {"row_weight": snr_weight, "place_weight": place_weight}
-
-    def loss(is_class: torch.Tensor) -> Losses:
-        terms = is_class, settings.prior_loss_weight
-        return dreambooth_loss(prediction, target, *terms, **weights, huber_c=settings.huber)
-
-    run.subject_losses.add(batch, loss)  # for people to read, if there are several subjects
-    return loss(batch.is_class)
+    weights = {"prior_weight": settings.prior_loss_weight, "row_weight": snr_weight, "place_weight": place_weight}
+    losses = partial(dreambooth_loss, prediction, target, **weights, huber_c=settings.huber)  # of rows by `is_class`
+    run.subject_losses.add(batch, losses)  # for people to read, if there are several subjects
+    return losses(batch.is_class)
 
 
 def begin(

@@ -14,7 +14,7 @@ LDM = ROOT / "ldm"
 
 # In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae tiling unet schedule samplers guidance images
-formats lora model tokens dreambooth training report __main__""".split()
+formats lora model tokens dreambooth sampling training report __main__""".split()
 
 # One room a line, in the order of imports.
 WINGS = {
@@ -49,6 +49,9 @@ WINGS = {
         picture_text
         lora_names
         lora_file
+    """,
+    "sampling": """
+        flags
     """,
     "training": """
         precision

@@ -199,8 +199,11 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that the folder's disk has left."""
-    return shutil.disk_usage(folder).free
+    """Bytes that are left on the disk that holds the folder, or will hold it."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def sha256(path: Path) -> str:

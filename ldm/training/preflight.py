@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped
+from ldm.training.checkpoint import free_space
 from ldm.training.class_pictures import ClassPictures
 from ldm.training.memory import Tuning, gigabytes, memory_notes
 from ldm.training.note import Note, counted, listed
@@ -112,11 +111,3 @@ def disk_notes(run: Run, state: TrainingState, class_pictures: Sequence[ClassPic
         text = "The run may fill the disk; --checkpoints-total-limit 1 keeps the last checkpoint alone."
         notes.append(Note("disk", text, warning=True))
     return notes
-
-
-def free_space(folder: Path) -> int:
-    """Bytes that are left on the disk that will hold the folder."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free

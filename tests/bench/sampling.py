@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import sample
+from ldm import sampling
 
 PROMPT = "a photo of a red cat on the beach"
 BLOCKS = ("ResBlock", "TransformerBlock")  # of our UNet, repeated often; each is compiled once
@@ -76,7 +77,7 @@ def check(sides: dict[str, "Ours | Diffusers"], truth: Tensor, args: argparse.Na
 class Ours:
     def __init__(self, folder: Path, args: argparse.Namespace, dtype: torch.dtype):
         flags = ["--model", folder, "--prompt", PROMPT, "--dtype", str(dtype).removeprefix("torch.")]
-        self.sd, self.args = sample.load(sample.parser().parse_args(flags), torch.device(args.device)), args
+        self.sd, self.args = sample.load(sampling.parser().parse_args(flags), torch.device(args.device)), args
         config = self.sd.config
         self.latents = draw(args, config.unet.in_channels, config.vae.factor)
 

@@ -33,9 +33,8 @@ from damage import damage_bytes, damage_json, damage_safetensors  # noqa: E402
 from PIL import Image, features  # noqa: E402
 from PIL.PngImagePlugin import PngInfo  # noqa: E402
 
-import sample  # noqa: E402
 import train  # noqa: E402
-from ldm import StableDiffusion, formats, images, training  # noqa: E402
+from ldm import StableDiffusion, formats, images, sampling, training  # noqa: E402
 from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E402
 from ldm.dreambooth import Trainable  # noqa: E402
 from ldm.errors import MAX_MESSAGE, InputError  # noqa: E402
@@ -261,7 +260,7 @@ def prompts(folder: Path) -> Iterator[Case]:
         return damage_bytes(rng, content)
 
     def read(rng: random.Random) -> None:
-        found = sample.read_prompts(Namespace(prompt=[], prompts_file=str(path), negative_prompt="", num_images=1))
+        found = sampling.read_prompts(Namespace(prompt=[], prompts_file=str(path), negative_prompt="", num_images=1))
         words(found[:4])
         images.grid([(found[0], [Image.new("RGB", (8, 8))])])
 

@@ -53,7 +53,7 @@ def test_the_reason_says_what_was_measured_there_and_at_the_end():
 
 
 def test_more_training_is_better_while_the_class_and_held_out_pictures_do_not_suffer():
-    """The numbers of `python train.py`: effect.py's judge finds each step better than the one before."""
+    """The numbers of `python train.py`, of which effect.py's judge finds the last step the best."""
     lines = curve(
         (0, 100, 200, 300, 400, 500),
         training_loss=(0.477, 0.309, 0.274, 0.239, 0.212, 0.206),

@@ -4,7 +4,7 @@ train.py measures drift and diversity in the features of the base model's UNet, 
 (ldm/training/drift.py). The judge sees 64 good pictures of each checkpoint, and was trained on drawings (effect.py).
 If the two rank the checkpoints alike, train.py's numbers can say when to stop.
 
-    python weights/tiny/drift.py            # about ten minutes on two cores; an interrupted call goes on
+    python weights/tiny/drift.py            # an interrupted call goes on
 """
 
 import json

@@ -5,7 +5,7 @@ model on them without the masks, with them, and with no loss at all outside of t
 with effect.py's measures. Without masks a model learns the wallpaper together with the subject, and shows it where the
 prompt asks for another scene.
 
-    python weights/tiny/masks.py      # about 20 minutes on two cores
+    python weights/tiny/masks.py
 
 A run that an earlier call left in the same --work-dir is resumed. One that is measured is left as it is.
 """

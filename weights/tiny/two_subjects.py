@@ -11,7 +11,7 @@ the mean of 48 drawings of the subject (see effect.py); other drawings of the su
 if the pictures of its prompt are like it. The subjects stay apart if those pictures are no more like the other subject
 than drawings of the first one are: both are striped monsters, and share that.
 
-    python weights/tiny/two_subjects.py      # about fifteen minutes on two cores
+    python weights/tiny/two_subjects.py
 
 A run that an earlier call left in the same --work-dir is resumed.
 """

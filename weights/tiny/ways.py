@@ -3,7 +3,7 @@
 Each way learns the same four pictures of "baron" in 500 steps: with class pictures, with the base model's own
 prediction as prior, and without a prior. The measures are those of effect.py. Each cell has one number for each seed.
 
-    python weights/tiny/ways.py            # about an hour on two cores, a run on each; an interrupted call goes on
+    python weights/tiny/ways.py            # 28 runs, one on each core; an interrupted call goes on
     python weights/tiny/ways.py --only LoRA
 
 A run's folder keeps its measures. Delete the folder to repeat it.
