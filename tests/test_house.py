@@ -57,9 +57,6 @@ WINGS = {
         precision
         numbers
         ema
-        optimizer
-        piecewise
-        tracking
         captions
         variation
         focus
@@ -77,6 +74,9 @@ WINGS = {
         subjects
         kohya
         settings_toml
+        optimizer
+        piecewise
+        tracking
         token_tuning
         tuning
         options

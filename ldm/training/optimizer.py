@@ -1,12 +1,12 @@
 """AdamW over groups of parameters, and its learning rate over the steps."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ldm.errors import InputError
+from ldm.training.settings_training import LR_SCHEDULES
 
 
 def adamw(groups: Iterable[dict[str, Any]], eight_bit: bool) -> torch.optim.Optimizer:
@@ -42,15 +42,11 @@ def kept_of(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> 
     return {key: value.to("meta") if isinstance(value, torch.Tensor) else 0 for key, value in kept.items()}
 
 
-LR_SCHEDULES = ("constant", "linear", "cosine")
-
-
 def lr_factor(kind: str, step: int, warmup: int, total: int) -> float:
     """The factor on the learning rate. step: counted from 1. It rises to 1 at step `warmup`, then follows `kind`."""
     if step <= warmup:
         return step / warmup
-    progress = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after the warm-up
-    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}[kind]
+    return LR_SCHEDULES[kind]((step - 1 - warmup) / max(1, total - warmup))  # 0 at the first step after the warm-up
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -1,11 +1,11 @@
 """Settings of what a run writes: its folder, checkpoints, sheets and metrics."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from ldm import images, samplers
 from ldm.runtime import cli
 from ldm.training.setting import Group, not_a_number, setting
-from ldm.training.tracking import TRACKERS, check_installed
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,15 @@ class Output(Group):
     )
     layout: str = setting("official", "layout of the saved model", choices=("official", "diffusers"), may_change=True)
     report_to: str = setting(
-        "none", "also send the metrics to this tracker; needs the tracking extra", choices=TRACKERS, may_change=True
+        "none",
+        "also send the metrics to this tracker; needs the tracking extra",
+        choices=("none", "tensorboard", "wandb"),
+        may_change=True,
     )
 
     def problem(self) -> str | None:
-        check_installed(self.report_to)
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            return f'--report-to {self.report_to} needs the tracking extra: pip install -e ".[tracking]"'
         return None
 
 

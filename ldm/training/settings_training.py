@@ -1,14 +1,20 @@
 """Settings of what trains and how: the weights, a LoRA, a token; the optimizer; the types of numbers."""
 
+import math
 from dataclasses import dataclass
 
 from ldm.lora import TARGETS
 from ldm.runtime import cli
-from ldm.training.optimizer import LR_SCHEDULES
 from ldm.training.setting import Group, not_positive, setting
 
 RATE, LORA_RATE = 2e-6, 1e-4  # learning rates that are usual for all weights, and for a LoRA
 LOW_LORA_RATE = 1e-5  # below it a LoRA hardly learns
+
+LR_SCHEDULES = {  # name -> the factor on the learning rate after the warm-up; progress: 0 at its first step
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Optimization(Group):
     text_encoder_learning_rate: float | None = setting(
         None, "learning rate of the text encoder; if not given, the UNet's, and half of it with --lora-rank", type=float
     )
-    lr_scheduler: str = setting("constant", "learning rate over the steps", choices=LR_SCHEDULES)
+    lr_scheduler: str = setting("constant", "learning rate over the steps", choices=tuple(LR_SCHEDULES))
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it; 0: any")
     use_ema: bool = setting(False, "save the average of the weights instead of the last ones")

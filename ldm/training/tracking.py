@@ -2,22 +2,12 @@
 
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm import images
-from ldm.errors import InputError
-
-TRACKERS = ("none", "tensorboard", "wandb")
-
-
-def check_installed(name: str) -> None:
-    """Raises InputError if the tracker's package is not installed."""
-    if name != "none" and find_spec(name) is None:
-        raise InputError(f'--report-to {name} needs the tracking extra: pip install -e ".[tracking]"')
 
 
 class Tracker:
