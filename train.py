@@ -157,10 +157,10 @@ def prepare(run: Run, state: TrainingState, subjects: list[Subject], class_pictu
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
     with run.world.agreed():
         photographs = training.sort_photographs(subjects, settings, sd, run.identity.parts["global_batch"])
-        rows = [training.make_rows(run, sd, "instance", photographs)]
+        rows = [training.make_rows(sd, settings, "instance", photographs, run.progress_bar)]
         if class_pictures:
-            examples = training.read_class_pictures(run, class_pictures)
-            rows.append(training.make_rows(run, sd, "class", training.sort_class_pictures(photographs, examples)))
+            of_class = training.sort_class_pictures(photographs, training.read_class_pictures(run, class_pictures))
+            rows.append(training.make_rows(sd, settings, "class", of_class, run.progress_bar))
     run.subject_losses = training.SubjectLosses([subject.name for subject in subjects], run.world.device)
     if settings.predicts_prior:
         prompts = tuple(subject.class_prompt for subject in subjects)

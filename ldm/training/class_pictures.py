@@ -22,7 +22,6 @@ from ldm.runtime import (
     exists,
     list_folder,
     locked,
-    progress_bar,
     read_json,
     side_by_side,
     written,
@@ -128,7 +127,7 @@ class ClassPictures:
         rounds = [batches[i : i + share * world.size] for i in range(0, len(batches), share * world.size)]
         evaluations = samplers.find(self.recipe["sampler"]).evaluations(self.recipe["steps"])
         total = sum(len(round[world.rank :: world.size]) for round in rounds) * evaluations
-        with progress_bar(run.stop, "class pictures", total, show=world.main) as progress:
+        with run.progress_bar("class pictures", total) as progress:
             began = time.perf_counter()
             for i, round in enumerate(rounds):
                 if i == 1 and world.main:

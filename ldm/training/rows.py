@@ -5,6 +5,7 @@ each row on the CPU. All rows of a batch are moved to the device and turned into
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ from torch.utils.data import Dataset
 from ldm import rng
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.runtime import progress_bar
 from ldm.training.buckets import Size
 from ldm.training.inpainting import columns_beside, draw_hole, keep_images
 from ldm.training.latents import (
@@ -29,12 +29,13 @@ from ldm.training.latents import (
     load_image,
 )
 from ldm.training.masks import load_mask
-from ldm.training.run import Run
+from ldm.training.settings import Settings
 from ldm.training.sorting import Bucket, Collection
 from ldm.training.variation import variation
 
 Columns = dict[str, Any]  # of several rows: tensors, and a list of prompts
 Vary = Callable[[str, torch.Generator], str]
+ProgressBar = Callable[[str, int, str], AbstractContextManager[Callable[[], None]]]  # of title, total and unit
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,14 @@ class Rows:
         return replace(self, draws=replace(self.draws, prompts=prompts, vary=None), is_class=True)
 
 
-def make_rows(run: Run, sd: StableDiffusion, kind: str, pictures: Collection) -> Rows:
-    """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set."""
-    settings, device, is_class = run.settings, run.world.device, kind == "class"
+def make_rows(
+    sd: StableDiffusion, settings: Settings, kind: str, pictures: Collection, progress_bar: ProgressBar
+) -> Rows:
+    """The rows of one kind, "instance" or "class"; encodes the pictures once, unless `random_crop` is set.
+
+    progress_bar: makes the bar that shows how many are encoded; see `ldm.runtime.progress_bar`.
+    """
+    device, is_class = sd.device, kind == "class"
     common = (
         settings.seed,
         kind,
@@ -188,7 +194,7 @@ def make_rows(run: Run, sd: StableDiffusion, kind: str, pictures: Collection) ->
     if settings.random_crop:
         return Rows(CropDraws(*common, flip=settings.random_flip, masked=masked, holes=holes), device, **given)
     title, flip, latents = f"encoding {kind} pictures", settings.random_flip, []
-    with progress_bar(run.stop, title, len(examples), "picture", show=run.world.main) as progress:
+    with progress_bar(title, len(examples), "picture") as progress:
         for bucket in pictures.buckets:
             made = encode_pictures(sd, bucket.examples, bucket.size, flip, progress)
             if masked:

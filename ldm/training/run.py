@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from ldm.dreambooth import Losses
 from ldm.errors import InputError, RunError
 from ldm.images import Picture
-from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, replacing, written
+from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, progress_bar, replacing, written
 from ldm.training import checkpoint, claim
 from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums, what_is_taught
 from ldm.training.examples import Example
@@ -41,6 +42,7 @@ class Run:
         settings.check_processes(world.size)
         self.settings, self.world = settings, world
         self.precision, self.stop = Precision(settings.mixed_precision, world.device, settings.train_dtype), Stop()
+        self.progress_bar = partial(progress_bar, self.stop, show=world.main)
         self.stopped = False  # whether a signal has come to any process, as of the last step
         self.held_out: list[Example] = []  # pictures of the subjects for validation alone
         self.identity = Identity(settings, global_batch=settings.photographs_of_step * world.size)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ldm import images, samplers
 from ldm.model import StableDiffusion
-from ldm.runtime import progress_bar, replacing, uncompiled, written
+from ldm.runtime import replacing, uncompiled, written
 from ldm.training.run import Run
 from ldm.training.settings import Settings
 
@@ -25,7 +25,7 @@ def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
         if when == "after" or not sheet_path(run, when).exists():
             batches = len(_batches(run.settings))
             total = batches * samplers.find(run.settings.sampler).evaluations(run.settings.sample_steps)
-            with progress_bar(run.stop, f"sheet {when}", total) as progress, _sampling(run, when):
+            with run.progress_bar(f"sheet {when}", total) as progress, _sampling(run, when):
                 path = _save(run, when, images.grid(sample(run.settings, sd, when, progress)))
             run.lines.tracker.picture(0 if when == "before" else run.settings.max_train_steps, "sheet", path)
         if when == "after" and run.settings.validation_steps is not None:

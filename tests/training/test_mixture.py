@@ -5,8 +5,8 @@ import itertools
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d
 from ldm import InputError
 from ldm.dreambooth import FullTuning
 from ldm.images import Picture, fit, upright_size
-from ldm.runtime import Stop, World
+from ldm.runtime import Stop, World, progress_bar
 from ldm.training import (
     Batches,
     Example,
@@ -32,6 +32,7 @@ from ldm.training.mixture import Mixture, turn_of
 from ldm.training.sorting import sizes_of_photographs
 
 CPU = torch.device("cpu")
+BAR = partial(progress_bar, Stop())
 
 
 # Turns
@@ -177,9 +178,9 @@ def settings_of(*, batch=1, parts=1, **options) -> Settings:
 def batches_of(sd, settings: Settings, world: World) -> Batches:
     rows = settings.train_batch_size * settings.gradient_accumulation_steps * world.size
     photographs = sort_photographs(dog_and_cat(), settings, sd, rows)
-    run = SimpleNamespace(settings=settings, world=world, stop=Stop())
     kinds = {"instance": photographs, "class": sort_class_pictures(photographs, class_pictures())}
-    return Batches([make_rows(run, sd, kind, pictures) for kind, pictures in kinds.items()], settings, world)
+    rows = [make_rows(sd, settings, kind, pictures, BAR) for kind, pictures in kinds.items()]
+    return Batches(rows, settings, world)
 
 
 def rows_of_steps(sd, processes: int, batch: int, parts: int, steps: range, **options) -> list[list[tuple]]:
@@ -233,8 +234,7 @@ def test_a_mask_is_cut_and_mirrored_with_its_photograph(random_model):
     dogs = [Example(picture(grey), "a dog", mask=picture(grey)), example((32, 32), 8, "a dog")]
     settings = settings_of(random_crop=True, random_flip=True, aspect_ratio_buckets=False)
     photographs = sort_photographs([Subject("dog", dogs, "a dog")], settings, sd, 1)
-    run = SimpleNamespace(settings=settings, world=World(0, 1, CPU), stop=Stop())
-    draws = make_rows(run, sd, "instance", photographs).draws
+    draws = make_rows(sd, settings, "instance", photographs, BAR).draws
     rows = [draws[index] for index in range(24)]
     masks = [row["mask"] for row in rows]
     own = [(row["image"].mean(0, keepdim=True) + 1) / 2 for row in rows]
@@ -247,8 +247,7 @@ def test_a_mask_is_cut_and_mirrored_with_its_photograph(random_model):
 def test_without_a_mask_batches_have_none(random_model):
     sd, settings = random_model(), settings_of()
     photographs = sort_photographs([Subject("cat", [example((32, 32), 1, "a cat")], "a cat")], settings, sd, 1)
-    run = SimpleNamespace(settings=settings, world=World(0, 1, CPU), stop=Stop())
-    batches = Batches([make_rows(run, sd, "instance", photographs)], settings, run.world)
+    batches = Batches([make_rows(sd, settings, "instance", photographs, BAR)], settings, World(0, 1, CPU))
     batch = next(iter(batches.take(0)))
     assert batch.mask is None and batch.subject.tolist() == [0]
 
