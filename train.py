@@ -19,13 +19,16 @@ from pathlib import Path
 
 import torch
 
-from ldm import images, report, training
+from ldm import data, images, preflight, report, training
+from ldm.data import Batches, Subject
 from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
 from ldm.formats import abbreviate, illustrate
 from ldm.guidance import seen
 from ldm.model import StableDiffusion
 from ldm.runtime import Stopped, cli, processes
-from ldm.training import Batches, ClassPictures, Run, Settings, Subject, TrainingState, Validation
+from ldm.settings import Settings
+from ldm.training import ClassPictures, Run, TrainingState
+from ldm.validation import Validation, hold_out
 
 TINY = Path(__file__).resolve().parent / "weights" / "tiny" / "train.toml"
 
@@ -115,9 +118,9 @@ def begin(
     """Loads the model and the photographs, and begins the run. Raises InputError for wrong input before it begins."""
     settings, world = run.settings, run.world
     with run.together():
-        subjects, run.held_out = training.hold_out(settings, training.read_subjects(settings))
+        subjects, run.held_out = hold_out(settings, data.read_subjects(settings))
         sd = load(run)
-        training.check_photographs(subjects, settings, sd)
+        data.check_photographs(subjects, settings, sd)
     base = run.on_main(sd.source_fingerprint)
     with run.together():
         class_pictures = training.plan_class_pictures(run, sd, base, subjects)
@@ -127,7 +130,7 @@ def begin(
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
     world.print_main(sd.summary)
-    training.tell_preflight(run, tuning, state, subjects, class_pictures)  # a dry run ends here
+    preflight.tell_preflight(run, tuning, state, subjects, class_pictures)  # a dry run ends here
     checkpoint = run.begin(state, subjects, own)
     if checkpoint is not None:
         world.print_main(f"resuming from {checkpoint}")
@@ -156,11 +159,11 @@ def prepare(run: Run, state: TrainingState, subjects: list[Subject], class_pictu
     if settings.rescale_betas_zero_snr:  # only now: the base model's own pictures are made as it was trained
         sd.reschedule(zero_terminal_snr=True, spacing="trailing")
     with run.world.agreed():
-        photographs = training.sort_photographs(subjects, settings, sd, run.identity.parts["global_batch"])
-        rows = [training.make_rows(sd, settings, "instance", photographs, run.progress_bar)]
+        photographs = data.sort_photographs(subjects, settings, sd, run.identity.parts["global_batch"])
+        rows = [data.make_rows(sd, settings, "instance", photographs, run.progress_bar)]
         if class_pictures:
-            of_class = training.sort_class_pictures(photographs, training.read_class_pictures(run, class_pictures))
-            rows.append(training.make_rows(sd, settings, "class", of_class, run.progress_bar))
+            of_class = data.sort_class_pictures(photographs, training.read_class_pictures(run, class_pictures))
+            rows.append(data.make_rows(sd, settings, "class", of_class, run.progress_bar))
     run.subject_losses = training.SubjectLosses([subject.name for subject in subjects], run.world.device)
     if settings.predicts_prior:
         prompts = tuple(subject.class_prompt for subject in subjects)

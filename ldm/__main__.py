@@ -16,11 +16,11 @@ import torch
 
 from ldm import formats, report, tokens
 from ldm.config import SD1, SD2
+from ldm.data import widen
 from ldm.errors import InputError, one_line
 from ldm.lora import TARGETS, chosen, extract
 from ldm.model import StableDiffusion
 from ldm.runtime import check_path, check_writable, cli, list_folder, read_text, written
-from ldm.training import widen
 
 OFFICIAL_SUMS = Path(__file__).parent.parent / "weights" / "SHA256SUMS"
 

@@ -112,7 +112,7 @@ class Trainable(nn.Module):
     def __init__(
         self, sd: StableDiffusion, settings: Any, trained: dict[str, nn.Parameter], token: LearnedToken | None = None
     ):
-        """settings: those of the run, `ldm.training.Settings`. token: a learned token that is among what trains."""
+        """settings: those of the run, `ldm.settings.Settings`. token: a learned token that is among what trains."""
         super().__init__()
         self.sd, self.trained, self.token = sd, trained, token
         for parameter in sd.parameters().values():

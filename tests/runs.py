@@ -21,11 +21,12 @@ from torch.utils.data import default_collate
 
 import train
 from ldm import InputError
+from ldm.data import Example
+from ldm.data.latents import Latents
+from ldm.data.mixture import Mixture
+from ldm.data.rows import LatentDraws, Rows
+from ldm.data.sorting import Bucket, Collection
 from ldm.images import Picture
-from ldm.training import Example, LatentDraws, Rows
-from ldm.training.latents import Latents
-from ldm.training.mixture import Mixture
-from ldm.training.sorting import Bucket, Collection
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = """--instance-prompt=a sks dog|--class-prompt=a dog|--resolution=16|--sample-steps=1|--guidance-scale=1

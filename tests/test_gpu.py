@@ -159,8 +159,8 @@ def test_the_peak_of_a_training_step_is_within_15_percent_of_the_prediction(flag
     from ldm import StableDiffusion
     from ldm.config import SD1
     from ldm.dreambooth import FullTuning, dreambooth_loss
-    from ldm.training import Settings
-    from ldm.training.memory import Rehearsal
+    from ldm.preflight.memory import Rehearsal
+    from ldm.settings import Settings
     from ldm.training.optimizer import adamw
     from ldm.training.precision import Precision
 

@@ -14,7 +14,7 @@ LDM = ROOT / "ldm"
 
 # In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae tiling unet schedule samplers guidance images
-formats lora model tokens dreambooth sampling training report __main__""".split()
+formats lora model tokens dreambooth sampling settings data training validation preflight report __main__""".split()
 
 # One room a line, in the order of imports.
 WINGS = {
@@ -53,27 +53,38 @@ WINGS = {
     "sampling": """
         flags
     """,
-    "training": """
-        precision
-        numbers
-        ema
+    "settings": """
+        setting
+        subjects
+        data
+        training
+        loss
+        output
+        validation
+        settings
+        toml
+    """,
+    "data": """
         captions
         variation
         focus
         beside
         examples
         masks
-        setting
-        settings_subjects
-        settings_data
-        settings_training
-        settings_loss
-        settings_output
-        settings_validation
-        settings
         subjects
         kohya
-        settings_toml
+        mixture
+        buckets
+        sorting
+        latents
+        inpainting
+        rows
+        batches
+    """,
+    "training": """
+        precision
+        numbers
+        ema
         optimizer
         piecewise
         tracking
@@ -89,23 +100,20 @@ WINGS = {
         log
         saver
         run
-        mixture
-        buckets
-        sorting
-        latents
-        inpainting
-        rows
-        batches
         class_pictures
         sheets
+    """,
+    "validation": """
         grid
         drift
         advice
         best
         validation
+    """,
+    "preflight": """
         note
-        note_prompts
-        note_photographs
+        prompts
+        photographs
         ledger
         memory
         preflight

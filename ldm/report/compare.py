@@ -12,7 +12,7 @@ from ldm.report.page import MAX_FRAMES, picture, problem_list, slider, value_tex
 from ldm.report.pictures import Album
 from ldm.report.record import Record
 from ldm.report.story import key_numbers
-from ldm.training import Settings
+from ldm.settings import Settings
 
 # (caption, file, name of the number): what is drawn, one chart each.
 CURVES = (

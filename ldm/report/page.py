@@ -12,7 +12,7 @@ from ldm.report.numbers import Line, Points, points, thin
 from ldm.report.pictures import Album, Thumbnail
 from ldm.report.record import MAX_TEXT, Record
 from ldm.report.scale import short
-from ldm.training import Settings
+from ldm.settings import Settings
 
 MAX_FRAMES = 24  # sheets behind the slider
 MAX_SUBJECTS = 4  # with curves of their own

@@ -10,7 +10,7 @@ from typing import Any
 from ldm.errors import InputError, one_line
 from ldm.report.numbers import MAX_STEP, Line, read_lines
 from ldm.runtime import exists, list_folder, read_json, read_toml
-from ldm.training import Advice, advise
+from ldm.validation import Advice, advise
 
 MAX_TEXT = 400  # letters of a text that is shown
 MAX_ENTRIES = 300  # settings, notes or results that are shown

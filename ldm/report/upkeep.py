@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm import images
+from ldm.data import Subject
 from ldm.errors import one_line
 from ldm.images import Picture
 from ldm.report.file import REPORT, write
 from ldm.runtime import replacing
-from ldm.training import ClassPictures, Run, Subject
+from ldm.training import ClassPictures, Run
 
 ROW, ROWS, KINDS = 6, 2, 8  # pictures in a row, rows of a prompt, prompts
 SIDE = 256  # pixels along a picture at most

@@ -11,10 +11,9 @@ from typing import TextIO
 
 from ldm.errors import InputError
 from ldm.runtime import check_writable, exists, list_folder, processes, written
+from ldm.settings import SETTINGS, Settings
 from ldm.training import checkpoint
 from ldm.training.continuity import CONFIG, Identity, read_config
-from ldm.training.settings import Settings
-from ldm.training.settings_toml import SETTINGS
 from ldm.training.state import TrainingState
 
 DEFAULT = Path("runs", "dreambooth")

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm import images, rng, samplers
+from ldm.data import Example, Subject, captioned, companions
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
 from ldm.runtime import (
@@ -27,11 +28,8 @@ from ldm.runtime import (
     written,
 )
 from ldm.training import continuity
-from ldm.training.beside import companions
-from ldm.training.examples import Example, captioned
 from ldm.training.pace import duration
 from ldm.training.run import Run
-from ldm.training.subjects import Subject
 
 MANIFEST = "manifest.json"
 # The temporary name of a file, with the host and the process that write it.

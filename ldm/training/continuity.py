@@ -9,14 +9,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from ldm.data import Example, Subject
 from ldm.errors import InputError
 from ldm.images import Picture
 from ldm.runtime import World, read_json
+from ldm.settings import FOLDERS, Settings
 from ldm.training.checkpoint import load_state
-from ldm.training.examples import Example
-from ldm.training.settings import Settings
-from ldm.training.settings_subjects import FOLDERS
-from ldm.training.subjects import Subject
 
 CONFIG = "config.json"  # in a run's folder
 # What is recorded of each file, by the file's name: compared one by one. The words name a difference.

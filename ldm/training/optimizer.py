@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ldm.errors import InputError
-from ldm.training.settings_training import LR_SCHEDULES
+from ldm.settings import LR_SCHEDULES
 
 
 def adamw(groups: Iterable[dict[str, Any]], eight_bit: bool) -> torch.optim.Optimizer:

@@ -8,15 +8,10 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.data import Words, fill, named_folders, with_subjects_of_folders, words_of
 from ldm.errors import InputError
 from ldm.runtime import check_path, cli, read_toml
-from ldm.training.captions import Words, fill, words_of
-from ldm.training.kohya import named_folders, with_subjects_of_folders
-from ldm.training.setting import flag
-from ldm.training.settings import Settings
-from ldm.training.settings_subjects import read_tables
-from ldm.training.settings_toml import run_of
-from ldm.training.settings_training import LORA_RATE, LOW_LORA_RATE, RATE
+from ldm.settings import LORA_RATE, LOW_LORA_RATE, RATE, Settings, flag, read_tables, run_of
 
 FIRST = (  # the flags at the top of --help
     "model",

@@ -12,21 +12,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.data import Example, Subject
 from ldm.dreambooth import Losses
 from ldm.errors import InputError, RunError
 from ldm.images import Picture
 from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, progress_bar, replacing, written
+from ldm.settings import SAVES_MEMORY, SETTINGS, Settings, to_toml
 from ldm.training import checkpoint, claim
 from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums, what_is_taught
-from ldm.training.examples import Example
 from ldm.training.log import Log, Reporter
 from ldm.training.numbers import Numbers, SubjectLosses
 from ldm.training.precision import Precision
 from ldm.training.saver import Saver
-from ldm.training.settings import SAVES_MEMORY, Settings
-from ldm.training.settings_toml import SETTINGS, to_toml
 from ldm.training.state import Metrics, TrainingState
-from ldm.training.subjects import Subject
 from ldm.training.tracking import Tracker
 
 PREFLIGHT = "preflight.json"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import RunError
+from ldm.settings import Settings
 from ldm.training import checkpoint
-from ldm.training.settings import Settings
 from ldm.training.state import Diverged, TrainingState
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 from ldm import images, samplers
 from ldm.model import StableDiffusion
 from ldm.runtime import replacing, uncompiled, written
+from ldm.settings import Settings
 from ldm.training.run import Run
-from ldm.training.settings import Settings
 
 
 def sheet_path(run: Run, name: str) -> Path:

@@ -14,12 +14,12 @@ from ldm.dreambooth import Trainable
 from ldm.errors import RunError
 from ldm.formats import SAMPLING_KEY, TRAINING_KEY, Tensors, modelspec
 from ldm.runtime import written
+from ldm.settings import Settings
 from ldm.training import optimizer
 from ldm.training.ema import EMA
 from ldm.training.numbers import Numbers
 from ldm.training.piecewise import Piecewise
 from ldm.training.precision import Precision
-from ldm.training.settings import Settings
 
 MAX_OVERFLOWS = 50  # in a row; each halves fp16's scale, so nothing is left of the gradients by then
 

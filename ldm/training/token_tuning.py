@@ -9,7 +9,7 @@ from ldm import tokens
 from ldm.dreambooth import Prompts, Trainable
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.training.settings import Settings
+from ldm.settings import Settings
 
 
 class TokenTuning(Trainable):

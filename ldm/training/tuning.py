@@ -22,8 +22,8 @@ from ldm.formats import (
 )
 from ldm.lora import LoRA, attach, chosen, disabled
 from ldm.model import StableDiffusion
+from ldm.settings import Settings
 from ldm.tokens import LearnedToken
-from ldm.training.settings import Settings
 from ldm.training.token_tuning import TokenTuning, begin_token
 
 

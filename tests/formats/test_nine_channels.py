@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from ldm import InputError, StableDiffusion
 from ldm.__main__ import main
 from ldm.config import SD1, SD1_INPAINT, SD2_INPAINT
+from ldm.data import widen
 from ldm.formats import UNET_PREFIX, family, modelspec, read
-from ldm.training import widen
 
 FIRST = UNET_PREFIX + "input_blocks.0.0.weight"
 

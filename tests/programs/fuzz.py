@@ -39,8 +39,9 @@ from ldm.config import ModelConfig, TextConfig, UNetConfig, VAEConfig  # noqa: E
 from ldm.dreambooth import Trainable  # noqa: E402
 from ldm.errors import MAX_MESSAGE, InputError  # noqa: E402
 from ldm.lora import LoRA  # noqa: E402
+from ldm.settings import Settings  # noqa: E402
 from ldm.tokenizer import BOS, EOS, Tokenizer, clip_vocabulary  # noqa: E402
-from ldm.training import ClassPictures, Settings, TrainingState, checkpoint, continuity  # noqa: E402
+from ldm.training import ClassPictures, TrainingState, checkpoint, continuity  # noqa: E402
 from ldm.training.precision import Precision  # noqa: E402
 
 MEMORY, SECONDS = 1 << 30, 5  # the most that a case may take

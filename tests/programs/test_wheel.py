@@ -35,7 +35,7 @@ def test_both_programs_run_on_an_installed_wheel(root, saved, photographs, tmp_p
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert str(site) in run("-c", "import ldm, ldm.training, ldm.formats; print(ldm.__file__)")
+    assert str(site) in run("-c", "import ldm, ldm.preflight, ldm.report; print(ldm.__file__)")
     run("train.py", "--model", saved["official"], "--instance-data-dir", photographs, *SMALL, "--output-dir", "run")
     assert len(losses(home / "run")) == 4
     run("sample.py", "--model", "run/model.safetensors", "--prompt", "a sks dog")

@@ -19,7 +19,7 @@ import torch
 from ldm import StableDiffusion
 from ldm.config import SD1
 from ldm.dreambooth import FullTuning, dreambooth_loss
-from ldm.training import Settings
+from ldm.settings import Settings
 from ldm.training.ema import EMA
 from ldm.training.optimizer import adamw
 from ldm.training.precision import Precision

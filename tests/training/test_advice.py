@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from ldm.training import advise
 from ldm.training.log import read_lines
+from ldm.validation import advise
 
 
 def curve(steps: tuple = (0, 100, 200, 300), **columns: tuple) -> list[dict]:

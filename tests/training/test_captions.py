@@ -9,9 +9,11 @@ import torch
 from runs import photograph
 
 from ldm import InputError
-from ldm.training import parse, read_subjects, vary
-from ldm.training.captions import fill, words_of
-from ldm.training.examples import read_examples
+from ldm.data import read_subjects
+from ldm.data.captions import fill, words_of
+from ldm.data.examples import read_examples
+from ldm.data.variation import vary
+from ldm.training import parse
 from train import TINY
 
 WORDS = {"token": "sks", "class": "dog"}

@@ -15,12 +15,14 @@ from runs import LATEST, SMALL, call, metrics, photograph, refused
 
 import train
 from ldm import InputError
+from ldm.data import read_subjects
+from ldm.data.examples import read_examples
+from ldm.data.focus import camera_focus
+from ldm.data.latents import centre_of
+from ldm.data.masks import load_mask
 from ldm.images import fit
-from ldm.training import load_mask, parse, read_subjects
+from ldm.training import parse
 from ldm.training.continuity import names_of
-from ldm.training.examples import read_examples
-from ldm.training.focus import camera_focus
-from ldm.training.latents import centre_of
 
 RUNS = ("captions", "kohya", "two")  # of README
 PROMPTS = ("--instance-prompt", "a photo of sks dog", "--class-prompt", "a photo of a dog")

@@ -15,9 +15,10 @@ import sample
 import train
 from ldm import StableDiffusion, rng
 from ldm.__main__ import main as tools
+from ldm.data import Example, widen
+from ldm.data.inpainting import draw_hole, draw_mask, keep_images
+from ldm.data.rows import CropDraws, LatentDraws
 from ldm.images import fit, read_picture, to_tensor
-from ldm.training import CropDraws, Example, LatentDraws, draw_mask, widen
-from ldm.training.inpainting import draw_hole, keep_images
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from ldm import StableDiffusion
-from ldm.training import LoRATuning, Settings, checkpoint, parse
+from ldm.settings import Settings
+from ldm.training import LoRATuning, checkpoint, parse
 
 TINY = Path(__file__).resolve().parents[2] / "weights" / "tiny" / "base"
 FACTS = Path(__file__).resolve().parents[1] / "facts" / "lora"

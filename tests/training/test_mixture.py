@@ -15,21 +15,14 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d
 
 from ldm import InputError
+from ldm.data import Batches, Example, Subject, make_rows, sort_class_pictures, sort_photographs
+from ldm.data.buckets import bucket_of, bucket_sizes, bucket_step, cut_around, cut_away
+from ldm.data.mixture import Mixture, turn_of
+from ldm.data.sorting import sizes_of_photographs
 from ldm.dreambooth import FullTuning
 from ldm.images import Picture, fit, upright_size
 from ldm.runtime import Stop, World, progress_bar
-from ldm.training import (
-    Batches,
-    Example,
-    Settings,
-    Subject,
-    make_rows,
-    sort_class_pictures,
-    sort_photographs,
-)
-from ldm.training.buckets import bucket_of, bucket_sizes, bucket_step, cut_around, cut_away
-from ldm.training.mixture import Mixture, turn_of
-from ldm.training.sorting import sizes_of_photographs
+from ldm.settings import Settings
 
 CPU = torch.device("cpu")
 BAR = partial(progress_bar, Stop())

@@ -10,10 +10,14 @@ import torch
 from runs import LORA, SMALL, call, check_same, collection, losses, metrics, weights
 
 from ldm import StableDiffusion, rng
+from ldm.data import Batches
+from ldm.data.latents import encode
+from ldm.data.rows import CropDraws, Rows
 from ldm.dreambooth import FullTuning, min_snr_weight
 from ldm.images import load_picture, read_picture
 from ldm.runtime import World
-from ldm.training import Batches, CropDraws, LoRATuning, Rows, Settings, encode
+from ldm.settings import Settings
+from ldm.training import LoRATuning
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 

@@ -13,7 +13,8 @@ import sample
 from ldm import InputError, StableDiffusion, __main__, images, tokens
 from ldm.dreambooth import FullTuning
 from ldm.formats import read_lora
-from ldm.training import LoRATuning, Settings, tuning_of
+from ldm.settings import Settings
+from ldm.training import LoRATuning, tuning_of
 
 TINY = Path(__file__).resolve().parents[2] / "weights" / "tiny" / "base"
 WORDS = ("--placeholder-token", "[V]", "--initializer-token", "dog", "--num-vectors", 2, "--token-learning-rate", 1e-2)

@@ -16,9 +16,10 @@ from torch import nn
 from ldm import StableDiffusion
 from ldm.config import SD1
 from ldm.dreambooth import FullTuning, Trainable
+from ldm.preflight import memory, predict
+from ldm.preflight.memory import Rehearsal
 from ldm.runtime import World
-from ldm.training import memory, optimizer, options, predict
-from ldm.training.memory import Rehearsal
+from ldm.training import optimizer, options
 from ldm.training.precision import Precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

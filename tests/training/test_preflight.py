@@ -12,12 +12,14 @@ from PIL import Image, ImageEnhance, ImageOps
 from runs import SMALL, call, command, photograph, run
 
 from ldm import images
+from ldm.data import Example, Subject
+from ldm.preflight.note import Note, listed
+from ldm.preflight.photographs import ALIKE, fingerprint, photograph_notes
+from ldm.preflight.preflight import class_note, disk_notes, resolution_notes, steps_note, subject_notes
+from ldm.preflight.prompts import identifier, prompt_notes
+from ldm.settings import Settings
 from ldm.tokenizer import Tokenizer
-from ldm.training import Example, Settings, Subject, log, pace
-from ldm.training.note import Note, listed
-from ldm.training.note_photographs import ALIKE, fingerprint, photograph_notes
-from ldm.training.note_prompts import identifier, prompt_notes
-from ldm.training.preflight import class_note, disk_notes, resolution_notes, steps_note, subject_notes
+from ldm.training import log, pace
 from ldm.training.tracking import Tracker
 
 
@@ -209,7 +211,7 @@ def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_result(every, limi
     settings = replace(Settings(), max_train_steps=400 if every == 500 else 800, checkpointing_steps=every,
                        checkpoints_total_limit=limit)  # fmt: skip
     state = SimpleNamespace(bytes_saved=10**9, trainable=SimpleNamespace(bytes_saved=lambda: 3 * 10**9))
-    monkeypatch.setattr("ldm.training.preflight.free_space", lambda folder: (most + 3) * 10**9 - 1)
+    monkeypatch.setattr("ldm.preflight.preflight.free_space", lambda folder: (most + 3) * 10**9 - 1)
     run = SimpleNamespace(settings=settings, folder=tmp_path / "new" / "run")
     text, warning = disk_notes(run, state, [])
     assert text.text.startswith(f"The run fills at most {most + 3}.0 GB, {most}.0 of it with {most} checkpoint")

@@ -9,8 +9,9 @@ import pytest
 from runs import LATEST, SMALL, call, check_same, checkpoints, refused
 
 import train
-from ldm.training import Settings, options
-from ldm.training.settings_toml import ONCE, to_toml
+from ldm.settings import Settings
+from ldm.settings.toml import ONCE, to_toml
+from ldm.training import options
 
 # A run of two steps on the embedded model, with its own prompts and photographs.
 FEW = "--max-train-steps 2 --num-class-images 2 --sample-steps 1 --num-validation-images 1 --train-batch-size 1".split()

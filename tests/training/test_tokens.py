@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import train
 from ldm import StableDiffusion, tokens
-from ldm.training import Settings, TokenTuning, parse, tuning_of
+from ldm.settings import Settings
+from ldm.training import TokenTuning, parse, tuning_of
 
 WORDS = ("--placeholder-token", "[V]", "--initializer-token", "dog", "--num-vectors", 2, "--token-learning-rate", 1e-2)
 ALONE = (*WORDS, "--train", "token")

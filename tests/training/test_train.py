@@ -13,9 +13,10 @@ from runs import latent_rows, metrics, sample_rows
 import train
 from ldm import StableDiffusion
 from ldm.config import SD1
+from ldm.data.rows import Rows
 from ldm.dreambooth import dreambooth_loss
 from ldm.images import load_picture
-from ldm.training import Rows, parse
+from ldm.training import parse
 
 SUBJECT, CLASS = "a photo of sks dog", "a photo of a dog"
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ldm import InputError, StableDiffusion
 from ldm.dreambooth import FullTuning, Trainable
-from ldm.training import Settings
+from ldm.settings import Settings
 
 
 class KeysAndValues(Trainable):

@@ -35,11 +35,13 @@ from runs import (
 
 import train
 from ldm import StableDiffusion, images
+from ldm.data.inpainting import widen
 from ldm.images import MARGIN, load_picture
-from ldm.training import advise, best, grid, parse, predict, sheets, tuning_of
-from ldm.training.drift import diversity, drift
+from ldm.preflight import predict
+from ldm.training import parse, sheets, tuning_of
 from ldm.training.ema import EMA
-from ldm.training.inpainting import widen
+from ldm.validation import advise, best, grid
+from ldm.validation.drift import diversity, drift
 
 EVERY = ("--validation-steps", 2, "--num-drift-images", 2)
 STEPS = ("--checkpointing-steps", 2)

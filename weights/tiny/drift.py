@@ -1,7 +1,7 @@
 """Compares train.py's own numbers of language drift with the judge's, over runs of different strength.
 
 train.py measures drift and diversity in the features of the base model's UNet, from 16 rough pictures
-(ldm/training/drift.py). The judge sees 64 good pictures of each checkpoint, and was trained on drawings (effect.py).
+(ldm/validation/drift.py). The judge sees 64 good pictures of each checkpoint, and was trained on drawings (effect.py).
 If the two rank the checkpoints alike, train.py's numbers can say when to stop.
 
     python weights/tiny/drift.py            # an interrupted call goes on

@@ -13,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm import images
+from ldm.data.captions import LISTS
 from ldm.errors import InputError
 from ldm.runtime import list_folder
-from ldm.training.captions import LISTS
-from ldm.training.settings import Settings
-from ldm.training.settings_subjects import SubjectSettings
+from ldm.settings import Settings, SubjectSettings
 
 NAME = re.compile(r"0*([1-9]\d{0,5})_(.+)")
 

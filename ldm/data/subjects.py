@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ldm.data.captions import words_of
+from ldm.data.examples import Example, read_examples
+from ldm.data.masks import has_alpha
 from ldm.errors import InputError
-from ldm.training.captions import words_of
-from ldm.training.examples import Example, read_examples
-from ldm.training.masks import has_alpha
-from ldm.training.settings import Settings
-from ldm.training.settings_subjects import SubjectSettings
+from ldm.settings import Settings, SubjectSettings
 
 
 @dataclass(frozen=True)

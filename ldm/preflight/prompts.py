@@ -4,10 +4,10 @@ DreamBooth ties the subject to a rare word, the identifier, "sks" in "a photo of
 3.1). A frequent word has a meaning already, and so have the pieces of a word that is more than one token.
 """
 
+from ldm.data import Subject
+from ldm.preflight.note import Note, counted, listed
+from ldm.settings import Settings
 from ldm.tokenizer import Tokenizer, clip_vocabulary
-from ldm.training.note import Note, counted, listed
-from ldm.training.settings import Settings
-from ldm.training.subjects import Subject
 
 TOPIC = "identifier"
 Pieces = dict[str, list[tuple[int, str]]]  # word -> the numbers and texts of its tokens

@@ -13,18 +13,14 @@ import torch
 from tqdm import tqdm
 
 from ldm import images, rng
+from ldm.data import Example, Subject, read_examples, words_of
 from ldm.errors import InputError, RunError
 from ldm.runtime import Stopped
-from ldm.training import best, checkpoint, grid, sheets
-from ldm.training.advice import Line, advise, of_class
-from ldm.training.captions import words_of
-from ldm.training.class_pictures import ClassPictures
-from ldm.training.drift import Drift, is_wanted
-from ldm.training.examples import Example, read_examples
-from ldm.training.run import Run
-from ldm.training.settings import Settings
-from ldm.training.state import TrainingState
-from ldm.training.subjects import Subject
+from ldm.settings import Settings
+from ldm.training import ClassPictures, Run, TrainingState, checkpoint, sheets
+from ldm.validation import best, grid
+from ldm.validation.advice import Line, advise, of_class
+from ldm.validation.drift import Drift, is_wanted
 
 LOSSES = {"validation_loss": "held-out loss", "training_loss": "photographs", "class_loss": "class"}
 

@@ -6,17 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.data.buckets import Size, cut_around
+from ldm.data.examples import Example
+from ldm.data.focus import Point
+from ldm.data.masks import load_mask
+from ldm.data.sorting import sort_photographs
+from ldm.data.subjects import Subject
 from ldm.errors import InputError
 from ldm.images import fit, to_tensor, upright_size
 from ldm.model import StableDiffusion
 from ldm.runtime import side_by_side
-from ldm.training.buckets import Size, cut_around
-from ldm.training.examples import Example
-from ldm.training.focus import Point
-from ldm.training.masks import load_mask
-from ldm.training.settings import Settings
-from ldm.training.sorting import sort_photographs
-from ldm.training.subjects import Subject
+from ldm.settings import Settings
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from ldm import images, samplers
 from ldm.runtime import cli
-from ldm.training.setting import Group, not_a_number, setting
+from ldm.settings.setting import Group, not_a_number, setting
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm import rng
+from ldm.data.buckets import Size
+from ldm.data.inpainting import columns_beside, draw_hole, keep_images
+from ldm.data.latents import Encode, Latents, centre_of, encode, encode_masks, encode_pictures, load_image
+from ldm.data.masks import load_mask
+from ldm.data.sorting import Bucket, Collection
+from ldm.data.variation import variation
 from ldm.errors import InputError
 from ldm.model import StableDiffusion
-from ldm.training.buckets import Size
-from ldm.training.inpainting import columns_beside, draw_hole, keep_images
-from ldm.training.latents import (
-    Encode,
-    Latents,
-    centre_of,
-    encode,
-    encode_masks,
-    encode_pictures,
-    load_image,
-)
-from ldm.training.masks import load_mask
-from ldm.training.settings import Settings
-from ldm.training.sorting import Bucket, Collection
-from ldm.training.variation import variation
+from ldm.settings import Settings
 
 Columns = dict[str, Any]  # of several rows: tensors, and a list of prompts
 Vary = Callable[[str, torch.Generator], str]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.runtime import cli
-from ldm.training.setting import Group, setting
+from ldm.settings.setting import Group, setting
 
 BEST_METRICS = ("score", "validation_loss")
 

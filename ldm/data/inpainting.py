@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm import rng
+from ldm.data.buckets import Size
+from ldm.data.examples import Example
+from ldm.data.latents import Encode, centre_of, load_image
 from ldm.errors import InputError
 from ldm.guidance import masked_columns
 from ldm.model import StableDiffusion
-from ldm.training.buckets import Size
-from ldm.training.examples import Example
-from ldm.training.latents import Encode, centre_of, load_image
 
 WHOLE = 0.25  # share of rows whose mask is the whole picture
 

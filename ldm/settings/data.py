@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.runtime import cli
-from ldm.training.setting import Group, flag, not_a_number, setting
-from ldm.training.settings_subjects import SubjectSettings, problem_of
+from ldm.settings.setting import Group, flag, not_a_number, setting
+from ldm.settings.subjects import SubjectSettings, problem_of
 
 
 @dataclass(frozen=True)

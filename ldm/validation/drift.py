@@ -18,10 +18,10 @@ from ldm.dreambooth import Trainable
 from ldm.guidance import seen
 from ldm.lora import LoRA, disabled
 from ldm.runtime import uncompiled
-from ldm.training.grid import Part
-from ldm.training.run import Run
-from ldm.training.settings import Settings
+from ldm.settings import Settings
+from ldm.training import Run
 from ldm.unet import UNet, timestep_embedding
+from ldm.validation.grid import Part
 
 SAMPLER, STEPS = "dpmpp_2m", 8  # rough pictures suffice
 NOISE = 0.1  # the timestep of the features, as a share of all

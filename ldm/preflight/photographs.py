@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ldm import images
+from ldm.data import Size, cut_away
 from ldm.images import Picture
-from ldm.training.buckets import Size, cut_away
-from ldm.training.note import Note, counted, listed
+from ldm.preflight.note import Note, counted, listed
 
 ALIKE = 8  # of 64 bits: photographs that differ in at most so many look alike
 MUCH = 0.4  # of a photograph; a square cut removes 0.25 of 4:3, 0.33 of 3:2 and 0.44 of 16:9

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from ldm.errors import InputError
 from ldm.runtime import read_json, written
-from ldm.training import checkpoint
-from ldm.training.advice import Line, number, score
-from ldm.training.run import Run
-from ldm.training.settings import Settings
-from ldm.training.state import TrainingState
+from ldm.settings import Settings
+from ldm.training import Run, TrainingState, checkpoint
+from ldm.validation.advice import Line, number, score
 
 FOLDER, FILE = "best", "best.json"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ldm.errors import one_line
 from ldm.runtime import MAX_PATH
-from ldm.training.settings import Settings
-from ldm.training.settings_subjects import FOLDERS, SubjectSettings
+from ldm.settings.settings import Settings
+from ldm.settings.subjects import FOLDERS, SubjectSettings
 
 SETTINGS = "config.toml"  # in a run's folder
 ONCE = ("output_dir", "resume_from_checkpoint", "dry_run")  # belong to one start of train.py, not to the run

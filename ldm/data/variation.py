@@ -8,7 +8,7 @@ import torch
 
 
 def variation(settings: Any) -> Callable[[str, torch.Generator], str] | None:
-    """`vary` with the settings of a run, `ldm.training.Settings`; None if they leave captions as they are."""
+    """`vary` with the settings of a run, `ldm.settings.Settings`; None if they leave captions as they are."""
     return partial(vary, settings=settings) if settings.caption_dropout or settings.shuffle_tags else None
 
 

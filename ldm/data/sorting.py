@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ldm.data.buckets import Size, bucket_of, bucket_sizes, bucket_step
+from ldm.data.examples import Example
+from ldm.data.mixture import Mixture, turn_of
+from ldm.data.subjects import Subject
 from ldm.errors import InputError
 from ldm.images import upright_size
 from ldm.model import StableDiffusion
-from ldm.training.buckets import Size, bucket_of, bucket_sizes, bucket_step
-from ldm.training.examples import Example
-from ldm.training.mixture import Mixture, turn_of
-from ldm.training.settings import Settings
-from ldm.training.subjects import Subject
+from ldm.settings import Settings
 
 
 @dataclass(frozen=True)

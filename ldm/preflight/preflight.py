@@ -4,19 +4,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from ldm.data import Subject, sizes_of_photographs
 from ldm.model import StableDiffusion
+from ldm.preflight.memory import Tuning, gigabytes, memory_notes
+from ldm.preflight.note import Note, counted, listed
+from ldm.preflight.photographs import photograph_notes
+from ldm.preflight.prompts import prompt_notes
 from ldm.runtime import Stopped
-from ldm.training.checkpoint import free_space
-from ldm.training.class_pictures import ClassPictures
-from ldm.training.memory import Tuning, gigabytes, memory_notes
-from ldm.training.note import Note, counted, listed
-from ldm.training.note_photographs import photograph_notes
-from ldm.training.note_prompts import prompt_notes
-from ldm.training.run import Run
-from ldm.training.settings import Settings
-from ldm.training.sorting import sizes_of_photographs
-from ldm.training.state import TrainingState
-from ldm.training.subjects import Subject
+from ldm.settings import Settings
+from ldm.training import ClassPictures, Run, TrainingState, free_space
 
 
 def tell_preflight(

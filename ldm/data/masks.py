@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ldm import images
+from ldm.data.examples import Example
+from ldm.data.focus import Point
 from ldm.images import Picture
-from ldm.training.examples import Example
-from ldm.training.focus import Point
 
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")  # Pillow's modes with an alpha channel
 DARK = 8  # of 255; a mask that is nowhere brighter is wrong, for example 0 and 1 where 0 and 255 were meant

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ldm import rng
+from ldm.data import Example, encode_pictures
 from ldm.dreambooth import Trainable
 from ldm.guidance import masked_columns, seen
 from ldm.model import StableDiffusion
 from ldm.runtime import uncompiled
-from ldm.training.examples import Example
-from ldm.training.latents import encode_pictures
-from ldm.training.run import Run
+from ldm.training import Run
 
 STRATA = 8  # equal ranges of timesteps
 CELLS = 2 * STRATA  # of a picture: two in each range

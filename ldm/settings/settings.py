@@ -5,22 +5,14 @@ from dataclasses import Field, dataclass, fields
 from ldm import images
 from ldm.errors import InputError
 from ldm.formats import MAX_RANK
+from ldm.settings.data import Captions, Model, Photographs, Prior, Shapes
+from ldm.settings.loss import Loss
+from ldm.settings.output import Output, Sampling
+from ldm.settings.setting import Group, flag
+from ldm.settings.subjects import SubjectSettings
+from ldm.settings.training import LORA_RATE, RATE, LoRASettings, Machine, Optimization, TokenSettings, Trained
+from ldm.settings.validation import Validation
 from ldm.tokenizer import check_prompt
-from ldm.training.setting import Group, flag
-from ldm.training.settings_data import Captions, Model, Photographs, Prior, Shapes
-from ldm.training.settings_loss import Loss
-from ldm.training.settings_output import Output, Sampling
-from ldm.training.settings_subjects import SubjectSettings
-from ldm.training.settings_training import (
-    LORA_RATE,
-    RATE,
-    LoRASettings,
-    Machine,
-    Optimization,
-    TokenSettings,
-    Trained,
-)
-from ldm.training.settings_validation import Validation
 
 # In the order of --help.
 GROUPS: tuple[type[Group], ...] = (

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm import images
+from ldm.data.beside import Files, companions, sort_files
+from ldm.data.captions import ENDINGS, Words, fill, read_lines, read_list
+from ldm.data.focus import Point, camera_focus, read_focus
 from ldm.errors import InputError, one_line
 from ldm.images import Picture
 from ldm.runtime import list_folder
-from ldm.training.beside import Files, companions, sort_files
-from ldm.training.captions import ENDINGS, Words, fill, read_lines, read_list
-from ldm.training.focus import Point, camera_focus, read_focus
 
 STRETCH = 0.01  # between the sides' ratios of a photograph and its mask: sizes are rounded
 

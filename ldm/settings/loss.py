@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from ldm.errors import InputError
 from ldm.schedule import Schedule
-from ldm.training.setting import Group, not_positive, setting
+from ldm.settings.setting import Group, not_positive, setting
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ldm.lora import TARGETS
 from ldm.runtime import cli
-from ldm.training.setting import Group, not_positive, setting
+from ldm.settings.setting import Group, not_positive, setting
 
 RATE, LORA_RATE = 2e-6, 1e-4  # learning rates that are usual for all weights, and for a LoRA
 LOW_LORA_RATE = 1e-5  # below it a LoRA hardly learns

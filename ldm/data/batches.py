@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from ldm.data.rows import Columns, Draws, Rows, Sample
 from ldm.dreambooth import Batch
 from ldm.errors import InputError
 from ldm.runtime import World
-from ldm.training.rows import Columns, Draws, Rows, Sample
-from ldm.training.settings import Settings
+from ldm.settings import Settings
 
 
 class Batches:

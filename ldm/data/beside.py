@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm import images
+from ldm.data.captions import ENDINGS, LISTS
 from ldm.errors import InputError
-from ldm.training.captions import ENDINGS, LISTS
 
 MASK = re.compile(r"(.+)-(?:mask|masklabel)")  # the name of a mask's file, without its ending
 NOTES = ".json"

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from ldm.dreambooth import Trainable, dreambooth_loss
 from ldm.model import StableDiffusion
+from ldm.preflight.ledger import Kernels, Ledger
+from ldm.preflight.note import Note
 from ldm.runtime import at_once
-from ldm.training.drift import weights_kept
-from ldm.training.ledger import Kernels, Ledger
-from ldm.training.note import Note
-from ldm.training.precision import Precision
-from ldm.training.run import Run
-from ldm.training.settings import Settings
+from ldm.settings import Settings
+from ldm.training import Precision, Run
+from ldm.validation import weights_kept
 
 Tuning = Callable[[StableDiffusion, Settings], Trainable]
 
