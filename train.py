@@ -130,7 +130,7 @@ def begin(
             images.load_picture(picture, settings.resolution)
     state = TrainingState(tuning(sd, settings), settings, run.precision, base)
     world.print_main(sd.summary)
-    preflight.tell_preflight(run, tuning, state, subjects, class_pictures)  # a dry run ends here
+    preflight.tell(run, tuning, state, subjects, class_pictures)  # a dry run ends here
     checkpoint = run.begin(state, subjects, own)
     if checkpoint is not None:
         world.print_main(f"resuming from {checkpoint}")

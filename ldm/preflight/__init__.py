@@ -8,9 +8,9 @@ preflight       says all of that, and what the run will do
 """
 
 from ldm.preflight.memory import predict
-from ldm.preflight.preflight import tell_preflight
+from ldm.preflight.preflight import tell
 
 __all__ = [
     "predict",
-    "tell_preflight",
+    "tell",
 ]

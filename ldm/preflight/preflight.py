@@ -15,7 +15,7 @@ from ldm.settings import Settings
 from ldm.training import ClassPictures, Run, TrainingState, free_space
 
 
-def tell_preflight(
+def tell(
     run: Run,
     tuning: Tuning,
     state: TrainingState,
@@ -25,7 +25,7 @@ def tell_preflight(
     """Prints the notes, a line or two each, and keeps them for RUN/preflight.json. Raises Stopped in a dry run."""
     settings, sd = run.settings, state.trainable.sd
 
-    def tell() -> None:
+    def work() -> None:
         notes = [note for subject in subjects for note in subject_notes(subject, settings, sd, len(subjects) > 1)]
         notes += resolution_notes(settings, sd.config.resolution)
         notes += [class_note(settings, class_pictures), steps_note(settings, subjects, run.world.size)]
@@ -35,7 +35,7 @@ def tell_preflight(
             print(note)
         run.notes = [dataclasses.asdict(note) for note in notes]
 
-    run.on_main(tell)
+    run.on_main(work)
     if settings.dry_run:
         raise Stopped
 
