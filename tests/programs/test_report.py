@@ -272,6 +272,8 @@ def test_what_is_no_run_is_refused_in_one_line(root, run, tmp_path, capsys):
         assert "holds no run" in complaint(capsys, folder)
         assert "holds no run" in complaint(capsys, run, folder)
         assert not (folder / "report.html").exists()
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert "is a checkpoint; give the folder of its run" in complaint(capsys, checkpoint)
     for path in (tmp_path / "missing", run / "config.json", "x" * 5000, "a\0b"):
         complaint(capsys, path)
 
