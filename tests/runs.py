@@ -92,7 +92,7 @@ def refused(*arguments: object) -> str:
 
 
 def command(
-    arguments: Sequence[object], processes: int = 1, torchrun: Sequence[str] = (), script: str = "train.py"
+    arguments: Sequence[object], processes: int = 1, torchrun: Sequence[str] = (), script: str | Path = "train.py"
 ) -> list[str]:
     """The command line of a script with these arguments, under torchrun for several processes or torchrun flags."""
     program = [str(ROOT / script), *map(str, arguments)]
@@ -161,15 +161,20 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
+def results(run: Path) -> list[Path]:
+    """The files that a run, or a checkpoint, has its weights in: a model or a LoRA, a learned token [V]."""
+    networks, token = ("model.safetensors", "lora.safetensors"), ("token.safetensors", "[V].safetensors")
+    found = [[run / name for name in names if (run / name).exists()] for names in (networks, token)]
+    assert any(found) and max(map(len, found)) == 1, found
+    return [path for paths in found for path in paths]
+
+
 def result(run: Path) -> Path:
-    """The file that a run, or a checkpoint, has its weights in: a model or a LoRA."""
-    found = [run / name for name in ("model.safetensors", "lora.safetensors") if (run / name).exists()]
-    assert len(found) == 1, found
-    return found[0]
+    return results(run)[0]
 
 
 def weights(run: Path) -> dict:
-    return load_file(result(run))
+    return {name: tensor for path in results(run) for name, tensor in load_file(path).items()}
 
 
 def check_same(a: Path, b: Path) -> None:

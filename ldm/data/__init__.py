@@ -20,7 +20,7 @@ batches     the rows of each step
 from ldm.data.batches import Batches
 from ldm.data.beside import companions
 from ldm.data.buckets import Size, cut_away
-from ldm.data.captions import Words, fill, words_of
+from ldm.data.captions import FILLERS, Words, fill, identifier, words, words_of
 from ldm.data.examples import Example, captioned, read_examples
 from ldm.data.inpainting import widen
 from ldm.data.kohya import named_folders, with_subjects_of_folders
@@ -30,6 +30,7 @@ from ldm.data.sorting import sizes_of_photographs, sort_class_pictures, sort_pho
 from ldm.data.subjects import Subject, read_subjects
 
 __all__ = [
+    "FILLERS",
     "Batches",
     "Example",
     "Size",
@@ -41,6 +42,7 @@ __all__ = [
     "cut_away",
     "encode_pictures",
     "fill",
+    "identifier",
     "make_rows",
     "named_folders",
     "read_examples",
@@ -50,5 +52,6 @@ __all__ = [
     "sort_photographs",
     "widen",
     "with_subjects_of_folders",
+    "words",
     "words_of",
 ]

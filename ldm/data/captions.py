@@ -27,33 +27,47 @@ MAX_CAPTION = 1 << 16  # bytes of a caption's file
 
 NAME = re.compile(r"\{(\w+)\}")
 ARTICLES = ("a", "an", "the")
+# Words of a prompt that do not say what the subject is.
+FILLERS = {*ARTICLES, *"of in on at with and photo photograph picture image portrait painting drawing style".split()}
 
 Words = Mapping[str, str | None]
+
+
+def identifier(prompt: str, class_prompt: str) -> list[str]:
+    """The words of a prompt that name its subject: those that the class prompt lacks, without fillers and {names}."""
+    plain = [word.lower() for word in words(class_prompt)]
+    named = [word for word in words(prompt) if word.lower() not in plain]
+    return [word for word in named if word.lower() not in FILLERS and not NAME.search(word)]
+
+
+def words(prompt: str) -> list[str]:
+    """The words of a prompt, without punctuation around them."""
+    return [word for part in prompt.split() if (word := part.strip(",.;:!?\"'()"))]
 
 
 def words_of(prompt: str, class_prompt: str | None, token: str | None = None, kind: str | None = None) -> Words:
     """What {token} and {class} stand for; None for one that the prompts do not say.
 
-    {token}: `token`, if given; else the words of the prompt that the class prompt lacks, without articles: "sks" for "a
-    photo of sks dog" and "a photo of a dog". {class}: the words that both prompts end with, "dog"; else those of the
-    class prompt after the prompts' common beginning; `kind` if there is no class prompt.
+    {token}: `token`, if given; else the identifier, "sks" for "a photo of sks dog" and "a photo of a dog". {class}: the
+    words that both prompts end with, "dog"; else those of the class prompt after the prompts' common beginning; `kind`
+    if there is no class prompt.
     """
-    named, plain = prompt.split(), (class_prompt or "").split()
-    other = [w for w in named if w not in plain and w.lower() not in ARTICLES and not NAME.search(w)]
-    if token is None and plain and other:
-        token = " ".join(other)
+    if token is None and class_prompt:
+        token = " ".join(identifier(prompt, class_prompt)) or None
+    named, plain = words(prompt), words(class_prompt or "")
     start = len(plain) - _common(named[::-1], plain[::-1])
     if start == len(plain):
         start = _common(named, plain)
-    rest = [w for w in plain[start:] if not NAME.search(w)]
+    rest = [word for word in plain[start:] if not NAME.search(word)]
     while rest and rest[0].lower() in ARTICLES:
         rest = rest[1:]
     return {"token": token, "class": " ".join(rest) or kind}
 
 
 def _common(a: list[str], b: list[str]) -> int:
-    """The number of words that two lists begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """The number of words that two lists begin with in common, in small letters or large."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x.lower() != y.lower()), min(len(a), len(b)))
 
 
 def fill(text: str, words: Words, where: object) -> str:

@@ -4,7 +4,7 @@ DreamBooth ties the subject to a rare word, the identifier, "sks" in "a photo of
 3.1). A frequent word has a meaning already, and so have the pieces of a word that is more than one token.
 """
 
-from ldm.data import Subject
+from ldm.data import FILLERS, Subject, identifier, words
 from ldm.preflight.note import Note, counted, listed
 from ldm.settings import Settings
 from ldm.tokenizer import Tokenizer, clip_vocabulary
@@ -13,8 +13,6 @@ TOPIC = "identifier"
 Pieces = dict[str, list[tuple[int, str]]]  # word -> the numbers and texts of its tokens
 
 RARE = 40_000  # CLIP's tokens from this number on are rare: merges that were frequent in its texts come first
-# Words of a prompt that do not say what the subject is.
-FILLERS = set("a an the of in on at with and photo photograph picture image portrait painting drawing style".split())
 
 
 def prompt_notes(subject: Subject, settings: Settings, tokenizer: Tokenizer) -> list[Note]:
@@ -27,26 +25,13 @@ def prompt_notes(subject: Subject, settings: Settings, tokenizer: Tokenizer) -> 
     elif not class_prompt:
         notes = [Note(TOPIC, "It is not known: there is no class prompt to compare the instance prompt with.")]
     else:
-        notes = _of_identifier(identifier(subject.prompt, class_prompt), tokenizer)
+        notes = _of_identifier(identifier(subject.prompt.lower(), class_prompt.lower()), tokenizer)
     return [*notes, *_of_class_word(subject.prompt, class_prompt)]
-
-
-def words(prompt: str) -> list[str]:
-    """The words of a prompt in small letters, without punctuation around them."""
-    return [word for part in prompt.lower().split() if (word := part.strip(",.;:!?\"'()"))]
-
-
-def identifier(instance_prompt: str, class_prompt: str) -> list[str]:
-    """The words of the instance prompt that the class prompt lacks. Fillers count only if there are no others."""
-    lacking = [word for word in words(instance_prompt) if word not in words(class_prompt)]
-    return [word for word in lacking if word not in FILLERS] or lacking
 
 
 def _of_identifier(found: list[str], tokenizer: Tokenizer) -> list[Note]:
     if not found:
-        text = (
-            "The instance prompt has no word that the class prompt lacks: no word names your subject. Add a rare one."
-        )
+        text = "The instance prompt says no more than the class prompt: no word names your subject. Add a rare one."
         return [Note(TOPIC, text, warning=True)]
     texts = {id: token.removesuffix("</w>") for token, id in (tokenizer.vocab | tokenizer.added_ids()).items()}
     pieces = {word: [(id, texts[id]) for id in tokenizer.ids(word)] for word in found}
@@ -83,10 +68,10 @@ def _warnings(pieces: Pieces) -> list[Note]:
 
 def _of_class_word(prompt: str, class_prompt: str) -> list[Note]:
     """Nothing for a class prompt that names nothing."""
-    subject = [word for word in words(class_prompt) if word not in FILLERS]
+    instance, subject = words(prompt.lower()), [word for word in words(class_prompt.lower()) if word not in FILLERS]
     if not subject:
         return []
-    missing = [word for word in subject if word not in words(prompt)]
+    missing = [word for word in subject if word not in instance]
     shown = listed(f'"{word}"' for word in subject)
     if len(missing) == len(subject):
         text = f'"{prompt}" does not name the class, {shown}, so that the model has to learn it too. Add it there.'

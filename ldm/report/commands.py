@@ -54,7 +54,7 @@ def _sampling(record: Record) -> list[Command]:
         return []
     found = [Command("Make pictures", f"python sample.py {flags}{prompt}")]
     best = record.folder / "best" / result.name
-    if record.best and best.exists():
+    if record.best and record.best["step"] != record.steps and best.exists():
         what = f"Make pictures with the best step, {record.best['step']}"
         found.append(Command(what, f"python sample.py {_flags(best, record)}{prompt}"))
     return found
@@ -90,22 +90,22 @@ def _elsewhere(record: Record) -> list[Command]:
     result = record.result
     if result is None:
         return []
-    kind, path = kind_of(result, record), json.dumps(_shown(result), ensure_ascii=False)
+    kind, path = kind_of(result, record), json.dumps(shown(result), ensure_ascii=False)
     prompt = json.dumps(_prompt(record), ensure_ascii=False)
     start, end = "from diffusers import StableDiffusionPipeline\n", f"pipe({prompt}).images[0]"
     if kind == "model":
         return _model_elsewhere(result, start, end)
     if kind not in ("lora", "token"):
         return []
-    base = json.dumps(record.text("model") or "BASE", ensure_ascii=False)
+    base = json.dumps(shown(record.text("model") or "BASE"), ensure_ascii=False)
     loader = "from_single_file" if base.endswith(('.safetensors"', '.ckpt"')) else "from_pretrained"
     start += f"pipe = StableDiffusionPipeline.{loader}({base})\n"
     name = result.stem
     if kind == "lora":
-        folder = f"{json.dumps(_shown(result.parent), ensure_ascii=False)}, weight_name={json.dumps(result.name)}"
+        folder = f"{json.dumps(shown(result.parent), ensure_ascii=False)}, weight_name={json.dumps(result.name)}"
         code = f"pipe.load_lora_weights({folder})\n"
         if token := _token_of(result, record):
-            code += f"pipe.load_textual_inversion({json.dumps(_shown(token), ensure_ascii=False)})\n"
+            code += f"pipe.load_textual_inversion({json.dumps(shown(token), ensure_ascii=False)})\n"
         text = (
             f"ComfyUI: copy {result.name} to models/loras, and put the node Load LoRA after the base model's loader. "
         )
@@ -129,7 +129,7 @@ def _model_elsewhere(result: Path, start: str, end: str) -> list[Command]:
         path = result.with_name("diffusers")
         code = f"python -m ldm weights convert {_quoted(result)} {_quoted(path)} --layout diffusers"
         found.append(Command("Write it as a diffusers folder", code))
-    where = json.dumps(_shown(path), ensure_ascii=False)
+    where = json.dumps(shown(path), ensure_ascii=False)
     loader = f"pipe = StableDiffusionPipeline.from_pretrained({where})\n"
     found.append(Command("Open it in diffusers", start + loader + end))
     if family is None:
@@ -152,10 +152,10 @@ def _prompt(record: Record) -> str:
 
 
 def _quoted(path: str | Path) -> str:
-    return shlex.quote(_shown(path))
+    return shlex.quote(shown(path))
 
 
-def _shown(path: str | Path) -> str:
+def shown(path: str | Path) -> str:
     """A path as seen from here: relative if it lies below the current folder, else whole."""
     whole = os.path.abspath(path)
     here = os.path.join(os.getcwd(), "")

@@ -110,7 +110,7 @@ def _settings(records: Sequence[Record], names: Sequence[str]) -> Html | None:
     known = list(dict.fromkeys(name for record in records for name in record.settings))
     rows = []
     for name in known:
-        values = [value_text(record.settings.get(name, defaults.get(name))) for record in records]
+        values = [value_text(name, record.settings.get(name, defaults.get(name))) for record in records]
         if len(set(values)) > 1:
             rows.append(el("tr", el("th", broken(name), scope="row"), [el("td", value) for value in values]))
     if not rows:

@@ -1,6 +1,8 @@
 """The report of one run: a page that tells its story."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from ldm.errors import one_line
@@ -18,6 +20,7 @@ MAX_FRAMES = 24  # sheets behind the slider
 MAX_SUBJECTS = 4  # with curves of their own
 MAX_ROWS = 60  # of a table
 UNITS = "mean squared error"
+PATHS = {f.name for f in fields(Settings) if f.metadata["path"]}
 
 
 def page(record: Record) -> str:
@@ -30,7 +33,8 @@ def page(record: Record) -> str:
         ("What to do next", _commands(record)),
         ("Settings", _settings(record)),
     ]
-    sections.append(("Problems", problem_list([*record.problems, *album.problems])))
+    problems = [text.replace(f"{record.folder}/", "") for text in (*record.problems, *album.problems)]
+    sections.append(("Problems", problem_list(problems)))
     header = el(
         "header",
         el("p", "DreamBooth run ", el("span", one_line(record.folder.absolute().name, MAX_TEXT)), class_="kicker"),
@@ -210,9 +214,9 @@ def _settings(record: Record) -> Html | None:
     if not record.settings:
         return None
     left, parts = dict(record.settings), []
-    for group, fields in Settings.groups():
+    for group, settings in Settings.groups():
         rows = []
-        for f in fields:
+        for f in settings:
             if f.name in left:
                 value = left.pop(f.name)
                 default = list(f.default) if isinstance(f.default, tuple) else f.default
@@ -230,7 +234,7 @@ def _group(title: str, rows: list[Html]) -> Html | None:
 
 
 def _setting(name: str, value: Any, text: str, is_changed: bool) -> Html:
-    shown = value_text(value)
+    shown = value_text(name, value)
     return el(
         "tr",
         el("th", broken(name), scope="row", title=text or None),
@@ -239,15 +243,25 @@ def _setting(name: str, value: Any, text: str, is_changed: bool) -> Html:
     )
 
 
-def value_text(value: Any) -> str:
-    """A setting's value in one line."""
+def value_text(name: str, value: Any) -> str:
+    """A setting's value in one line. name: of the setting, or of a key in it."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple) and len(value) < 100:
-        return one_line(" | ".join(map(str, value)), MAX_TEXT) or "–"
-    return one_line(str(value)[: 10 * MAX_TEXT], MAX_TEXT)
+        return one_line(" | ".join(value_text(name, item) for item in value), MAX_TEXT) or "–"
+    if isinstance(value, dict) and len(value) < 100:  # one of the [[subjects]]
+        parts = [f"{key}: {value_text(key, item)}" for key, item in value.items() if item is not None]
+        return one_line(", ".join(parts), MAX_TEXT)
+    text = str(value)[: 10 * MAX_TEXT]
+    return one_line(path_text(text) if name in PATHS else text, MAX_TEXT)
+
+
+def path_text(path: str) -> str:
+    """A path as people read it: as seen from here, or from the home folder if it lies below that."""
+    text, home = commands.shown(path), os.path.join(os.path.expanduser("~"), "")
+    return f"~/{text.removeprefix(home)}" if text.startswith(home) else text
 
 
 def problem_list(problems: Sequence[str]) -> Html | None:

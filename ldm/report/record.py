@@ -108,11 +108,13 @@ class Record:
 
 
 def read(folder: str | Path) -> Record:
-    """Raises InputError if the folder can't be listed or holds no run."""
+    """Raises InputError if the folder can't be listed or holds no run, also for a run's checkpoint."""
     record = Record(Path(folder))
     if not exists(folder) or not os.path.isdir(folder):
         raise InputError(f"{folder} is no folder; give the folder of a run, where train.py writes")
     names = {path.name for path in list_folder(folder)}
+    if {"state.json", "SHA256SUMS"} <= names:  # the sums are of all files in it: nothing may be added
+        raise InputError(f"{folder} is a checkpoint; give the folder of its run")
     _read_settings(record, names)
     for name in ("metrics", "validations"):
         file = {"metrics": "metrics.jsonl", "validations": "validation.jsonl"}[name]

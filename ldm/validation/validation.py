@@ -71,17 +71,17 @@ class Validation:
             self._say("no held-out pictures (--validation-data-dir or --hold-out): no best model is kept in best/")
 
     def _parts(self, subjects: Sequence[Subject], class_pictures: Sequence[ClassPictures]) -> list[grid.Part]:
-        given, encode = self.settings, partial(grid.make_part, self.run, self.trainable.sd)
-        photographs = [example for subject in subjects for example in subject.examples]
-        parts = [encode("training_loss", some(photographs))]
+        encode = partial(grid.make_part, self.run, self.trainable.sd)
+        photographs = some([(example, subject) for subject in subjects for example in subject.examples])
+        parts = [encode("training_loss", [example for example, _ in photographs])]
         if self.run.held_out:
             parts.append(encode("validation_loss", self.run.held_out))
         paths = [(path, pictures.recipe["prompt"]) for pictures in class_pictures for path in pictures.paths]
         if paths:
             examples = [Example(images.read_picture(path), prompt) for path, prompt in some(paths)]
             parts.append(encode("class_loss", examples))
-        if given.predicts_prior:
-            prompts = (given.taught[0].class_prompt,) * len(parts[0].latents)
+        if self.settings.predicts_prior:  # as in a step: each photograph's noisy latents, with its subject's class
+            prompts = tuple(subject.class_prompt for _, subject in photographs)
             parts.append(replace(parts[0], name="class_loss", prompts=prompts, by_base=True))
         return parts
 

@@ -182,6 +182,25 @@ def test_a_run_that_was_killed_says_how_to_resume_it(run):
     assert f"sample.py --model {run}/checkpoints/" in page.text
 
 
+def test_the_best_step_has_no_command_of_its_own_if_it_is_the_last(run):
+    assert "best/model.safetensors" in shown(run).text
+    (run / "best" / "best.json").write_text('{"step": 4}')
+    assert "best/model.safetensors" not in shown(run).text
+
+
+def test_paths_do_not_show_the_folders_above_the_working_folder_and_home(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    text = (run / "config.toml").read_text()
+    table = f'[{{ name = "dog", instance_data_dir = "{run}/dog", instance_prompt = "x" }}]'
+    (run / "config.toml").write_text(text.replace("subjects = []", f"subjects = {table}"))
+    (run / "preflight.json").write_text("{")
+    page = shown(run)
+    assert str(tmp_path.parent) not in report.write([run]).read_text(encoding="utf-8")
+    assert "name: dog, instance_data_dir: run/dog, instance_prompt: x" in page.text
+    assert re.search("~/[^ ]+/photographs", page.text) and "preflight.json is damaged" in page.texts["li"][-1]
+
+
 @pytest.mark.parametrize(
     "name, settings, words",
     [
@@ -253,6 +272,8 @@ def test_what_is_no_run_is_refused_in_one_line(root, run, tmp_path, capsys):
         assert "holds no run" in complaint(capsys, folder)
         assert "holds no run" in complaint(capsys, run, folder)
         assert not (folder / "report.html").exists()
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert "is a checkpoint; give the folder of its run" in complaint(capsys, checkpoint)
     for path in (tmp_path / "missing", run / "config.json", "x" * 5000, "a\0b"):
         complaint(capsys, path)
 

@@ -2,11 +2,13 @@
 
 import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from runs import SMALL, call
 
 from ldm.training.tracking import Tracker
 
@@ -48,3 +50,19 @@ def test_wandb_gets_numbers_and_sheets_and_a_failure_is_one_warning(sheet, tmp_p
         warnings.simplefilter("error")
         tracker.numbers(4, {"loss": 0.3})
         tracker.picture(4, "sheet", sheet)
+
+
+def test_a_run_reports_losses_validations_speed_memory_and_sheets(saved, photographs, tmp_path, monkeypatch):
+    """Weights & Biases drops what comes for an earlier step than the last, and keeps one number of a name and step."""
+    got = []
+    run = SimpleNamespace(log=lambda values, step: got.extend((step, name) for name in values))
+    module = {"init": lambda **_: run, "Image": str, "__spec__": ModuleSpec("wandb", None)}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**module))
+    flags = ("--validation-steps", 2, "--num-drift-images", 2, "--hold-out", 1, "--report-to", "wandb")
+    base = ("--model", saved["official"], "--instance-data-dir", photographs, *SMALL, "--max-train-steps", 3)
+    call(*base, *flags, "--output-dir", tmp_path / "run")
+    assert [step for step, _ in got] == sorted(step for step, _ in got) and len(got) == len(set(got))
+    names = [{name for at, name in got if at == step} for step in range(4)]
+    step = {"loss", "subject_loss", "prior_loss", "grad_norm", "lr", "seconds", "pictures_per_second", "memory_gb"}
+    validation = {"training_loss", "validation_loss", "class_loss", "drift", "diversity", "validation_seconds"}
+    assert names == [{"sheet"} | validation, step, step | validation | {"sheet"}, step | validation | {"sheet"}]

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ import torch
 from runs import (
     LATEST,
     LORA,
+    ROOT,
     SMALL,
     call,
     check_same,
@@ -44,7 +44,7 @@ from ldm.validation import advise, best, grid
 from ldm.validation.drift import diversity, drift
 
 EVERY = ("--validation-steps", 2, "--num-drift-images", 2)
-STEPS = ("--checkpointing-steps", 2)
+TOKEN = ("--instance-prompt", "a [V] dog", "--placeholder-token", "[V]", "--initializer-token", "dog")
 FUSED = ("--fused-backward", "--max-grad-norm", 0)
 
 
@@ -72,6 +72,14 @@ def made(base, every, tmp_path_factory) -> Path:
     """A run of four steps with a checkpoint after each step."""
     folder = tmp_path_factory.mktemp("run") / "once"
     call(*base, *every, "--checkpointing-steps", 1, "--output-dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made_by_two(base, every, tmp_path_factory) -> Path:
+    """The same by two processes, with twice the batch."""
+    folder = tmp_path_factory.mktemp("two") / "once"
+    run(command([*base, *every, "--checkpointing-steps", 1, "--output-dir", folder], 2), folder.parent)
     return folder
 
 
@@ -112,26 +120,49 @@ def test_the_sheet_of_all_steps_has_a_row_for_each_step_and_a_column_for_each_pr
             assert (steps[top : top + 128, left : left + 128] == cell).all()
 
 
+def grid_loss(sd: StableDiffusion, pictures: list[tuple[Path, str]], base: StableDiffusion | None = None) -> float:
+    """The loss of pictures with these prompts, in DDPM's equations; where `base` is given it predicts the target."""
+    errors = []
+    for i, (path, prompt) in enumerate(pictures):
+        with torch.no_grad():
+            latents = sd.encode_images(load_picture(path, 16)[None])
+            for row in range(i * grid.CELLS, (i + 1) * grid.CELLS):
+                t, noise = grid.draw(0, row, latents.shape[1:], 1000)
+                abar = sd.schedule.alphas_cumprod[t].item()
+                noisy, t = abar**0.5 * latents + (1 - abar) ** 0.5 * noise, torch.tensor([t])
+                target = noise if base is None else base.unet(noisy, t, base.encode_prompt(prompt))
+                errors.append((sd.unet(noisy, t, sd.encode_prompt(prompt)) - target).square().mean().item())
+    return sum(errors) / len(errors)
+
+
 def test_the_losses_are_those_of_the_saved_model_on_the_grid(made, base, held_out):
-    """The equations of DDPM, written out for a model that predicts eps."""
+    """For a model that predicts eps."""
     sd = StableDiffusion.load(made / "model.safetensors")
     kinds = {
-        "training_loss": ("a sks dog", sorted(Path(base[3]).iterdir())),
-        "validation_loss": ("a sks dog", sorted(held_out.iterdir())),
-        "class_loss": ("a dog", sorted((made / "class").glob("*.png"))),
+        "training_loss": [(path, "a sks dog") for path in sorted(Path(base[3]).iterdir())],
+        "validation_loss": [(path, "a sks dog") for path in sorted(held_out.iterdir())],
+        "class_loss": [(path, "a dog") for path in sorted((made / "class").glob("*.png"))],
     }
-    for name, (prompt, paths) in kinds.items():
-        errors = []
-        for i, path in enumerate(paths):
-            with torch.no_grad():
-                latents = sd.encode_images(load_picture(path, 16)[None])
-                for row in range(i * grid.CELLS, (i + 1) * grid.CELLS):
-                    t, noise = grid.draw(0, row, latents.shape[1:], 1000)
-                    abar = sd.schedule.alphas_cumprod[t].item()
-                    noisy = abar**0.5 * latents + (1 - abar) ** 0.5 * noise
-                    predicted = sd.unet(noisy, torch.tensor([t]), sd.encode_prompt(prompt))
-                    errors.append((predicted - noise).square().mean().item())
-        assert validations(made)[-1][name] == pytest.approx(sum(errors) / len(errors), rel=1e-5), name
+    for name, pictures in kinds.items():
+        assert validations(made)[-1][name] == pytest.approx(grid_loss(sd, pictures), rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_predicted_prior_has_the_class_of_each_photograph_s_subject(base, saved, tmp_path):
+    tables, pictures = "", []
+    for name in ("dog", "cat"):
+        folder = photograph(tmp_path / name, [(32, 32)] * 2)
+        tables += f'[[subjects]]\ninstance_data_dir = "{folder}"\n'
+        tables += f'instance_prompt = "a sks {name}"\nclass_prompt = "a {name}"\n'
+        pictures += [(path, f"a {name}") for path in sorted(folder.iterdir())]
+    (tmp_path / "subjects.toml").write_text(tables)
+    usual = [flag for flag in SMALL if not flag.startswith(("--instance-prompt", "--class-prompt"))]
+    flags = ("--prior", "prediction", "--learning-rate", "1e-3", "--max-train-steps", 2, "--validation-steps", 2)
+    flags = (*usual, *flags, "--num-drift-images", 0, "--output-dir", tmp_path / "run")
+    call("--config", tmp_path / "subjects.toml", *base[:2], *flags)
+    first, last = (line["class_loss"] for line in validations(tmp_path / "run"))
+    sd, before = (StableDiffusion.load(path) for path in (tmp_path / "run" / "model.safetensors", saved["official"]))
+    assert first < 1e-10 and last == pytest.approx(grid_loss(sd, pictures, before), rel=1e-4)
 
 
 def test_a_picture_of_the_grid_has_two_timesteps_in_each_eighth():
@@ -154,6 +185,8 @@ def test_a_picture_of_the_grid_has_two_timesteps_in_each_eighth():
         [
             (("--use-ema", "--ema-decay", "0.5"),),
             (LORA,),
+            ((*TOKEN, "--train", "token"),),
+            ((*TOKEN, *LORA),),
             (("--mixed-precision", "fp16"),),
             (FUSED,),
             (("--train-dtype", "bf16", "--use-ema", "--ema-decay", "0.5"),),
@@ -186,18 +219,12 @@ def test_a_model_for_painting_in_begins_with_the_losses_of_the_model_that_it_was
 
 
 @pytest.mark.slow
-def test_training_in_two_processes_does_not_notice_validation_and_measures_the_same(base, every, tmp_path):
-    run(command([*base, *every, *STEPS, "--output-dir", tmp_path / "with"], 2), tmp_path)
+def test_training_in_two_processes_does_not_notice_validation_and_measures_the_same(made_by_two, base, every, tmp_path):
     run(command([*base, "--output-dir", tmp_path / "without"], 2), tmp_path)
-    check_same(tmp_path / "with", tmp_path / "without")
+    check_same(made_by_two, tmp_path / "without")
     call(*base, *every, "--train-batch-size", 2, "--output-dir", tmp_path / "one")
-    for one, two in zip(timeless(validations(tmp_path / "one")), timeless(validations(tmp_path / "with")), strict=True):
+    for one, two in zip(timeless(validations(tmp_path / "one")), timeless(validations(made_by_two)), strict=True):
         assert one == pytest.approx(two, rel=1e-6, abs=1e-6)
-    again = shutil.copytree(tmp_path / "with", tmp_path / "again")
-    shutil.rmtree(again / "checkpoints" / "checkpoint-000004")
-    run(command([*base, *every, *STEPS, "--output-dir", again, *LATEST], 2), tmp_path)
-    check_same(tmp_path / "with", again)
-    check_same_validation(tmp_path / "with", again)
 
 
 def test_a_resumed_run_measures_the_same(made, base, every, tmp_path):
@@ -207,37 +234,37 @@ def test_a_resumed_run_measures_the_same(made, base, every, tmp_path):
     call(*base, *every, "--checkpointing-steps", 1, "--output-dir", again, *LATEST)
     check_same(made, again)
     check_same_validation(made, again)
-    assert timeless_report(made) == timeless_report(again)
+    check_same_report(made, again)
 
 
-def timeless_report(run: Path) -> str:
-    """A run's report without its times and the name of its folder."""
-    text = (run / "report.html").read_text(encoding="utf-8").replace(str(run), "RUN")
-    text = text.replace(f"<span>{run.name}</span>", "")
-    assert "Take step" in text and "training time</dt><dd>" in text
-    return re.sub("training time</dt><dd>[^<]+<", "", text)
+def check_same_report(*folders: Path) -> None:
+    """Checks that two runs have the same report, but for times, the names of their folders and the disk's space."""
+    texts = []
+    for folder in folders:
+        text = (folder / "report.html").read_text(encoding="utf-8").replace(f"<span>{folder.name}</span>", "")
+        text = text.replace(f"{folder.parent}/", "").replace(
+            f"{folder.name}/", "RUN/"
+        )  # some are seen from their parent
+        assert "Take step" in text and "training time</dt><dd>" in text
+        texts.append(re.sub("training time</dt><dd>[^<]+<|[0-9.]+ GB are free", "", text).split("<"))
+    assert [pair for pair in zip(*texts, strict=True) if len(set(pair)) > 1] == []
 
 
 @pytest.mark.slow
-def test_a_signal_during_validation_saves_the_step_and_the_resumed_run_measures_it(
-    made, base, every, tmp_path, monkeypatch, capsys
-):
-    measure, calls = grid.errors_of, []
-
-    def interrupted(run, *rest):
-        calls.append(run.state.step)
-        if run.state.step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return measure(run, *rest)
-
-    monkeypatch.setattr(grid, "errors_of", interrupted)
-    call(*base, *every, "--checkpointing-steps", 1, "--output-dir", tmp_path / "run")
-    assert "stopped after step 2" in capsys.readouterr().out and calls.count(2) == 1
-    assert checkpoints(tmp_path / "run") == [1, 2] and [line["step"] for line in validations(tmp_path / "run")] == [0]
-    monkeypatch.undo()
-    call(*base, *every, "--checkpointing-steps", 1, "--output-dir", tmp_path / "run", *LATEST)
-    check_same(made, tmp_path / "run")
-    check_same_validation(made, tmp_path / "run")
+@pytest.mark.parametrize(("processes", "when", "step"), [(1, "before", 2), (2, "before", 2), (2, "after", 3)])
+def test_a_run_stopped_by_a_signal_and_resumed_measures_the_same(processes, when, step, request, base, every, tmp_path):
+    whole, parts = request.getfixturevalue("made" if processes == 1 else "made_by_two"), tmp_path / "parts"
+    flags = [*base, *every, "--checkpointing-steps", 1, "--output-dir", parts]
+    stops = Path(__file__).with_name("stops.py")
+    done = run(command([when, *flags], processes, script=stops), tmp_path, PYTHONPATH=str(ROOT))
+    assert f"stopped after step {step}" in done.out
+    assert checkpoints(parts)[-1] == step
+    assert [line["step"] for line in validations(parts)] == ([0] if when == "before" else [0, 2])
+    assert "It is not finished" in (parts / "report.html").read_text(encoding="utf-8")
+    run(command([*flags, *LATEST], processes), tmp_path)
+    check_same(whole, parts)
+    check_same_validation(whole, parts)
+    check_same_report(whole, parts)
 
 
 def out_of_memory() -> None:
