@@ -45,6 +45,7 @@ from ldm import training
 from ldm.dreambooth import Batch, FullTuning
 from ldm.runtime import processes
 from ldm.training import Run
+from ldm.validation import Validation
 
 PROMPTS = ("a photo of sks monster", "a photo of a monster")  # of the subject and of its class
 RATE = 2e-6
@@ -123,7 +124,7 @@ class Ours:
         self.settings = training.parse(words, train.TINY)
         self.run = Run(self.settings, processes.start(self.settings.device))
         self.state, *pictures = train.begin(self.run, FullTuning)
-        self.validation = training.Validation(self.run, self.state, *pictures)
+        self.validation = Validation(self.run, self.state, *pictures)
         self.batches = train.prepare(self.run, self.state, *pictures)
         self.run.save_if_due = lambda state: None
 

@@ -19,6 +19,7 @@ from ldm.errors import RunError
 from ldm.runtime.processes import World
 from ldm.training import Run, SubjectLosses, TrainingState, numbers
 from ldm.training.precision import Precision
+from ldm.validation import Validation
 
 META = torch.device("meta")
 FLAGS = ("--use-ema", "--snr-gamma", "5", "--gradient-accumulation-steps", "2", "--gradient-checkpointing")
@@ -58,7 +59,7 @@ def loop(base, random_model, tmp_path, monkeypatch):
         lines = []
         run.saver, run.lines = SimpleNamespace(rescuing=lambda *_: nullcontext()), SimpleNamespace(add=lines.append)
         monkeypatch.setattr(run, "save_if_due", lambda state: None)
-        train.train(run, state, batches, training.Validation(run, state, (), None))
+        train.train(run, state, batches, Validation(run, state, (), None))
         return lines
 
     return go
