@@ -75,6 +75,7 @@ def is_accepted(config: ModelConfig, tokenizer: Tokenizer) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.slow
 def test_a_configuration_is_accepted_if_its_networks_run(random_model):
     rng, tokenizer, counts = random.Random(0), random_model().tokenizer, {True: 0, False: 0}
     for _ in range(100):

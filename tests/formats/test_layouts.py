@@ -158,6 +158,7 @@ def test_any_layout_converts_into_any_other_and_back_bit_for_bit(family, layout,
 
 @pytest.mark.parametrize("family", slow_after(1, FAMILIES))
 @pytest.mark.parametrize("safe", slow_after(1, [True, False]), ids=["safetensors", "bin"])
+@pytest.mark.slow
 def test_folders_that_diffusers_writes_in_shards_are_read(safe, family, narrow, there):
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     original = narrow(family)
@@ -236,6 +237,7 @@ def test_the_header_says_what_the_model_is_and_where_it_comes_from(narrow, there
 # What the model predicts, eps or v, is not visible in the tensors
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_the_model_predicts_and_how_we_know(narrow, there):
     file = safetensors(narrow("sd2_v"), there, None)
     guessed = StableDiffusion.load(file)

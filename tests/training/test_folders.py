@@ -436,6 +436,7 @@ def test_the_users_class_pictures_have_captions_too(saved, tmp_path, recwarn):
     assert refused(*base, *LATEST).endswith("belongs to another run: caption of class picture 2.png has changed")
 
 
+@pytest.mark.slow
 def test_a_run_of_two_subjects_is_repeated_by_its_settings_file(two, tmp_path):
     call(*two, "--caption-dropout", 0.5, "--shuffle-tags", "--random-flip")
     call("--config", tmp_path / "run" / "config.toml", "--output-dir", tmp_path / "again")

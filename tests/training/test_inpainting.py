@@ -170,6 +170,7 @@ def test_validation_measures_a_model_for_painting_in(base, tmp_path):
     assert all(line.keys() >= {"validation_loss", "training_loss", "class_loss", "drift"} for line in lines)
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(base, tmp_path):
     base = (*base, "--random-flip", "--num-class-images", 3)
     call(*base, "--train-batch-size", 4, "--output-dir", tmp_path / "one")

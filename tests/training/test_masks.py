@@ -66,6 +66,7 @@ def test_the_first_losses_equal_those_computed_by_hand(prior, base, tmp_path):
     assert second["prior_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_weight_of_1_outside_the_masks_changes_no_bit(base, tmp_path):
     flags = ("--max-train-steps", 2, "--train-batch-size", 2, "--no-with-prior-preservation")
     call(*base, *flags, "--output-dir", tmp_path / "plain")

@@ -179,6 +179,7 @@ def test_train_py_says_how_much_memory_the_run_needs(saved, photographs, tmp_pat
     assert not re.search(r"^memory +warning", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_warning_names_the_flags_that_help_from_the_one_that_saves_most(random_model, monkeypatch):
     settings = replace(SETTINGS, train_batch_size=64)
     run = SimpleNamespace(settings=settings, world=World(0, 1, CPU))

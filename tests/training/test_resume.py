@@ -58,7 +58,7 @@ def once(made, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("stop", "flags"),
     slow_after(
-        3,
+        1,
         [
             (2, ()),  # within an epoch: three photographs, four class pictures, one of each a step
             (3, ("--num-class-images", 3)),  # exactly at the end of an epoch
@@ -125,6 +125,7 @@ def test_two_processes_with_accumulation_resume_to_the_same_bits(precision, tuni
     assert "global_batch was 6 and is 12" in message
 
 
+@pytest.mark.slow
 def test_a_run_with_eight_bit_adam_resumes_to_the_same_bits(base, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs the bitsandbytes extra")
     base = (*base, "--use-8bit-adam", "--learning-rate", "1e-3")
@@ -136,6 +137,7 @@ def test_a_run_with_eight_bit_adam_resumes_to_the_same_bits(base, tmp_path):
     assert torch.uint8 in {tensor.dtype for tensor in training.values()}
 
 
+@pytest.mark.slow
 def test_a_run_of_sd2_resumes_with_its_text_encoder(random_model, base, tmp_path):
     """The official file names and stacks the text encoder's tensors differently from the program."""
     sd = random_model()
@@ -272,6 +274,7 @@ def test_latest_starts_from_the_base_model_where_there_is_no_checkpoint(base, tm
     assert len(losses(folder)) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_given_by_its_name_by_a_link_or_in_a_config_file(once, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole, name = losses(once), "checkpoint-000002"
