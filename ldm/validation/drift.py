@@ -6,7 +6,7 @@ needed: the mean over positions of its output for a picture's latents with a lit
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -64,12 +64,12 @@ class Drift:
     matrices are multiplied in: 0.7 GB for SD 1.5 in 16 bits. On a GPU it lies in the host's memory between validations.
     """
 
-    def __init__(self, run: Run, trainable: Trainable, prompt: str, photographs: Part):
-        """prompt: of the class.
+    def __init__(self, run: Run, trainable: Trainable, prompts: Sequence[str], photographs: Part):
+        """prompts: of the classes, of all subjects; the pictures take them in turn. photographs: of all subjects.
 
         Raises RunError in all processes if one runs out of memory.
         """
-        self.run, self.trainable, self.prompt, unet = run, trainable, prompt, trainable.sd.unet
+        self.run, self.trainable, self.prompts, unet = run, trainable, prompts, trainable.sd.unet
         self.beside, self.schedule = photographs.beside, trainable.sd.schedule  # training may go on with another one
         self.half = HalfUNet(unet)
         self.keeps_copy = self.half.trains
@@ -108,7 +108,7 @@ class Drift:
         settings = self.run.settings
         guidance = settings.class_guidance_scale
         return self.trainable.sd.generate(
-            self.prompt,
+            [self.prompts[number % len(self.prompts)] for number in numbers],
             seeds=[rng.number(settings.seed, "drift picture", number) for number in numbers],
             steps=min(STEPS, self.trainable.sd.schedule.timesteps - 1),
             sampler=SAMPLER,

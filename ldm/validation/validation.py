@@ -90,12 +90,12 @@ class Validation:
         given = self.settings
         if not is_wanted(given):
             return None
-        prompt = given.taught[0].class_prompt
-        if not prompt:
+        prompts = list(dict.fromkeys(subject.class_prompt for subject in given.taught if subject.class_prompt))
+        if not prompts:
             self._say("no --class-prompt: language drift is not measured")
             return None
         photographs = self.parts[0]
-        made = self._tried("language drift", lambda: {"made": Drift(self.run, self.trainable, prompt, photographs)})
+        made = self._tried("language drift", lambda: {"made": Drift(self.run, self.trainable, prompts, photographs)})
         return made.get("made")
 
     def is_due(self, state: TrainingState) -> bool:

@@ -29,8 +29,9 @@ ROOT = HERE.parent.parent
 SUBJECT = "baron"
 SEEDS = (0, 1)
 
-TOKEN = ["--placeholder-token", "[V]", "--initializer-token", "monster", "--num-vectors", "4"]
-TOKEN += ["--instance-prompt", "a photo of [V] monster"]
+NEW_TOKEN = ["--placeholder-token", "[V]", "--initializer-token", "monster"]
+NEW_TOKEN += ["--instance-prompt", "a photo of [V] monster"]
+TOKEN = [*NEW_TOKEN, "--token-learning-rate", "2e-4"]
 # Rates and prior weight of a LoRA were chosen on this subject and seed 0, among twenty runs.
 LORA = ["--lora-rank", "4", "--learning-rate", "3e-3", "--text-encoder-learning-rate", "1e-3"]
 LORA += ["--prior-loss-weight", "0.5"]
@@ -42,10 +43,10 @@ WAYS = {
     "all weights": [],
     "LoRA, rank 4": LORA,
     "LoRA, rank 16": WIDE,
-    "LoRA, rank 4, token": [*LORA, *TOKEN],
+    "LoRA, rank 4, token": [*LORA, "--text-encoder-learning-rate", "5e-4", *TOKEN],
     "LoRA, rank 4, convolutions too": EVERYWHERE,
     "all weights, token": TOKEN,
-    "token alone": [*TOKEN, "--train", "token"],
+    "token alone": [*NEW_TOKEN, "--num-vectors", "4", "--train", "token"],
 }
 PRIORS = {"class pictures": [], "prediction": ["--prior", "prediction"], "none": ["--no-with-prior-preservation"]}
 COMPARED = list(WAYS)[:4]  # with each prior; the others with class pictures, and the token without, as it has no prior
