@@ -23,7 +23,7 @@ from ldm.data.buckets import Size, cut_away
 from ldm.data.captions import FILLERS, Words, fill, identifier, words, words_of
 from ldm.data.examples import Example, captioned, read_examples
 from ldm.data.inpainting import widen
-from ldm.data.kohya import named_folders, with_subjects_of_folders
+from ldm.data.kohya import names_prompts, with_subjects_of_folders
 from ldm.data.latents import check_photographs, encode_pictures
 from ldm.data.rows import make_rows
 from ldm.data.sorting import sizes_of_photographs, sort_class_pictures, sort_photographs
@@ -44,7 +44,7 @@ __all__ = [
     "fill",
     "identifier",
     "make_rows",
-    "named_folders",
+    "names_prompts",
     "read_examples",
     "read_subjects",
     "sizes_of_photographs",

@@ -48,12 +48,21 @@ def with_subjects_of_folders(settings: Settings) -> Settings:
     return replace(settings, **{name: one[name] for name in one if name not in ("name", "repeats")})
 
 
+def names_prompts(folder: Path) -> bool:
+    """Whether this is a folder of kohya's folders, or one of them, so that names say the prompts."""
+    return os.path.isdir(folder) and bool(named_folders(folder) or (_is_named(folder) and _holds_pictures(folder)))
+
+
 def named_folders(root: Path) -> list[Path]:
     """The folders in `root` that have pictures and names of kohya's kind; none if `root` has a list of its own."""
     paths = list_folder(root)
     if any(path.name in LISTS for path in paths):
         return []
-    return [path for path in paths if NAME.fullmatch(path.name) and path.is_dir() and _holds_pictures(path)]
+    return [path for path in paths if _is_named(path) and path.is_dir() and _holds_pictures(path)]
+
+
+def _is_named(folder: Path) -> bool:
+    return NAME.fullmatch(folder.absolute().name) is not None
 
 
 def _holds_pictures(folder: Path) -> bool:
@@ -82,7 +91,7 @@ def _check_level(root: Path, settings: Settings) -> None:
     """Raises InputError if this is the folder above or below a data-set folder of kohya's."""
     paths = list_folder(root)
     has_pictures = any(images.is_picture(path) for path in paths)
-    if NAME.fullmatch(root.absolute().name) and has_pictures and settings.instance_prompt is None:
+    if _is_named(root) and has_pictures and settings.instance_prompt is None:
         parent = root.absolute().parent
         raise InputError(f"{root} is one of kohya's folders; give the folder that it is in, {parent}, or a prompt")
     if has_pictures or any(path.name in LISTS for path in paths):
@@ -92,4 +101,5 @@ def _check_level(root: Path, settings: Settings) -> None:
             if inner := named_folders(path):
                 raise InputError(f"{root} holds no picture; {path} has {inner[0].name} in it: give {path}")
             if _holds_pictures(path) or any((path / name).exists() for name in LISTS):
-                raise InputError(f"{root} holds no picture, and {path} does; give that folder")
+                said = f"{root} holds no picture, and {path} does; give that folder"
+                raise InputError(f"{said}, or name that one as kohya's folders are named: 10_sks dog")

@@ -8,7 +8,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.data import Words, fill, named_folders, with_subjects_of_folders, words_of
+from ldm.data import Words, fill, names_prompts, with_subjects_of_folders, words_of
 from ldm.errors import InputError
 from ldm.runtime import check_path, cli, read_toml
 from ldm.settings import LORA_RATE, LOW_LORA_RATE, RATE, Settings, flag, read_tables, run_of
@@ -60,15 +60,18 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
 
 
 def _of_tiny(tiny: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the embedded model. Its subject's are left out if other subjects are given with their prompts."""
-    settings = _read_toml(tiny)
-    folder = given.get("instance_data_dir")
-    if "subjects" in given or (folder and os.path.isdir(folder) and named_folders(Path(folder))):
-        own = ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt")
-        settings = {name: value for name, value in settings.items() if name not in own}
+    """The settings of the embedded model, without those of its subject that do not suit what is given.
+
+    Its prompts are left out if other subjects are given with theirs; its held-out pictures for any other photographs.
+    """
+    folder, left_out = given.get("instance_data_dir"), set()
+    if "subjects" in given or (folder and "instance_prompt" not in given and names_prompts(Path(folder))):
+        left_out |= {"instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt"}
     elif "instance_prompt" in given:
-        settings.pop("validation_prompt", None)  # it shows the embedded subject
-    return settings
+        left_out.add("validation_prompt")  # it shows the embedded subject
+    if "subjects" in given or folder or given.get("hold_out"):
+        left_out.add("validation_data_dir")
+    return {name: value for name, value in _read_toml(tiny).items() if name not in left_out}
 
 
 def _with_words(settings: Settings) -> Settings:

@@ -275,7 +275,10 @@ def test_one_folder_of_kohyas_is_the_usual_single_subject(kohya):
         ),
         (".", r"holds no picture; .*train has 10_sks dog in it: give .*train"),
         ("train/10_sks dog/empty", "holds no picture; put the photographs"),
-        ("more/above", r"above holds no picture, and .*above/photographs does; give that folder"),
+        (
+            "more/above",
+            r"above holds no picture, and .*above/photographs does; give that folder, or name .* 10_sks dog",
+        ),
         ("more/mixed", r"mixed holds photographs, and 3_sks dog too; move"),
         ("more/single", r"subject 'sks' has no class_prompt|--class-prompt is missing"),
     ],
@@ -293,6 +296,13 @@ def test_the_wrong_level_of_folders_is_refused_with_the_right_one(folder, messag
     with pytest.raises(InputError, match=message) as error:
         subjects("--train-data-dir", kohya / folder, *flags)
     assert "\n" not in str(error.value)
+
+
+def test_the_embedded_models_prompt_is_not_taken_for_one_of_kohyas_folders(kohya):
+    with pytest.raises(InputError, match="10_sks dog is one of kohya's folders; give the folder that it is in"):
+        parse(["--train-data-dir", str(kohya / "train" / "10_sks dog")], train.TINY)
+    prompts = ["--instance-prompt", "a photo of sks dog"]
+    assert parse(["--train-data-dir", str(kohya / "train" / "10_sks dog"), *prompts], train.TINY).subjects == ()
 
 
 def test_class_folders_that_fit_no_class_and_a_prompt_beside_kohyas_are_refused(kohya):
