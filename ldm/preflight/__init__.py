@@ -8,9 +8,11 @@ preflight       says all of that, and what the run will do
 """
 
 from ldm.preflight.memory import predict
+from ldm.preflight.note import counted
 from ldm.preflight.preflight import tell
 
 __all__ = [
+    "counted",
     "predict",
     "tell",
 ]

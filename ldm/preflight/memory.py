@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ldm.dreambooth import Trainable, dreambooth_loss
 from ldm.model import StableDiffusion
 from ldm.preflight.ledger import Kernels, Ledger
-from ldm.preflight.note import Note
+from ldm.preflight.note import Note, amount
 from ldm.runtime import at_once
 from ldm.settings import Settings
 from ldm.training import Precision, Run
@@ -59,13 +59,9 @@ class Memory:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "moment"}
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.parts.items() if size > 0.001 * self.total)
-        return f"about {gigabytes(self.total)} GB at the peak, {self.moment}: {parts}"
-
-
-def gigabytes(size: int) -> str:
-    """Two digits after the point below 1 GB, one above."""
-    return f"{size / 1e9:.{2 if size < 1e9 else 1}f}"
+        total, parts = self.total, {name: size for name, size in self.parts.items() if size > 0.001 * self.total}
+        shown = ", ".join(f"{name} {amount(size, total)}" for name, size in parts.items())
+        return f"about {amount(total)} at the peak, {self.moment}: {shown}"
 
 
 def predict(
@@ -268,7 +264,7 @@ def memory_notes(run: Run, sd: StableDiffusion, tuning: Tuning) -> list[Note]:
     predicted = predict(sd, tuning, run.settings, device, run.world.size)
     notes = [Note("memory", str(predicted))]
     if most is not None and most < predicted.total:
-        text = f"{device} has {gigabytes(most)} GB for it; {advice(run, sd, tuning, predicted.total)}"
+        text = f"{device} has {amount(most)} for it; {advice(run, sd, tuning, predicted.total)}"
         notes.append(Note("memory", text, warning=True))
     return notes
 
@@ -279,7 +275,7 @@ def advice(run: Run, sd: StableDiffusion, tuning: Tuning, without: int) -> str:
     for flag, settings in savers(run.settings, run.world.device, run.world.size).items():
         saved[flag] = without - predict(sd, tuning, settings, run.world.device, run.world.size).total
     helpful = sorted((flag for flag in saved if saved[flag] > 0.01 * without), key=lambda flag: -saved[flag])
-    return ", ".join(f"{flag} saves {gigabytes(saved[flag])} GB" for flag in helpful) or "no flag saves much"
+    return ", ".join(f"{flag} saves {amount(saved[flag])}" for flag in helpful) or "no flag saves much"
 
 
 def available(device: torch.device) -> int | None:

@@ -30,6 +30,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def amount(size: int, whole: int | None = None) -> str:
+    """Bytes in GB, or in MB below 0.1 GB: "16.7 GB", "0.25 GB", "34.0 MB".
+
+    whole: what it is a part of; the part is in the same unit, which is then left out.
+    """
+    scale, unit = (1e9, "GB") if (size if whole is None else whole) >= 1e8 else (1e6, "MB")
+    number = f"{size / scale:.{2 if size < scale else 1}f}"
+    return f"{number} {unit}" if whole is None else number
+
+
 def listed(items: Iterable[str], most: int = 3) -> str:
     """Some items in words: "a, b and c", "a, b, c and 5 more"."""
     items = list(items)

@@ -88,7 +88,8 @@ def _of_cut(looks: list[Look]) -> list[Note]:
     if not much:
         return []
     names = listed(f"{look.name} ({100 * look.removed:.0f} %)" for look in much)
-    text = f"The cut removes much of {names}. Cut them around the subject yourself, or give --aspect-ratio-buckets."
+    buckets = ", or give --aspect-ratio-buckets" if all(w == h for w, h in (look.cut for look in much)) else ""
+    text = f"The cut removes much of {names}. Cut them around the subject yourself{buckets}."
     return [Note("photographs", text, warning=True)]
 
 

@@ -3,16 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from ldm.data import Subject, sizes_of_photographs
 from ldm.model import StableDiffusion
-from ldm.preflight.memory import Tuning, gigabytes, memory_notes
-from ldm.preflight.note import Note, counted, listed
+from ldm.preflight.memory import Tuning, memory_notes
+from ldm.preflight.note import Note, amount, counted, listed
 from ldm.preflight.photographs import photograph_notes
 from ldm.preflight.prompts import prompt_notes
 from ldm.runtime import Stopped
 from ldm.settings import Settings
-from ldm.training import ClassPictures, Run, TrainingState, free_space
+from ldm.training import ClassPictures, Run, TrainingState, distinct_class_pictures, free_space
 
 
 def tell(
@@ -24,11 +25,13 @@ def tell(
 ) -> None:
     """Prints the notes, a line or two each, and keeps them for RUN/preflight.json. Raises Stopped in a dry run."""
     settings, sd = run.settings, state.trainable.sd
+    class_pictures = distinct_class_pictures(class_pictures)  # subjects of one class share theirs
 
     def work() -> None:
         notes = [note for subject in subjects for note in subject_notes(subject, settings, sd, len(subjects) > 1)]
         notes += resolution_notes(settings, sd.config.resolution)
         notes += [class_note(settings, class_pictures), steps_note(settings, subjects, run.world.size)]
+        notes += held_out_notes(settings, len(run.held_out))
         notes += disk_notes(run, state, class_pictures)
         notes += memory_notes(run, sd, tuning)
         for note in notes:
@@ -90,6 +93,15 @@ def steps_note(settings: Settings, subjects: Sequence[Subject], processes: int) 
     return Note("steps", f"{text}.")
 
 
+def held_out_notes(settings: Settings, number: int) -> list[Note]:
+    """Where the held-out pictures are from; nothing without them."""
+    if not number:
+        return []
+    folder = settings.validation_data_dir
+    place = "/".join(Path(folder).parts[-2:]) if folder else "the photographs"
+    return [Note("validation", f"{counted(number, 'held-out picture')} from {place}.")]
+
+
 def disk_notes(run: Run, state: TrainingState, class_pictures: Sequence[ClassPictures]) -> list[Note]:
     """How much of the disk the run fills at most, and a warning if it has less."""
     settings = run.settings
@@ -100,8 +112,8 @@ def disk_notes(run: Run, state: TrainingState, class_pictures: Sequence[ClassPic
     pictures = sum(len(pictures.missing()) for pictures in class_pictures) * 3 * settings.resolution**2
     results = (1 + settings.keeps_best) * state.trainable.bytes_saved()
     needed, free = checkpoints + results + pictures, free_space(run.folder)
-    most, part = f"at most {gigabytes(needed)} GB", f"{gigabytes(checkpoints)} of it with"
-    text = f"The run fills {most}, {part} {counted(at_once, 'checkpoint')}; {gigabytes(free)} GB are free."
+    most, part = f"at most {amount(needed)}", f"{amount(checkpoints, needed)} of it with"
+    text = f"The run fills {most}, {part} {counted(at_once, 'checkpoint')}; {amount(free)} are free."
     notes = [Note("disk", text)]
     if free < needed:
         text = "The run may fill the disk; --checkpoints-total-limit 1 keeps the last checkpoint alone."

@@ -21,8 +21,8 @@ def prompt_notes(subject: Subject, settings: Settings, tokenizer: Tokenizer) -> 
     token = settings.placeholder_token
     if token is not None and token.lower() in subject.prompt.lower():
         vectors = counted(len(tokenizer.ids(token)), "vector")
-        notes = [Note(TOPIC, f'"{token}" is a new token of {vectors}, begun as "{settings.initializer_token}".')]
-    elif not class_prompt:
+        return [Note(TOPIC, f'"{token}" is a new token of {vectors}, begun as "{settings.initializer_token}".')]
+    if not class_prompt:
         notes = [Note(TOPIC, "It is not known: there is no class prompt to compare the instance prompt with.")]
     else:
         notes = _of_identifier(identifier(subject.prompt.lower(), class_prompt.lower()), tokenizer)

@@ -11,7 +11,7 @@ from ldm.errors import one_line
 from ldm.images import Picture
 from ldm.report.file import REPORT, write
 from ldm.runtime import replacing
-from ldm.training import ClassPictures, Run
+from ldm.training import ClassPictures, Run, distinct_class_pictures
 
 ROW, ROWS, KINDS = 6, 2, 8  # pictures in a row, rows of a prompt, prompts
 SIDE = 256  # pixels along a picture at most
@@ -20,7 +20,7 @@ SIDE = 256  # pixels along a picture at most
 def begin(run: Run, subjects: Sequence[Subject], class_pictures: Sequence[ClassPictures]) -> None:
     """Puts small photographs and class pictures into the run's folder, where the report finds them, and writes it."""
     photographs = [(subject.prompt, [example.picture for example in subject.examples]) for subject in subjects]
-    generated = [(pictures.recipe["prompt"], pictures.paths) for pictures in class_pictures]
+    generated = [(pictures.recipe["prompt"], pictures.paths) for pictures in distinct_class_pictures(class_pictures)]
 
     def work() -> None:
         for name, kinds in (("photographs", photographs), ("class", generated)):

@@ -23,7 +23,7 @@ sheets          pictures of the validation prompts, before, after and in between
 
 from ldm.training import checkpoint, sheets
 from ldm.training.checkpoint import free_space
-from ldm.training.class_pictures import ClassPictures, plan_class_pictures, read_class_pictures
+from ldm.training.class_pictures import ClassPictures, distinct_class_pictures, plan_class_pictures, read_class_pictures
 from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
 from ldm.training.precision import Precision, set_exactness
@@ -42,6 +42,7 @@ __all__ = [
     "TokenTuning",
     "TrainingState",
     "checkpoint",
+    "distinct_class_pictures",
     "free_space",
     "make_comparison",
     "make_sheet",

@@ -33,9 +33,7 @@ from ldm.training.run import Run
 
 MANIFEST = "manifest.json"
 # The temporary name of a file, with the host and the process that write it.
-TEMPORARY = re.compile(
-    r"\.(?:class-\d{5,}\.png|manifest\.json)(?:\.(.+)-(\d+))?\.tmp"
-)  # of a file, by the host and process that writes it
+TEMPORARY = re.compile(r"\.(?:class-\d{5,}\.png|manifest\.json)(?:\.(.+)-(\d+))?\.tmp")
 
 # The flag that sets each entry of a recipe.
 FLAGS = {
@@ -199,6 +197,13 @@ def plan_class_pictures(run: Run, sd: StableDiffusion, base: str, subjects: Sequ
         about = {"prompt": subject.class_prompt, **recipe}
         planned.append(ClassPictures(folder, subject.num_class_images, settings.seed, about))
     return planned
+
+
+def distinct_class_pictures(planned: Sequence[ClassPictures]) -> list[ClassPictures]:
+    """One entry for each folder: of the subjects that share its pictures, that of the one with most of them."""
+    by_number = sorted(planned, key=lambda pictures: len(pictures.paths))
+    most = {pictures.folder: pictures for pictures in by_number}
+    return [most[folder] for folder in dict.fromkeys(pictures.folder for pictures in planned)]
 
 
 def read_class_pictures(run: Run, planned: Sequence[ClassPictures]) -> list[list[Example]]:

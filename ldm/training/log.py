@@ -110,8 +110,8 @@ class Reporter:
             self.bar.set_postfix(shown, refresh=False)
         began, self._last = max(metrics["seconds"], self._last), time.perf_counter()
         if self.log is not None:
-            self.log.add({"step": step} | read | metrics | self._speed(self._last - began))
-            if left := self._pace.after(step):
+            self.log.add({"step": step} | read | metrics | self._speed(seconds := self._last - began))
+            if left := self._pace.after(step, seconds):
                 self.bar.write(left)
 
     def _speed(self, seconds: float) -> Metrics:
