@@ -23,14 +23,15 @@ def commands(record: Record) -> list[Command]:
     found = _sampling(record)
     if (config := record.folder / "config.toml").is_file():
         launcher = _launcher(record)
-        repeat = f"{launcher} train.py --config {_quoted(config)}"
+        repeat = f"{launcher} {shlex.quote(record.program)} --config {_quoted(config)}"
         if not record.is_finished:
             found.append(Command("Resume the run", f"{repeat} --resume-from-checkpoint latest"))
         found.append(Command("Repeat it in a new folder", repeat))
     elif not record.is_finished:
         folder = _quoted(record.folder)
         text = "Resume the run, with the flags that it was started with"
-        found.append(Command(text, f"python train.py ... --output-dir {folder} --resume-from-checkpoint latest"))
+        program = shlex.quote(record.program)
+        found.append(Command(text, f"python {program} ... --output-dir {folder} --resume-from-checkpoint latest"))
     return found + _elsewhere(record)
 
 
@@ -72,9 +73,7 @@ def _flags(result: Path, record: Record) -> str | None:
 
 def _token_of(result: Path, record: Record) -> Path | None:
     """The file of the token that has trained with a LoRA: it lies beside the LoRA's."""
-    name = f"{record.settings.get('placeholder_token')}.safetensors"
-    found = any(path.name == name for path in record.results)
-    return result.with_name(name) if found and result.name == "lora.safetensors" else None
+    return result.with_name(record.token.name) if record.token and result.name == "lora.safetensors" else None
 
 
 def kind_of(result: Path, record: Record) -> str:

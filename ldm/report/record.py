@@ -54,6 +54,18 @@ class Record:
         return value if type(value) is int and 0 <= value <= MAX_STEP else None
 
     @property
+    def own_tuning(self) -> str | None:
+        """The name of the user's own `Trainable`; None for one of this package."""
+        name = self.identity.get("tuning")
+        return one_line(name, MAX_TEXT) if isinstance(name, str) and name.strip() and name not in TUNINGS else None
+
+    @property
+    def program(self) -> str:
+        """The program that the run is repeated with."""
+        name = self.identity.get("program")
+        return one_line(name, MAX_TEXT) if isinstance(name, str) and name.strip() else "train.py"
+
+    @property
     def steps(self) -> int:
         """The last step that is known."""
         return max([line["step"] for line in (*self.metrics[-1:], *self.validations[-1:])], default=0)
@@ -72,6 +84,12 @@ class Record:
         """The result that the run is for: a model, else a LoRA, else any other file."""
         order = {"model": 0, "model.safetensors": 1, "lora.safetensors": 2}
         return min(self.results, key=lambda path: (order.get(path.name, 3), path.name), default=None)
+
+    @property
+    def token(self) -> Path | None:
+        """The file of the learned token."""
+        name = f"{self.settings.get('placeholder_token')}.safetensors"
+        return next((path for path in self.results if path.name == name), None)
 
     @property
     def prompts(self) -> list[str]:
@@ -147,7 +165,9 @@ def _read_settings(record: Record, names: set[str]) -> None:
 
 # What config.json says beside settings: see ldm.training.continuity.
 IDENTITY = {"global_batch", "base", "tuning", "launch", "pictures", "photographs", "captions", "masks", "focus"}
-IDENTITY |= {"held_out", "class_pictures"}
+IDENTITY |= {"held_out", "class_pictures", "program"}
+
+TUNINGS = {"FullTuning", "LoRATuning", "TokenTuning"}  # of this package
 
 ONCE = {"output_dir", "resume_from_checkpoint", "dry_run"}  # settings of one start of train.py, not of the run
 

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from ldm.preflight import counted
 from ldm.report.record import Record
 
 
@@ -23,7 +24,7 @@ def _subject(record: Record) -> str:
     subjects = len(record.of_subjects("instance_prompt"))
     taught = f"{subjects} subjects" if subjects > 1 else "a subject"
     count = len(photographs) if isinstance(photographs, dict) and photographs else None
-    what = f"{count} photograph{'s' if count > 1 else ''}" if count else "photographs"
+    what = counted(count, "photograph") if count else "photographs"
     prompts = f" of {quoted(record, 'instance_prompt')}" if subjects else ""
     return f"{base} learned {taught} from {what}{prompts}."
 
@@ -37,19 +38,22 @@ def _prior(record: Record) -> str | None:
     prompts, count = quoted(record, "class_prompt"), record.count("num_class_images")
     if record.settings.get("prior") == "prediction":
         return f"The base model's own predictions for {prompts} kept the meaning of the class."
-    return f"{'Some' if count is None else count} class pictures of {prompts} kept the meaning of the class."
+    number = "Some class pictures" if count is None else counted(count, "class picture")
+    return f"{number} of {prompts} kept the meaning of the class."
 
 
 def _training(record: Record) -> str | None:
-    token = record.text("placeholder_token")
-    if record.settings.get("train") == "token":
+    token, own = record.text("placeholder_token"), record.own_tuning
+    beside = f", with a new token {token}" if token else ""
+    if own:
+        what = f"{own} trained"
+    elif record.settings.get("train") == "token":
         what = f"Only the vectors of the new token {token or ''} trained"
     elif rank := record.count("lora_rank"):
-        what = f"A LoRA of rank {rank} trained"
+        what = f"A LoRA of rank {rank} trained{beside}"
     elif "train_text_encoder" in record.settings:
         text = record.settings["train_text_encoder"] is True
-        what = "All weights of the UNet" + (" and of the text encoder" if text else "") + " trained"
-        what += f", with a new token {token}" if token else ""
+        what = "All weights of the UNet" + (" and of the text encoder" if text else "") + f" trained{beside}"
     else:
         return None
     rate = record.settings.get("token_learning_rate" if record.settings.get("train") == "token" else "learning_rate")
@@ -60,14 +64,14 @@ def _held_out(record: Record) -> str | None:
     held_out, every = record.identity.get("held_out"), record.count("validation_steps")
     if not every or not isinstance(held_out, dict) or not held_out:
         return None
-    count = f"{len(held_out)} held-out picture{'s' if len(held_out) > 1 else ''}"
-    return f"Every {every:,} steps it was validated on {count}."
+    return f"Every {every:,} steps it was validated on {counted(len(held_out), 'held-out picture')}."
 
 
 def _progress(record: Record) -> str:
     planned = record.planned
     if record.is_finished:
-        return f"It ran all {record.steps:,} steps and wrote {record.result.name}."
+        names = dict.fromkeys(path.name for path in (record.result, record.token) if path)
+        return f"It ran all {record.steps:,} steps and wrote {' and '.join(names)}."
     if record.steps == 0:
         return "It has not trained a step yet."
     whole = f" of {planned:,}" if planned else ""

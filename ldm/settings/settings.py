@@ -11,7 +11,7 @@ from ldm.settings.output import Output, Sampling
 from ldm.settings.setting import Group, flag
 from ldm.settings.subjects import SubjectSettings
 from ldm.settings.training import LORA_RATE, RATE, LoRASettings, Machine, Optimization, TokenSettings, Trained
-from ldm.settings.validation import Validation
+from ldm.settings.validation import ValidationSettings
 from ldm.tokenizer import check_prompt
 
 # In the order of --help.
@@ -29,7 +29,7 @@ GROUPS: tuple[type[Group], ...] = (
     Machine,
     Output,
     Sampling,
-    Validation,
+    ValidationSettings,
 )
 
 # Advice for out of memory.
@@ -97,7 +97,7 @@ class Settings(*GROUPS):
 
     def may_change(self, name: str) -> bool:
         """Whether a resumed run may have another value of this setting, or of this part of its identity."""
-        if name == "launch":  # the torchrun that it belongs to
+        if name in ("launch", "program"):  # the torchrun that it belongs to, the script that started it
             return True
         known = next((f.metadata["may_change"] for f in fields(self) if f.name == name), False)
         return known(self) if callable(known) else known

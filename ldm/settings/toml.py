@@ -17,18 +17,20 @@ ONCE = ("output_dir", "resume_from_checkpoint", "dry_run")  # belong to one star
 
 HEADER = """\
 # All settings of this run. Those that end without a value were not given.
-# Repeat it in a new folder:  {launcher} train.py --config {path}
-# Resume it here:             {launcher} train.py --config {path} --resume-from-checkpoint latest
+# Repeat it in a new folder:  {launcher} {program} --config {path}
+# Resume it here:             {launcher} {program} --config {path} --resume-from-checkpoint latest
 """
 
 
-def to_toml(settings: Settings, path: Path, processes: int) -> str:
+def to_toml(settings: Settings, path: Path, processes: int, program: str = "train.py") -> str:
     """All settings but those of `ONCE`, in groups; paths are absolute.
 
-    path: of the file that will hold the text. processes: of the run; with another number its batches differ.
+    path: of the file that will hold the text. processes: of the run; with another number its batches differ. program:
+    the script that trains.
     """
     launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-    parts = [HEADER.format(launcher=launcher, path=one_line(shlex.quote(str(path.absolute())), 2 * MAX_PATH))]
+    names = {"launcher": launcher, "program": one_line(shlex.quote(program))}
+    parts = [HEADER.format(**names, path=one_line(shlex.quote(str(path.absolute())), 2 * MAX_PATH))]
     for group, fields in Settings.groups():
         lines = [_line(f, getattr(settings, f.name)) for f in fields if f.name not in ONCE]
         if lines:

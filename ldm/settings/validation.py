@@ -10,7 +10,7 @@ BEST_METRICS = ("score", "validation_loss")
 
 
 @dataclass(frozen=True)
-class Validation(Group):
+class ValidationSettings(Group):
     """Validation while it trains"""
 
     validation_steps: int | None = setting(

@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ldm.data import Example, Subject
+from ldm.dreambooth import Trainable
 from ldm.errors import InputError
 from ldm.images import Picture
 from ldm.runtime import World, read_json
@@ -48,8 +50,8 @@ class Identity:
 
     parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
     class pictures; photographs, captions, masks and focus: see `what_is_taught`; class_pictures and held_out, the
-    SHA-256 of each by its name; class_captions: see `captions`; tuning, the name of its `Trainable`; launch, the
-    torchrun that it belongs to. The run adds them one after another.
+    SHA-256 of each by its name; class_captions: see `captions`; tuning, the name of its `Trainable`; program: see
+    `what_trains`; launch, the torchrun that it belongs to. The run adds them one after another.
     """
 
     def __init__(self, settings: Settings, **parts: Any):
@@ -135,6 +137,16 @@ def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         if old[1] != new[1]:
             return f"{new[0]} has changed" if new[0] in before else f"{new[0]} is new"
     return "are in another order"
+
+
+def what_trains(trainable: Trainable) -> dict[str, str]:
+    """The parts of an `Identity` that name the `Trainable` and its program.
+
+    program: train.py, or the script that was started if the `Trainable` is the user's own.
+    """
+    kind, program = type(trainable), os.path.basename(sys.argv[0])
+    is_own = not kind.__module__.startswith("ldm.") and program.endswith(".py")
+    return {"tuning": kind.__name__, "program": program if is_own else "train.py"}
 
 
 def what_is_taught(subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from ldm.images import Picture
 from ldm.runtime import Stop, Stopped, World, out_of_memory_named, processes, progress_bar, replacing, written
 from ldm.settings import SAVES_MEMORY, SETTINGS, Settings, to_toml
 from ldm.training import checkpoint, claim
-from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums, what_is_taught
+from ldm.training.continuity import CONFIG, Identity, digest, read_config, sums, what_is_taught, what_trains
 from ldm.training.log import Log, Reporter
 from ldm.training.numbers import Numbers, SubjectLosses
 from ldm.training.precision import Precision
@@ -77,7 +77,7 @@ class Run:
         """
         self.identity.parts |= {
             "base": state.base,
-            "tuning": type(state.trainable).__name__,
+            **what_trains(state.trainable),
             "launch": processes.launch(),
             "pictures": digest([*(example.picture for one in subjects for example in one.examples), *own]),
             **what_is_taught(subjects),
@@ -193,7 +193,7 @@ def _open_files(run: Run, state: TrainingState, found: Path | None) -> None:
 def _write_settings(run: Run, found: Path | None) -> None:
     """Writes what the run was told, and what `preflight` said when it began. found: as in `_open_files`."""
     texts = {
-        SETTINGS: to_toml(run.settings, run.folder / SETTINGS, run.world.size),
+        SETTINGS: to_toml(run.settings, run.folder / SETTINGS, run.world.size, run.identity.parts["program"]),
         PREFLIGHT: json.dumps(run.notes, indent=2) + "\n",
         CONFIG: json.dumps(run.identity.config, indent=2) + "\n",
     }

@@ -223,6 +223,43 @@ def test_each_way_of_training_has_its_own_commands(tmp_path, name, settings, wor
     assert ("sample.py" in page.text) == bool(words)
 
 
+@pytest.mark.parametrize(
+    "results, settings, identity, words",
+    [
+        (
+            "lora.safetensors [V].safetensors",
+            {"placeholder_token": "[V]", "lora_rank": 4, "num_class_images": 1, "class_prompt": "a dog"},
+            {"tuning": "LoRATuning"},
+            [
+                "A LoRA of rank 4 trained, with a new token [V], at a learning rate of 0.5.",
+                "wrote lora.safetensors and [V].safetensors.",
+                "1 class picture of “a dog”",
+                "python train.py --config",
+            ],
+        ),
+        (
+            "trained.safetensors",
+            {"train_text_encoder": True},
+            {"tuning": "KeysAndValues", "program": "kv.py"},
+            [
+                "KeysAndValues trained, at a learning rate of 0.5.",
+                "wrote trained.safetensors.",
+                "python kv.py --config",
+            ],
+        ),
+        ("model.safetensors", {"train_text_encoder": False}, {}, ["All weights of the UNet trained, at"]),
+    ],
+)
+def test_the_story_says_what_trained_and_what_was_written(tmp_path, results, settings, identity, words):
+    told = {"max_train_steps": 4, "with_prior_preservation": True, "learning_rate": 0.5, **settings, **identity}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    (tmp_path / "config.toml").write_text("max_train_steps = 4\n")
+    for name in results.split():
+        (tmp_path / name).write_bytes(b"")
+    text = shown(tmp_path).text
+    assert [part for part in words if part not in text] == []
+
+
 # Several runs
 
 

@@ -1,6 +1,8 @@
 """RUN/config.toml holds every setting, and repeats the run to the same bits."""
 
 import os
+import shlex
+import sys
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,9 +11,11 @@ import pytest
 from runs import LATEST, SMALL, call, check_same, checkpoints, refused
 
 import train
+from ldm.dreambooth import FullTuning, Trainable
 from ldm.settings import Settings
 from ldm.settings.toml import ONCE, to_toml
 from ldm.training import options
+from ldm.training.continuity import what_trains
 
 # A run of two steps on the embedded model, with its own prompts and photographs.
 FEW = "--max-train-steps 2 --num-class-images 2 --sample-steps 1 --num-validation-images 1 --train-batch-size 1".split()
@@ -80,6 +84,32 @@ def test_the_file_says_how_many_processes_repeat_it(tmp_path):
     assert f"python train.py --config '{tmp_path}/my runs/c.toml'" in to_toml(
         Settings(), tmp_path / "my runs" / "c.toml", 1
     )
+
+
+@pytest.mark.parametrize(("mine", "program"), [(True, "my kv.py"), (False, "train.py")])
+def test_the_file_names_the_program_of_the_users_own_trainable(mine, program, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/my kv.py", "--dry-run"])
+    kind = type("KeysAndValues", (Trainable,), {}) if mine else FullTuning
+    assert what_trains(kind.__new__(kind)) == {"tuning": kind.__name__, "program": program}
+    assert f"python {shlex.quote(program)} --config " in to_toml(Settings(), tmp_path / "c.toml", 1, program)
+
+
+TINY = [
+    ("--instance-data-dir pip --instance-prompt x", {"validation_data_dir": None}),
+    ("--instance-data-dir pip --validation-data-dir held", {"validation_data_dir": "held"}),
+    ("--hold-out 1", {"validation_data_dir": None, "hold_out": 1, "instance_prompt": "a photo of sks monster"}),
+    ("--instance-prompt x", {"validation_data_dir": str(train.TINY.parent / "validation")}),  # of the same photographs
+    ("--config two.toml", {"validation_data_dir": None, "instance_data_dir": None}),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), TINY)
+def test_the_embedded_models_held_out_pictures_are_of_its_own_photographs(flags, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subject = '[[subjects]]\ninstance_data_dir = "{0}"\ninstance_prompt = "{0} monster"\n'
+    Path("two.toml").write_text('class_prompt = "monster"\n' + subject.format("a") + subject.format("b"))
+    settings = vars(options.parse(flags.split(), train.TINY))
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_help_shows_each_flag_once_and_the_ten_that_most_people_need_first(capsys):
