@@ -148,7 +148,10 @@ def check_flags(args: Namespace) -> None:
         raise InputError(f"--guidance-scale {args.guidance_scale} is not a number; 7.5 is usual")
     if not 0.0 <= args.guidance_rescale <= 1.0:
         raise InputError(f"--guidance-rescale {args.guidance_rescale} is not between 0 and 1")
-    samplers.steps_for_strength(args.steps or 1, 1.0 if args.strength is None else args.strength)
+    try:
+        samplers.steps_for_strength(args.steps or 1, 1.0 if args.strength is None else args.strength)
+    except InputError as error:
+        raise InputError(f"--{error}") from None
     if args.mask is not None and args.init_image is None:
         raise InputError(f"--mask {args.mask} needs --init-image: the picture of which a part is painted")
     if not 0.0 <= args.eta <= 1.0:

@@ -145,7 +145,9 @@ def misfit(path: Path, state: TrainingState) -> str | None:
 def check_whole(path: Path) -> None:
     """Raises InputError unless the path is a whole checkpoint."""
     if not os.path.isdir(path):
-        raise InputError(f"--resume-from-checkpoint {path} is no checkpoint folder")
+        others = all_in(path.parent) if os.path.isdir(path.parent) else []
+        newest = f"; the newest is {others[-1].name}" if others else ""
+        raise InputError(f"--resume-from-checkpoint {path} is no checkpoint folder{newest}")
     _refuse(path, damaged(path))
 
 

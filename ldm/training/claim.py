@@ -41,7 +41,7 @@ class Claim:
 
         Raises InputError if every checkpoint is damaged, or if a finished run has none.
         """
-        back = was_here(self.folder)
+        back = is_restart(self.folder)
         found = checkpoint.newest(self.checkpoints, state) if self.named is None or back else None
         result = state.trainable.result_path(self.folder, state.settings)
         if found is None and self.named is None and result.exists() and not back:
@@ -116,7 +116,7 @@ def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
     """
     resume, numbered = settings.resume_from_checkpoint, numbered_folders()
     named = Path(resume).resolve() if resume not in (None, LATEST) else None
-    back = [path for path in numbered.values() if was_here(path)]
+    back = [path for path in numbered.values() if is_restart(path)]
     if settings.output_dir is not None:
         folder = Path(settings.output_dir)
     elif back:
@@ -129,14 +129,14 @@ def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
         return take_number(max(numbered, default=1))
     check_writable(folder, "--output-dir")
     if folder.is_dir() and not is_unused(folder):
-        if resume is None and not was_here(folder):
+        if resume is None and not is_restart(folder):
             raise InputError(
                 f"--output-dir {folder} is not empty; give a new folder, or --resume-from-checkpoint latest"
             )
         if not (folder / CONFIG).exists():
             raise InputError(f"--output-dir {folder} holds no run to resume: it has no {CONFIG}")
-    if named is not None and not was_here(folder):
-        if not exists(named) and exists(folder / "checkpoints" / resume):
+    if named is not None and not is_restart(folder):
+        if not exists(named) and Path(resume).name == resume:
             named = folder / "checkpoints" / resume  # given by its name only
         checkpoint.check_whole(named)
     return Claim(folder, named), None
@@ -161,7 +161,7 @@ def is_unused(folder: Path) -> bool:
     return all(path.name == LOCK or path.name[0] == "." for path in list_folder(folder))
 
 
-def was_here(folder: Path) -> bool:
+def is_restart(folder: Path) -> bool:
     """Whether torchrun restarted this process, after it lost a worker, for the run in that folder."""
     return processes.restarted() and (read_config(folder) or {}).get("launch") == processes.launch()
 

@@ -256,6 +256,7 @@ SAMPLE = {
     "--steps 2.5": "--steps: invalid int value: '2.5'",
     "--sampler magic": "unknown sampler 'magic'; there are .*ddim",
     "--eta 2": "--eta 2.0 is not between 0 and 1",
+    "--strength 3": "--strength 3.0 is not between 0",
     "--guidance-scale inf": "--guidance-scale inf is not a number",
     "--height 30": "height 30 is not a positive multiple of 4 pixels; take 32",
     "--width 0": "width 0 is not a positive multiple of 4 pixels; take 4",

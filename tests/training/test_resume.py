@@ -30,7 +30,10 @@ from runs import (
 from safetensors.torch import load_file
 
 import sample
+from ldm import InputError
 from ldm.clip import TextEncoder
+from ldm.settings import Settings
+from ldm.training.claim import choose
 
 ALL = ("--random-flip", "--use-ema", "--ema-decay", "0.9", "--snr-gamma", "5", "--lr-warmup-steps", "5")
 
@@ -244,6 +247,16 @@ def test_an_older_checkpoint_resumes_in_its_own_folder_and_in_a_new_one(once, ba
     assert losses(once) == whole  # 4 is the latest checkpoint and has its own metrics
     message = refused(*base, "--output-dir", once, *LATEST, "--max-train-steps", 3)
     assert "checkpoint-000004 is beyond --max-train-steps 3" in message
+
+
+def test_a_checkpoint_that_is_named_and_not_there_is_looked_for_in_the_run(tmp_path):
+    for name in ("checkpoint-000001", "checkpoint-000003"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    settings = Settings(output_dir=str(tmp_path), resume_from_checkpoint="checkpoint-000009")
+    said = "checkpoints/checkpoint-000009 is no checkpoint folder; the newest is checkpoint-000003"
+    with pytest.raises(InputError, match=f"--resume-from-checkpoint {tmp_path}/{said}"):
+        choose(settings)
 
 
 @pytest.mark.slow
