@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
+from ldm.settings import Settings
 
-def variation(settings: Any) -> Callable[[str, torch.Generator], str] | None:
-    """`vary` with the settings of a run, `ldm.settings.Settings`; None if they leave captions as they are."""
+
+def variation(settings: Settings) -> Callable[[str, torch.Generator], str] | None:
+    """`vary` with the settings of a run; None if they leave captions as they are."""
     return partial(vary, settings=settings) if settings.caption_dropout or settings.shuffle_tags else None
 
 
-def vary(prompt: str, generator: torch.Generator, settings: Any) -> str:
+def vary(prompt: str, generator: torch.Generator, settings: Settings) -> str:
     """The prompt of one row.
 
     In the share `caption_dropout` of rows it is empty, so that the model keeps an unconditional prediction for guidance
