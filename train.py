@@ -107,8 +107,8 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
     if batch.mask is not None:
         place_weight = mask_weight(batch.mask, settings.unmasked_weight)
     weights = {"prior_weight": settings.prior_loss_weight, "row_weight": snr_weight, "place_weight": place_weight}
-    losses = partial(dreambooth_loss, prediction, target, **weights, huber_c=settings.huber)  # of rows by `is_class`
-    run.subject_losses.add(batch, losses)  # for people to read, if there are several subjects
+    losses = partial(dreambooth_loss, prediction, target, **weights, huber_c=settings.huber)  # a function of is_class
+    run.subject_losses.add(batch, losses)  # each subject's own loss, for metrics.jsonl
     return losses(batch.is_class)
 
 

@@ -97,7 +97,7 @@ class Twin(StableDiffusion):
 
 
 class Rehearsal:
-    """The moments of a run that may need most memory, each without numbers, in the order of the run."""
+    """Simulates on the meta device the moments of a run that may need most memory, in the order of the run."""
 
     def __init__(self, sd: StableDiffusion, tuning: Tuning, settings: Settings, device: torch.device):
         self.settings, self.device = (settings := replace(settings, compile=False)), device

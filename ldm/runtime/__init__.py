@@ -1,4 +1,4 @@
-"""Tools for programs: command line, files, memory, threads, signals, processes. Nothing here is about diffusion.
+"""Tools for programs: command line, files, memory, threads, signals, processes.
 
 cli         the command line: flags, one-line errors, the choice of a device
 files       writes files and folders whole or not at all

@@ -31,9 +31,9 @@ PREFLIGHT = "preflight.json"
 
 
 class Run:
-    """settings, world, precision, stop and folder: the objects that the parts of a training program share.
+    """settings, world, precision, stop, folder: shared by all parts of a run. Raises InputError for a folder in use.
 
-    Inside, a signal sets a flag. An error before `begin` leaves no file. Raises InputError if the folder is in use.
+    Inside `with run:`, a signal sets a flag. An error before `begin` leaves no file.
     """
 
     def __init__(self, settings: Settings, world: World):

@@ -16,8 +16,8 @@ from ldm.training.state import Diverged, TrainingState
 class Reserve:
     """Disk space for one checkpoint, and for best/ if the run keeps one, so that a disk that fills up costs no step.
 
-    It is held from the start of a run. The space is that of a file without a name: it is free again as soon as the
-    process ends, however it ends.
+    It is held from the start of a run. An unlinked file holds the space, so it is free again as soon as the process
+    ends, however it ends.
     """
 
     def __init__(self, folder: Path, size: int):

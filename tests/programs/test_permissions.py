@@ -1,4 +1,7 @@
-"""What this user may not read, list or write is one line that names it. Root may everything, so a child drops it."""
+"""What this user may not read, list or write is one line that names it.
+
+Root may read everything, so the tests run in a child without root's rights.
+"""
 
 import json
 import os

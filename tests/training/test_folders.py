@@ -457,8 +457,8 @@ def test_a_run_of_two_subjects_is_repeated_by_its_settings_file(two, tmp_path):
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run(root, tmp_path, monkeypatch):
     """Those of its section about folders, with few steps, on the embedded model."""
-    section = (root / "README.md").read_text(encoding="utf-8").partition("### What a folder of photographs says")[2]
-    lines = [line.strip() for line in section.partition("\n### ")[0].splitlines() if line.startswith("    ")]
+    section = (root / "README.md").read_text(encoding="utf-8").partition("## What a folder of photographs says")[2]
+    lines = [line.strip() for line in section.partition("\n## ")[0].splitlines() if line.startswith("    ")]
     commands = [line for line in lines if line.split()[0] in ("cp", "echo", "mkdir", "python")]
     assert sum("train.py" in line for line in commands) == 3
     (tmp_path / "weights").symlink_to(root / "weights")

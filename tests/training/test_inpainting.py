@@ -188,7 +188,7 @@ def test_processes_give_the_same_losses(base, tmp_path):
 @pytest.mark.slow
 def test_the_commands_of_readme_paint_in(root, tmp_path, monkeypatch):
     """The commands of the section, with fewer steps: each writes what the next one reads."""
-    section = (root / "README.md").read_text(encoding="utf-8").split("### Painting in\n")[1].split("\n## ")[0]
+    section = (root / "README.md").read_text(encoding="utf-8").split("## Painting in\n")[1].split("\n## ")[0]
     code = "\n".join(line for line in section.splitlines() if line.startswith("    "))
     commands = [shlex.split(text) for text in code.replace("\\\n", " ").splitlines()]
     assert [words[1] for words in commands] == ["sample.py", "-m", "train.py", "sample.py"]

@@ -1,4 +1,4 @@
-"""A LoRA and a learned token in one run ("pivotal tuning"): both train, resume, and go on to other programs."""
+"""A LoRA and a learned token in one run ("pivotal tuning"): both train and resume, and other programs read both."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Compares train.py's own numbers of language drift with the judge's, over runs of different strength.
+"""Compares train.py's drift and diversity with the judge's class likeness and variety, over runs of different strength.
 
 train.py measures drift and diversity in the features of the base model's UNet, from 16 rough pictures
 (ldm/validation/drift.py). The judge sees 64 good pictures of each checkpoint, and was trained on drawings (effect.py).
@@ -40,7 +40,7 @@ def checkpoints(work):
 
 
 def judged(path, settings, *judge):
-    """The judge's drift and diversity of a model. They are kept beside a checkpoint."""
+    """Class likeness ("drift") and variety ("diversity") of a model by the judge. They are kept beside a checkpoint."""
     kept = path / "judged.json"
     if not kept.exists():
         with torch.no_grad():
@@ -57,12 +57,12 @@ def spearman(a, b):
 
 
 def main():
-    parser = cli.Parser(description="Compare train.py's numbers of language drift with the judge's.")
+    parser = cli.Parser(description="Compare train.py's drift and diversity with the judge's numbers.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/drift"), help="folder of the runs")
     args = parser.parse_args()
 
     judge = effect.likeness(SUBJECT)
-    rows = ["| run | step | drift | the judge's | diversity | the judge's |", "|---|---|---|---|---|---|"]
+    rows = ["| run | step | drift | class likeness | diversity | variety |", "|---|---|---|---|---|---|"]
     ours, theirs = [], []
     for name, step, numbers, path in checkpoints(args.work_dir):
         settings = effect.settings_of(path.parent.parent)
@@ -76,7 +76,7 @@ def main():
         rows.append(f"| {name} | {step} | {cells} |")
         print(rows[-1], flush=True)
     text = "\n".join(rows)
-    for i, what in enumerate(("drift", "diversity")):
+    for i, what in enumerate(("drift and class likeness", "diversity and variety")):
         text += f"\nrank correlation of {what}: {spearman([n[i] for n in ours], [n[i] for n in theirs]):.2f}"
     (args.work_dir / "drift.md").write_text(text + "\n", encoding="utf-8")
     print(text)

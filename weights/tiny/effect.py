@@ -3,13 +3,16 @@
 Tunes the embedded model twice on the same four pictures for the same number of steps, with and without prior
 preservation, and compares both with the base model:
 
-    fidelity    pictures of "a photo of sks monster": cosine of their features to the mean of 48 drawings of the
-                subject that training has not seen; other drawings of the subject reach 100 %
-    new scenes  pictures of "a photo of sks monster at night", and of two more scenes that the four pictures do not
-                show: the share that shows the scene, and the fidelity to the subject
-    diversity   pictures of "a photo of a monster": mean cosine distance between the features of 64 pictures; the base
-                model has 100 %
-    drift       the fidelity of the same 64 pictures to the subject; it should stay at the base model's value
+    likeness                pictures of "a photo of sks monster": cosine of their features to the mean of 48 drawings
+                            of the subject that training has not seen; other drawings of the subject reach 100 %
+    scene right             pictures of "a photo of sks monster at night", and of two more scenes that the four
+                            pictures do not show: the share that shows the scene
+    likeness in new scenes  the likeness of these pictures
+    variety                 pictures of "a photo of a monster": mean cosine distance between the features of 64
+                            pictures; the base model has 100 %
+    class likeness          the likeness of the same 64 pictures; it should stay at the base model's value
+
+In this order, `measure` and measures.json call them fidelity, right, placed, diversity and drift.
 
     python weights/tiny/effect.py      # about ten minutes on two cores
 
@@ -71,7 +74,7 @@ def measure(sd, settings, eye, subject, real):
     """
     sampling = dict(steps=settings["sample_steps"], guidance=settings["guidance_scale"])
 
-    def fidelity(images):
+    def likeness_of(images):
         return float((eye.features(images) @ subject).mean()) / real
 
     name = settings["instance_prompt"]
@@ -80,16 +83,16 @@ def measure(sd, settings, eye, subject, real):
     placed = score.pictures(sd, [f"{name} {scene}" for scene in scenes], range(2000, 2024), **sampling)
     crowd, of_class = measure_class(sd, settings, eye, subject, real)
     numbers = {
-        "fidelity": fidelity(plain),
+        "fidelity": likeness_of(plain),
         "right": sum(a["scene"] == s for a, s in zip(eye.answers(placed), scenes, strict=True)) / len(scenes),
-        "placed": fidelity(placed),
+        "placed": likeness_of(placed),
         **of_class,
     }
     return numbers, plain, placed, crowd
 
 
 def measure_class(sd, settings, eye, subject, real):
-    """Returns (pictures of the class prompt, {"diversity": number, "drift": number}). The arguments are `measure`'s."""
+    """Returns (pictures of the class prompt, {"diversity": variety, "drift": class likeness}); see `measure`."""
     sampling = dict(steps=settings["sample_steps"], guidance=settings["guidance_scale"])
     crowd = score.pictures(sd, [settings["class_prompt"]] * 64, range(3000, 3064), **sampling)
     features = eye.features(crowd)
@@ -104,7 +107,7 @@ def table(results):
     """The results, {model: numbers}, as a Markdown table."""
     base = results["base"]["diversity"]
     lines = [
-        "| model | fidelity | scene right | fidelity in new scenes | class diversity | class drift |",
+        "| model | likeness | scene right | likeness in new scenes | variety | class likeness |",
         "|---|---|---|---|---|---|",
     ]
     for model, n in results.items():

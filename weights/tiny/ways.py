@@ -143,7 +143,7 @@ def main():
     with torch.no_grad():
         base, *_ = effect.measure(StableDiffusion.load(HERE / "base"), score.settings(), *effect.likeness(SUBJECT))
     table = [
-        "| trained | prior | fidelity | scene right | in new scenes | class diversity | class drift | minutes |",
+        "| trained | prior | likeness | scene right | likeness in new scenes | variety | class likeness | minutes |",
         "|---|---|---|---|---|---|---|---|",
         row("base | ", [base], base),
     ]
