@@ -3,7 +3,7 @@
 Each way learns the same four pictures of "baron" in 500 steps: with class pictures, with the base model's own
 prediction as prior, and without a prior. The measures are those of effect.py. Each cell has one number for each seed.
 
-    python weights/tiny/ways.py            # 28 runs, one on each core; an interrupted call goes on
+    python weights/tiny/ways.py            # 30 runs, one on each core; an interrupted call goes on
     python weights/tiny/ways.py --only LoRA
 
 A run's folder keeps its measures. Delete the folder to repeat it.
@@ -147,7 +147,8 @@ def main():
         "|---|---|---|---|---|---|---|---|",
         row("base | ", [base], base),
     ]
-    for way, prior in sorted({job[:2] for job in todo}, key=lambda pair: list(WAYS).index(pair[0])):
+    order = [*WAYS, *PRIORS]
+    for way, prior in sorted({job[:2] for job in todo}, key=lambda pair: (order.index(pair[0]), order.index(pair[1]))):
         paths = [folder(args.work_dir, (way, prior, seed)) / "measures.json" for seed in SEEDS]
         if measures := [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]:
             table.append(row(f"{way} | {prior}", measures, base))
