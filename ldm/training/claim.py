@@ -125,6 +125,11 @@ def choose(settings: Settings) -> tuple[Claim, TextIO | None]:
         folder = numbered[max(numbered)]
     elif named is not None and exists(named.parent.parent / CONFIG):
         folder = named.parent.parent
+    elif named is not None and numbered and Path(resume).name == resume and not exists(named):
+        folder = numbered[max(numbered)]  # given by its name only: of the run that `latest` resumes
+    elif named is not None:
+        checkpoint.check_whole(named)
+        raise InputError(f"--resume-from-checkpoint {named} does not lie in a run's folder: give --output-dir, too")
     else:
         return take_number(max(numbered, default=1))
     check_writable(folder, "--output-dir")

@@ -308,6 +308,18 @@ def test_a_missing_checkpoint_is_refused_and_leaves_no_folder(path, base, tmp_pa
     assert message.startswith("--resume-from-checkpoint") and not (tmp_path / "new").exists()
 
 
+def test_a_missing_checkpoint_begins_no_new_run(once, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "nowhere is no checkpoint folder" in refused(*base, "--resume-from-checkpoint", "nowhere")
+    assert not (tmp_path / "runs").exists()
+    shutil.copytree(once / "checkpoints" / "checkpoint-000002", tmp_path / "alone" / "there" / "copy")
+    alone = ("--resume-from-checkpoint", "alone/there/copy")
+    assert "does not lie in a run's folder: give --output-dir" in refused(*base, *alone)
+    shutil.copytree(once, tmp_path / "runs" / "dreambooth")
+    message = refused(*base, "--resume-from-checkpoint", "checkpoint-000009")
+    assert "runs/dreambooth/checkpoints/checkpoint-000009 is no checkpoint folder; the newest is" in message
+
+
 def test_a_refused_checkpoint_leaves_no_new_folder(once, base, tmp_path):
     older = once / "checkpoints" / "checkpoint-000002"
     flags = ("--resume-from-checkpoint", older, "--learning-rate", "2e-4")
