@@ -156,9 +156,9 @@ def test_any_layout_converts_into_any_other_and_back_bit_for_bit(family, layout,
     assert first.source_fingerprint() == third.source_fingerprint()
 
 
-@pytest.mark.parametrize("family", slow_after(1, FAMILIES))
-@pytest.mark.parametrize("safe", slow_after(1, [True, False]), ids=["safetensors", "bin"])
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_folders_that_diffusers_writes_in_shards_are_read(safe, family, narrow, there):
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
     original = narrow(family)

@@ -176,6 +176,7 @@ def generated_prompts(n: int, seed: int = 0) -> list[str]:
     return ["".join(word() + rng.choice(SPACES) for _ in range(rng.choice((1, 3, 8, 40)))) for _ in range(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["written by us", "written by transformers"])
 @pytest.mark.filterwarnings("ignore:prompt too long")
 def test_ids_equal_those_of_transformers(dialect, tokenizer, tmp_path):

@@ -73,6 +73,7 @@ def test_inspect_names_missing_unknown_and_misshapen_tensors_and_fails(run, file
     ]
 
 
+@pytest.mark.slow
 def test_convert_writes_a_folder_and_back_in_the_requested_type(run, file, narrow):
     folder, back = file.parent / "folder", file.parent / "back.safetensors"
     lines = run("convert", file, folder, "--dtype", "fp16")

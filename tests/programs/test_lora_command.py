@@ -41,7 +41,8 @@ def test_inspect_describes_a_lora(run):
     assert run("inspect", DIFFUSERS)[0] == f"{DIFFUSERS}: LoRA of 40 modules, rank 4, alpha / rank 2"
 
 
-@pytest.mark.parametrize("name", ["merged.safetensors", pytest.param("merged", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["merged.safetensors", "merged"])
 def test_merge_writes_the_sum_in_both_layouts(name, run, tmp_path):
     lines = run("merge", TINY, tmp_path / name, "--lora", f"{KOHYA}:0.7", "--lora", DIFFUSERS, "--dtype", "fp32")
     assert lines[1:] == [

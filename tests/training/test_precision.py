@@ -78,6 +78,7 @@ def test_trained_weights_are_fp32_and_frozen_weights_are_saved_unchanged(name, b
     assert isinstance(sd.vae.encoder, torch.nn.Identity)  # the encoder is freed when it is no longer needed
 
 
+@pytest.mark.slow
 def test_a_base_model_in_fp16_is_upcast(random_model, base, tmp_path):
     random_model().save(tmp_path / "fp16.safetensors", dtype=torch.float16)
     upcast = StableDiffusion.load(tmp_path / "fp16.safetensors")
@@ -126,6 +127,7 @@ def test_an_overflow_is_skipped_and_advances_neither_step_nor_schedule(steep, ba
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_model_beyond_the_range_of_fp16_is_refused_before_training(random_model, base, tmp_path):
     sd = random_model()
     with torch.no_grad():

@@ -143,6 +143,7 @@ def test_parameters_that_are_not_the_models_own_train_over_a_frozen_model_in_16_
     assert found.total < 6e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 def test_what_a_flag_saves_is_what_the_prediction_with_it_saves(device, random_model):
     """Each part answers to the flag that is for it, and to no other."""

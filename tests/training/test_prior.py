@@ -62,16 +62,8 @@ def test_the_base_of_a_lora_is_the_model_without_it(base, tmp_path):
     assert lines[0]["prior_loss"] < 1e-10 and all(line["prior_loss"] > 1e-8 for line in lines[1:])
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        LORA,
-        *(
-            pytest.param(f, marks=pytest.mark.slow)
-            for f in ((), ("--mixed-precision", "bf16", "--random-crop", "--no-train-text-encoder"))
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [LORA, (), ("--mixed-precision", "bf16", "--random-crop", "--no-train-text-encoder")])
 def test_a_resumed_run_equals_the_run_that_never_stopped(flags, base, tmp_path):
     flags = (*base, *PREDICTION, *flags, "--checkpointing-steps", 2)
     call(*flags, "--max-train-steps", 4, "--output-dir", tmp_path / "whole")

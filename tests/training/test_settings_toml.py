@@ -33,6 +33,7 @@ def test_the_settings_of_the_embedded_model_repeat_its_run_from_any_folder(tmp_p
     assert (first / "config.json").read_text() == (second / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_run_repeat_it_without_its_folder_and_checkpoint(saved, photographs, tmp_path, monkeypatch):
     """Class pictures that lie in the run's folder are used again; a run that was resumed is repeated from the start."""
     monkeypatch.chdir(tmp_path)

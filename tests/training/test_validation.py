@@ -204,6 +204,7 @@ def test_training_does_not_notice_validation(flags, base, every, tmp_path):
     assert scalers[0] == scalers[1]
 
 
+@pytest.mark.slow
 def test_a_model_for_painting_in_begins_with_the_losses_of_the_model_that_it_was_made_of(
     made, base, every, random_model, tmp_path
 ):
@@ -344,6 +345,7 @@ def test_without_held_out_pictures_there_is_no_best_and_a_line_says_so(base, tmp
     assert "advice: take step 2" in out
 
 
+@pytest.mark.slow
 def test_held_out_photographs_are_not_trained_on(base, tmp_path):
     """Two of three are held out: the run trains on the one that is left, as a run that has no other."""
     flags = ("--no-with-prior-preservation", "--max-train-steps", 2, "--output-dir")
