@@ -32,7 +32,7 @@ SEEDS = (0, 1)
 NEW_TOKEN = ["--placeholder-token", "[V]", "--initializer-token", "monster"]
 NEW_TOKEN += ["--instance-prompt", "a photo of [V] monster"]
 TOKEN = [*NEW_TOKEN, "--token-learning-rate", "2e-4"]
-# Rates and prior weight of a LoRA were chosen on this subject and seed 0, among twenty runs.
+# Rates and prior weight of a LoRA were chosen on this subject and seed 0, among some thirty runs.
 LORA = ["--lora-rank", "4", "--learning-rate", "3e-3", "--text-encoder-learning-rate", "1e-3"]
 LORA += ["--prior-loss-weight", "0.5"]
 WIDE = ["--lora-rank", "16", "--learning-rate", "2e-3", "--text-encoder-learning-rate", "1e-3"]
