@@ -47,6 +47,7 @@ LIMITS = {
     "sample_batch_size": 4096,
     "gradient_accumulation_steps": 65_536,
     "lora_rank": MAX_RANK,
+    "lora_conv_rank": MAX_RANK,
 }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ldm.lora import TARGETS
 from ldm.runtime import cli
-from ldm.settings.setting import Group, not_positive, setting
+from ldm.settings.setting import Group, flag, not_positive, setting
 
 RATE, LORA_RATE = 2e-6, 1e-4  # learning rates that are usual for all weights, and for a LoRA
 LOW_LORA_RATE = 1e-5  # below it a LoRA hardly learns
@@ -46,8 +46,19 @@ class LoRASettings(Group):
         "layers with a LoRA: attention; transformer: its projections and MLPs too; all: the convolutions too",
         choices=tuple(TARGETS),
     )
+    lora_conv_rank: int | None = setting(
+        None,
+        "rank of the 3x3 convolutions of --lora-targets all, which take most of the file; --lora-rank if not given",
+        flags=("--conv-dim",),
+        type=cli.positive,
+    )
 
     def problem(self) -> str | None:
+        for name in ("lora_alpha", "lora_targets", "lora_conv_rank"):
+            if not self.lora_rank and getattr(self, name) != getattr(LoRASettings, name):
+                return f"{flag(name)} is for a LoRA: give --lora-rank too"
+        if self.lora_conv_rank and self.lora_targets != "all":
+            return "--lora-conv-rank is for the convolutions, which only --lora-targets all trains"
         return not_positive(self, "lora_alpha")
 
 
@@ -137,7 +148,7 @@ class Machine(Group):
             return "--train-dtype bf16 is for whole networks; a LoRA is in fp32, its base in --mixed-precision's type"
         if not self.fused_backward:
             return None
-        for flag, is_given, reason in (
+        for needed, is_given, reason in (
             ("--max-grad-norm 0", self.max_grad_norm == 0, "the norm of all gradients is known after the updates"),
             (
                 "--gradient-accumulation-steps 1",
@@ -147,5 +158,5 @@ class Machine(Group):
             ("no --mixed-precision fp16", self.mixed_precision != "fp16", "an overflow is known after the updates"),
         ):
             if not is_given:
-                return f"--fused-backward needs {flag}: {reason}"
+                return f"--fused-backward needs {needed}: {reason}"
         return None

@@ -20,7 +20,7 @@ from ldm.formats import (
     not_finite,
     write_lora,
 )
-from ldm.lora import LoRA, attach, chosen, disabled
+from ldm.lora import Layer, LoRA, attach, chosen, disabled
 from ldm.model import StableDiffusion
 from ldm.settings import Settings
 from ldm.tokens import LearnedToken
@@ -39,11 +39,10 @@ class LoRATuning(Trainable):
 
     def __init__(self, sd: StableDiffusion, settings: Settings, token: LearnedToken | None = None):
         """token: one to train too."""
-        rank, alpha = settings.lora_rank, settings.lora_alpha or float(settings.lora_rank)
         layers = chosen(sd.lora_layers(), settings.lora_targets)
         if not settings.train_text_encoder:
             layers = {name: layer for name, layer in layers.items() if name.startswith(LORA_UNET)}
-        loras = {name: LoRA(layer, rank, alpha).draw(settings.seed, name) for name, layer in layers.items()}
+        loras = {name: _new(layer, settings).draw(settings.seed, name) for name, layer in layers.items()}
         adapters = nn.ModuleDict(loras)
         vectors = {BUNDLED.format(token.token): token.vectors} if token else {}
         super().__init__(sd, settings, dict(adapters.named_parameters()) | vectors, token)
@@ -117,6 +116,13 @@ class LoRATuning(Trainable):
         if self.token is not None:
             self.token.save(path.parent, metadata)
         return []
+
+
+def _new(layer: Layer, settings: Settings) -> LoRA:
+    """Of the settings' rank. A 3x3 convolution may have another one, and the same alpha / rank."""
+    has_kernel = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+    rank = (settings.lora_conv_rank if has_kernel else None) or settings.lora_rank
+    return LoRA(layer, rank, (settings.lora_alpha or settings.lora_rank) * rank / settings.lora_rank)
 
 
 def tuning_of(sd: StableDiffusion, settings: Settings) -> Trainable:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from ldm import StableDiffusion
+from ldm.formats import read_lora
 from ldm.settings import Settings
 from ldm.training import LoRATuning, checkpoint, parse
 
@@ -113,13 +114,14 @@ def test_the_gradients_are_those_of_peft():
     assert scale > 0 and max((a.grad - b.grad).abs().max() for a, b in pairs.values()) <= 1e-5 * scale
 
 
-def test_diffusers_opens_the_file_and_makes_our_picture(tmp_path):
+@pytest.mark.parametrize("more", [(), ("--lora-targets", "all", "--lora-conv-rank", 1)], ids=["usual", "convolutions"])
+def test_diffusers_opens_the_file_and_makes_our_picture(more, tmp_path):
     """A run on the embedded model at rank 4. Its file has under 400 kB."""
     folder = photograph(tmp_path / "photographs")
     flags = ("--model", TINY, "--instance-data-dir", folder, "--instance-prompt", "a photo of sks monster")
     flags = (*flags, "--no-with-prior-preservation", "--resolution", 64, "--max-train-steps", 3, "--sample-steps", 1)
     flags = (*flags, "--num-validation-images", 1, "--lora-rank", 4, "--learning-rate", 0.05)
-    call(*flags, "--output-dir", tmp_path / "run")
+    call(*flags, *more, "--output-dir", tmp_path / "run")
     path = tmp_path / "run" / "lora.safetensors"
     assert path.stat().st_size < 400_000
     sd = StableDiffusion.load(TINY)
@@ -173,6 +175,7 @@ def test_a_run_is_not_resumed_with_another_adapter(made, base):
         (("--lora-rank", 3), "lora_rank was 2 and is 3"),
         (("--lora-alpha", 1), "lora_alpha was None and is 1.0"),
         (("--lora-targets", "all"), "lora_targets was 'transformer' and is 'all'"),
+        (("--lora-targets", "all", "--lora-conv-rank", 1), "lora_conv_rank was None and is 1"),
     ):
         assert words in refused(*base, "--output-dir", made, *LATEST, *flags)
 
@@ -200,6 +203,22 @@ def test_a_lora_has_learning_rates_of_its_own(saved):
 def test_the_names_of_other_programs_flags_are_known():
     assert settings("--rank", 8).lora_rank == settings("--network_dim", 8).lora_rank == 8
     assert settings("--rank", 8, "--network_alpha", 1).lora_alpha == 1.0
+    assert settings("--rank", 8, "--lora_targets", "all", "--conv_dim", 2).lora_conv_rank == 2
+
+
+def test_convolutions_may_have_a_rank_of_their_own(saved, tmp_path):
+    """As kohya's conv_dim: of the 3x3 ones alone, with the same alpha / rank, and said so in the file's header."""
+    given = settings("--lora-rank", 4, "--lora-alpha", 6, "--lora-targets", "all", "--lora-conv-rank", 2)
+    tuning = LoRATuning(StableDiffusion.load(saved["official"]), given)
+    pairs = tuning.adapter().pairs
+    assert {(pair.down.shape[2:] == (3, 3), pair.rank, pair.alpha) for pair in pairs.values()} == {
+        (True, 2, 3.0),
+        (False, 4, 6.0),
+    }
+    tuning.result(tmp_path / "lora.safetensors", given, {})
+    said = read_lora(tmp_path / "lora.safetensors").metadata
+    assert said["ss_network_dim"] == "4" and said["ss_network_alpha"] == "6"
+    assert json.loads(said["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "3"}
 
 
 def test_impossible_loras_are_refused(base, tmp_path):
@@ -209,8 +228,13 @@ def test_impossible_loras_are_refused(base, tmp_path):
         (("--lora-alpha", 0), "--lora-alpha 0.0 is not a positive number"),
         (("--lora-alpha", "nan"), "--lora-alpha nan is not a positive number"),
         (("--lora-targets", "everything"), "invalid choice: 'everything'"),
+        (("--lora-conv-rank", 2), "--lora-conv-rank is for the convolutions, which only --lora-targets all trains"),
+        (("--lora-targets", "all", "--lora-conv-rank", 0), "0 is not 1 or more"),
     ):
         assert words in refused(*base, *flags, "--output-dir", tmp_path / "run")
+    full = tuple(flag for flag in base if flag not in LORA)
+    for flags in (("--lora-alpha", 4), ("--lora-targets", "all"), ("--lora-conv-rank", 2)):
+        assert f"{flags[0]} is for a LoRA: give --lora-rank too" in refused(*full, *flags, "--output-dir", tmp_path)
 
 
 # sample.py
