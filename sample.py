@@ -88,7 +88,7 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
         sd.adopt_schedule(adapters)
         from_run = fill_in(args, sd, adapters)
         if args.grid:
-            images.check_sheet(len(prompts), args.num_images, args.width, args.height)
+            sampling.contact_sheet.check_size(len(prompts), args.num_images, args.width, args.height)
         canvas = load_canvas(args, sd)
         how = recipe(args, sd)
         check_model(args, how)
@@ -293,7 +293,7 @@ def write_grid(prompts: list[str], jobs: list[Job], fingerprint: str) -> None:
     rows = [(prompt, pictures[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
     folder = jobs[0].path.parent
     number = first_free_index(folder, "grid-")
-    write_png(folder / f"grid-{number:05d}.png", images.grid(rows), {"ldm.model": fingerprint})
+    write_png(folder / f"grid-{number:05d}.png", sampling.contact_sheet.grid(rows), {"ldm.model": fingerprint})
 
 
 def first_free_index(folder: Path, prefix: str = "") -> int:

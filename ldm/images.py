@@ -1,4 +1,4 @@
-"""Photographs -> square tensors in [-1, 1]; tensors -> pictures; pictures -> contact sheets."""
+"""Photographs -> square tensors in [-1, 1]; tensors -> pictures."""
 
 import io
 import os
@@ -11,29 +11,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.errors import InputError, RunError, one_line
 from ldm.runtime import check_file, exists, list_folder
-
-Row = tuple[str, list[Image.Image]]
-
 
 # The formats that Pillow decodes itself, if it was built with them. Of the others, EPS starts Ghostscript, and MPEG,
 # HDF5, GRIB and WMF need a program or a plugin.
 FORMATS = """AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP""".split()
 
 MAX_SIDE = 8192  # pixels along a picture to make
-MAX_PIXELS = 125_000_000  # of a picture to read and of a sheet to write; Pillow takes 4 bytes for each
+MAX_PIXELS = 125_000_000  # of a picture to read, and of a contact sheet to write; Pillow takes 4 bytes for each
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's own limit is lower
 MAX_BYTES = 1 << 28  # of a picture's file
 ORIENTATION = 274  # EXIF's tag
 TILE = 1024  # pixels along a part that is converted at once
-
-MIN_CELL = 128  # pixels along a cell of a contact sheet
-MARGIN, PAPER, INK = 4, (250, 250, 248), (40, 40, 44)
-MAX_LABEL = 200  # letters
 
 
 class Picture(NamedTuple):
@@ -230,54 +223,3 @@ def to_pil(images: Tensor) -> list[Image.Image]:
         )
     array = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(image) for image in array.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def grid(rows: list[Row]) -> Image.Image:
-    """One sheet of rows (label, pictures). All cells have the first picture's size, magnified if it is small."""
-    first = rows[0][1][0]
-    factor = max(1, -(-MIN_CELL // min(first.size)))
-    width, height = first.width * factor, first.height * factor
-    label = _label(height)
-    font = ImageFont.load_default(size=label - 2 * MARGIN)
-    columns = max(len(pictures) for _, pictures in rows)
-    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, len(rows) * (height + label + MARGIN)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for r, (text, pictures) in enumerate(rows):
-        top = r * (height + label + MARGIN)
-        draw.text((MARGIN + 2, top + MARGIN), one_line(text, MAX_LABEL), fill=INK, font=font)
-        for c, picture in enumerate(pictures):
-            cell = picture.resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (MARGIN + c * (width + MARGIN), top + label))
-    return sheet
-
-
-def _label(height: int) -> int:
-    """The height of a label above cells of this height."""
-    return max(13, height // 12) + 2 * MARGIN
-
-
-def first_column(sheet: Image.Image, rows: int, side: int) -> list[Image.Image]:
-    """The first picture of each row of a `grid` whose pictures were `side` pixels along, as magnified there."""
-    side *= max(1, -(-MIN_CELL // side))
-    label = _label(side)
-    tops = [r * (side + label + MARGIN) + label for r in range(rows)]
-    return [sheet.crop((MARGIN, top, MARGIN + side, top + side)) for top in tops]
-
-
-def check_sheet(rows: int, columns: int, width: int, height: int) -> None:
-    """Raises InputError if a sheet of pictures of this size has too many pixels."""
-    factor = max(1, -(-MIN_CELL // min(width, height)))
-    if rows * columns * width * height * factor**2 > MAX_PIXELS:
-        raise InputError(
-            f"a sheet of {rows} x {columns} pictures of {width} x {height} pixels is too large: it should have at most "
-            f"{MAX_PIXELS} pixels; ask for fewer or smaller pictures"
-        )
-
-
-def beside(top: Image.Image, left: Image.Image, right: Image.Image) -> Image.Image:
-    """One sheet above two others side by side."""
-    width = max(top.width, left.width + right.width)
-    sheet = Image.new("RGB", (width, top.height + max(left.height, right.height)), PAPER)
-    for picture, corner in ((top, (0, 0)), (left, (0, top.height)), (right, (left.width, top.height))):
-        sheet.paste(picture, corner)
-    return sheet

@@ -51,6 +51,7 @@ WINGS = {
         lora_file
     """,
     "sampling": """
+        contact_sheet
         flags
     """,
     "settings": """

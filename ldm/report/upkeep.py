@@ -11,6 +11,7 @@ from ldm.errors import one_line
 from ldm.images import Picture
 from ldm.report.file import REPORT, write
 from ldm.runtime import replacing
+from ldm.sampling import contact_sheet
 from ldm.training import ClassPictures, Run, distinct_class_pictures
 
 ROW, ROWS, KINDS = 6, 2, 8  # pictures in a row, rows of a prompt, prompts
@@ -53,7 +54,7 @@ def _save(run: Run, name: str, kinds: Sequence[tuple[str, Sequence[Picture | Pat
             rows.append((label, [images.square(picture, side) for picture in part]))
     path = run.folder / "sheets" / f"{name}.png"
     with replacing(path) as temporary:
-        images.grid(rows).save(temporary, format="PNG")
+        contact_sheet.grid(rows).save(temporary, format="PNG")
 
 
 def _tried(what: str, work: Callable[[], Any]) -> None:

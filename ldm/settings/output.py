@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from ldm import images, samplers
+from ldm import samplers
 from ldm.runtime import cli
+from ldm.sampling import contact_sheet
 from ldm.settings.setting import Group, not_a_number, setting
 
 
@@ -60,5 +61,5 @@ class Sampling(Group):
             return problem
         samplers.find(self.sampler)
         rows = len(self.validation_prompt or self.prompts)
-        images.check_sheet(rows, self.num_validation_images, self.resolution, self.resolution)
+        contact_sheet.check_size(rows, self.num_validation_images, self.resolution, self.resolution)
         return None

@@ -9,6 +9,7 @@ from PIL import Image
 from ldm import images, samplers
 from ldm.model import StableDiffusion
 from ldm.runtime import replacing, uncompiled, written
+from ldm.sampling import contact_sheet
 from ldm.settings import Settings
 from ldm.training.run import Run
 
@@ -26,7 +27,7 @@ def make_sheet(run: Run, sd: StableDiffusion, when: str) -> None:
             batches = len(_batches(run.settings))
             total = batches * samplers.find(run.settings.sampler).evaluations(run.settings.sample_steps)
             with run.progress_bar(f"sheet {when}", total) as progress, _sampling(run, when):
-                path = _save(run, when, images.grid(sample(run.settings, sd, when, progress)))
+                path = _save(run, when, contact_sheet.grid(sample(run.settings, sd, when, progress)))
             run.lines.tracker.picture(0 if when == "before" else run.settings.max_train_steps, "sheet", path)
         if when == "after" and run.settings.validation_steps is not None:
             make_steps(run)
@@ -41,7 +42,7 @@ def make_step_sheet(run: Run, sd: StableDiffusion, step: int) -> Path:
     signal comes.
     """
     with _sampling(run, f"of step {step}"):
-        sheet = images.grid(sample(run.settings, sd, f"step {step}", run.stop.check))
+        sheet = contact_sheet.grid(sample(run.settings, sd, f"step {step}", run.stop.check))
     path = _save(run, step_name(step), sheet)
     make_steps(run)
     return path
@@ -55,9 +56,9 @@ def step_name(step: int) -> str:
 def make_comparison(run: Run, photographs: Sequence[images.Picture]) -> Path:
     """Makes the sheet that shows the photographs, and the sheets "before" and "after" side by side below them."""
     squares = [images.square(picture, run.settings.resolution) for picture in photographs]
-    top = images.grid([("photographs of the subject", squares[: 2 * run.settings.num_validation_images])])
+    top = contact_sheet.grid([("photographs of the subject", squares[: 2 * run.settings.num_validation_images])])
     left, right = (images.open_picture(sheet_path(run, name)) for name in ("before", "after"))
-    return _save(run, "before_after", images.beside(top, left, right))
+    return _save(run, "before_after", contact_sheet.beside(top, left, right))
 
 
 def make_steps(run: Run) -> None:
@@ -71,14 +72,14 @@ def make_steps(run: Run) -> None:
         if sheet_path(run, name).exists():
             with images.open_picture(sheet_path(run, name)) as sheet:
                 sheets[label] = images.to_rgb(sheet)
-    newest, given = list(sheets.values())[-1], run.settings
+    newest, prompts = list(sheets.values())[-1], prompts_of(run.settings)
     rows = [
-        (label, images.first_column(sheet, len(prompts_of(given)), given.resolution))
+        (label, contact_sheet.first_column(sheet, len(prompts), run.settings.resolution))
         for label, sheet in sheets.items()
         if sheet.size == newest.size  # a resumed run may have been given other prompts
     ]
-    row = images.grid(rows[:1])
-    _save(run, "steps", images.grid(rows[-(images.MAX_PIXELS // (row.width * row.height)) :]))
+    row = contact_sheet.grid(rows[:1], prompts)
+    _save(run, "steps", contact_sheet.grid(rows[-(images.MAX_PIXELS // (row.width * row.height)) :], prompts))
 
 
 def prompts_of(settings: Settings) -> tuple[str, ...]:
@@ -107,7 +108,9 @@ def _batches(settings: Settings) -> list[list[tuple[str, int]]]:
     return [jobs[i : i + settings.sample_batch_size] for i in range(0, len(jobs), settings.sample_batch_size)]
 
 
-def sample(settings: Settings, sd: StableDiffusion, when: str, progress: Callable[[], object]) -> list[images.Row]:
+def sample(
+    settings: Settings, sd: StableDiffusion, when: str, progress: Callable[[], object]
+) -> list[contact_sheet.Row]:
     """A row of pictures for each validation prompt. progress: called after each evaluation of the UNet."""
     pictures = []
     for batch in _batches(settings):

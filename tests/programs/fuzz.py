@@ -263,7 +263,7 @@ def prompts(folder: Path) -> Iterator[Case]:
     def read(rng: random.Random) -> None:
         found = sampling.read_prompts(Namespace(prompt=[], prompts_file=str(path), negative_prompt="", num_images=1))
         words(found[:4])
-        images.grid([(found[0], [Image.new("RGB", (8, 8))])])
+        sampling.contact_sheet.grid([(found[0], [Image.new("RGB", (8, 8))])])
 
     yield damaged_file(path, damage, read)
 

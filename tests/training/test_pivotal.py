@@ -10,9 +10,10 @@ from runs import LATEST, LORA, SMALL, call, check_same, metrics, photograph, pix
 from safetensors.torch import load_file, save_file
 
 import sample
-from ldm import InputError, StableDiffusion, __main__, images, tokens
+from ldm import InputError, StableDiffusion, __main__, tokens
 from ldm.dreambooth import FullTuning
 from ldm.formats import read_lora
+from ldm.sampling import contact_sheet
 from ldm.settings import Settings
 from ldm.training import LoRATuning, tuning_of
 
@@ -129,7 +130,7 @@ def test_sample_py_makes_the_pictures_of_the_run(made, saved, tmp_path):
         flags = ("--model", saved["official"], *files, "--prompt", "a [V] dog", "--output-dir", tmp_path / str(i))
         sample.main([str(flag) for flag in flags])
         with Image.open(tmp_path / str(i) / "00000-0.png") as picture:
-            row = np.asarray(images.grid([("a [V] dog (after)", [picture])])).astype(int)
+            row = np.asarray(contact_sheet.grid([("a [V] dog (after)", [picture])])).astype(int)
         assert np.abs(row - sheet[: len(row)]).max() <= (2 if i == 0 else 1)  # a result is fp16, a checkpoint fp32
         picture = pixels(tmp_path / str(i) / "00000-0.png")
         sample.main(["--from-picture", str(tmp_path / str(i) / "00000-0.png"), *map(str, flags[:2]), *map(str, files),

@@ -32,8 +32,9 @@ import torch
 import world
 from PIL import Image
 
-from ldm import StableDiffusion, images
+from ldm import StableDiffusion
 from ldm.runtime import cli
+from ldm.sampling import contact_sheet
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -149,7 +150,7 @@ def main():
         )
         rows += [(f'{model}: "{settings["class_prompt"]}"', crowd[:8]), ("", crowd[8:16])]
     pictures = [(label, [Image.fromarray(np.asarray(image)) for image in images]) for label, images in rows]
-    images.grid(pictures).save(args.work_dir / "effect.jpg", quality=90)
+    contact_sheet.grid(pictures).save(args.work_dir / "effect.jpg", quality=90)
     print(f"cosine of real drawings of the subject to their mean: {real:.3f}\n{table(results)}")
     (args.work_dir / "effect.md").write_text(table(results) + "\n")
 

@@ -23,8 +23,9 @@ import world
 from PIL import Image, ImageDraw
 from scenes import CANVAS
 
-from ldm import StableDiffusion, images
+from ldm import StableDiffusion
 from ldm.runtime import cli, replacing
+from ldm.sampling import contact_sheet
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1)
@@ -110,7 +111,7 @@ def main():
         results[name], pictures = measured(run, run / "model.safetensors", settings, likeness)
         rows.append((f'{name}: "{settings["instance_prompt"]}", then {", ".join(effect.NEW_SCENES)}', pictures))
         print(effect.table(results), flush=True)
-    images.grid(rows).save(args.work_dir / "masks.jpg", quality=90)
+    contact_sheet.grid(rows).save(args.work_dir / "masks.jpg", quality=90)
     (args.work_dir / "masks.md").write_text(effect.table(results) + "\n", encoding="utf-8")
 
 
