@@ -38,11 +38,12 @@ from ldm import StableDiffusion, images
 from ldm.data.inpainting import widen
 from ldm.images import load_picture
 from ldm.preflight import predict
+from ldm.runtime import World
 from ldm.sampling.contact_sheet import MARGIN
-from ldm.training import parse, sheets, tuning_of
+from ldm.training import Run, parse, sheets, tuning_of
 from ldm.training.ema import EMA
 from ldm.validation import advise, best, grid
-from ldm.validation.drift import diversity, drift
+from ldm.validation.drift import Drift, diversity, drift
 
 EVERY = ("--validation-steps", 2, "--num-drift-images", 2)
 TOKEN = ("--instance-prompt", "a [V] dog", "--placeholder-token", "[V]", "--initializer-token", "dog")
@@ -394,6 +395,20 @@ def test_drift_is_0_at_the_base_and_1_at_the_photographs():
     half = base + (photographs - base.mean(0)) / 2
     assert drift(half, base, photographs) == pytest.approx(0.5)
     assert drift(photographs.expand(4, 5), base, photographs) == pytest.approx(1.0)
+
+
+def test_drift_takes_the_class_prompts_of_all_subjects_in_turn(base, saved, tmp_path):
+    flags = (*base, *EVERY, "--num-drift-images", 5, "--output-dir", tmp_path / "run")
+    settings = parse([str(word) for word in flags], train.TINY)
+    trainable = tuning_of(StableDiffusion.load(saved["official"]), settings)
+    photographs = grid.Part("training_loss", torch.zeros(1, 4, 8, 8), ("a sks dog",))
+    prompts = ("a dog", "a cat", "a green car")
+    with Run(settings, World(0, 1, torch.device("cpu"))) as run:
+        turns = Drift(run, trainable, prompts, photographs).base
+        alone = [Drift(run, trainable, [prompt], photographs).base for prompt in prompts]
+    for number, features in enumerate(turns):
+        found = [torch.allclose(features, of_one[number], rtol=0, atol=1e-5) for of_one in alone]
+        assert found == [i == number % 3 for i in range(3)]
 
 
 def test_diversity_is_the_mean_cosine_distance_of_pairs():
