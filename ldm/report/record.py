@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.dreambooth import FullTuning
 from ldm.errors import InputError, one_line
 from ldm.report.numbers import MAX_STEP, Line, read_lines
 from ldm.runtime import exists, list_folder, read_json, read_toml
+from ldm.training import LoRATuning, TokenTuning
 from ldm.validation import Advice, advise
 
 MAX_TEXT = 400  # letters of a text that is shown
@@ -167,7 +169,7 @@ def _read_settings(record: Record, names: set[str]) -> None:
 IDENTITY = {"global_batch", "base", "tuning", "launch", "pictures", "photographs", "captions", "masks", "focus"}
 IDENTITY |= {"held_out", "class_pictures", "program"}
 
-TUNINGS = {"FullTuning", "LoRATuning", "TokenTuning"}  # of this package
+TUNINGS = {tuning.__name__ for tuning in (FullTuning, LoRATuning, TokenTuning)}
 
 ONCE = {"output_dir", "resume_from_checkpoint", "dry_run"}  # settings of one start of train.py, not of the run
 
