@@ -12,7 +12,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
 
 import re
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ldm import formats, images, samplers, sampling, tokens
-from ldm.errors import InputError, RunError, one_line
+from ldm.errors import InputError, RunError
 from ldm.formats import Adapter
 from ldm.guidance import Canvas
 from ldm.model import StableDiffusion
@@ -90,8 +89,8 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
         if args.grid:
             sampling.contact_sheet.check_size(len(prompts), args.num_images, args.width, args.height)
         canvas = load_canvas(args, sd)
-        how = recipe(args, sd)
-        check_model(args, how)
+        how = sampling.recipe(args, sd)
+        sampling.check_same(args, how)
     jobs = world.on_main(lambda: make_jobs(args, prompts))
     batches = [jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     batches = batches[world.rank :: world.size]  # torchrun's processes share them
@@ -188,44 +187,6 @@ def tell_size(args: Namespace) -> None:
     if size != (args.width, args.height):
         sizes = "{} x {} to {} x {} pixels".format(*size, args.width, args.height)
         print(f"{args.init_image} is resized and cut from {sizes}; --width and --height give another size")
-
-
-def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
-    """How the pictures are made: the facts in their files that they have in common."""
-    how = {
-        "negative_prompt": args.negative_prompt,
-        "sampler": args.sampler,
-        "eta": args.eta,
-        "steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "guidance_rescale": args.guidance_rescale,
-        "zero_terminal_snr": sd.config.schedule.zero_terminal_snr,
-        "prediction_type": sd.config.schedule.prediction,
-        "dtype": args.dtype,
-        "model": sd.source_fingerprint(),
-        "model_name": sd.source.title(),
-        "model_hash": sd.source.file_hash(),
-    }
-    if args.lora:
-        how["lora"] = ", ".join(f"{Path(path).name}:{scale:g}" for path, scale in args.lora)
-    if args.init_image is not None:
-        how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
-    if args.mask is not None:
-        how["mask"] = Path(args.mask).name
-    if args.tokens:
-        how["tokens"] = " ".join(args.tokens)
-    return how
-
-
-def check_model(args: Namespace, how: dict[str, object]) -> None:
-    """Warns if the picture of --from-picture was made with another model."""
-    for name in ("model", "model_hash"):
-        said, found = args.picture.get(name), how[name]
-        if said is not None and found is not None and not str(found).startswith(str(said)):
-            what = args.picture.get("model_name", "a model")
-            text = f"{args.from_picture} was made with another model, {what} ({said}); this one is {found}"
-            warnings.warn(one_line(text), stacklevel=2)
-            return
 
 
 def make_jobs(args: Namespace, prompts: list[str]) -> list[Job]:

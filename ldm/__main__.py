@@ -5,7 +5,6 @@ python -m ldm lora inspect|merge|extract|convert ...      describes, merges, ext
 python -m ldm report RUN [RUN ...]                        writes the report of a run, or compares several
 """
 
-import hashlib
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -190,12 +189,7 @@ def verify(args: Namespace) -> None:
     path = Path(args.path)
     if not os.path.isfile(path):
         raise InputError(f"{path} is no file; verify takes the official single files")
-    lines = read_text(OFFICIAL_SUMS).splitlines()
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{error.filename or path} can't be read: {error.strerror}") from None
+    lines, found = read_text(OFFICIAL_SUMS).splitlines(), formats.file_hash(path)
     known = {line[:64]: line[66:] for line in lines if not line.startswith("#")}
     if found not in known:
         raise InputError(f"{path}: SHA-256 {found} is none of the official files in {OFFICIAL_SUMS}")
@@ -235,7 +229,8 @@ def convert_lora(args: Namespace) -> None:
     output = Path(args.output)
     _check_output(output, args.overwrite)
     adapter = _read_lora(args.path, args.model)
-    about = {key: text for key, text in adapter.metadata.items() if key.startswith("ldm.")}
+    about = {key: text for key, text in adapter.metadata.items() if key.startswith(("ldm.", formats.modelspec.PREFIX))}
+    about |= dict.fromkeys({formats.modelspec.HASH_KEY} & about.keys(), "")  # computed again
     if args.names == "kohya":
         is_sd2 = any("attn2_to_k" in name and pair.down.shape[1] == 1024 for name, pair in adapter.pairs.items())
         kohyas = {key: text for key, text in adapter.metadata.items() if key.startswith("ss_")}
@@ -268,7 +263,9 @@ def extract_lora(args: Namespace) -> None:
     print(f"kept {kept:.1%} of the squared change of {len(adapter.pairs)} weights")
     print(f"not in the LoRA: {1 - inside / whole:.1%} of the squared change of the whole model, in other tensors")
     names = {"sd_model_name": Path(args.base).name, "output_name": output.stem}
-    about = tuned.source.metadata | formats.kohya_metadata(tuned.config, adapter, **names)
+    title = f"LoRA of {tuned.source.title()}, for {base.source.title()}"
+    about = formats.modelspec.describe(tuned.config, title, "lora") | tuned.source.metadata
+    about |= formats.kohya_metadata(tuned.config, adapter, **names)
     _write_lora(output, adapter, about, args)
 
 
@@ -276,7 +273,7 @@ def _write_lora(output: Path, adapter: formats.Adapter, about: dict[str, str], a
     adapter = adapter.to(cli.DTYPES[args.dtype]) if args.dtype else adapter
     tensors = NAMES[args.names](adapter)
     if bad := formats.not_finite(tensors):
-        raise InputError(f"{bad[0]} is too large for {args.dtype}; take --dtype bf16")
+        raise InputError(f"{bad[0]} is too large for {args.dtype or 'its type'}; take --dtype bf16")
     with written(output):
         formats.write_lora(output, tensors, about)
     print(f"wrote {output}")

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.config import ModelConfig
 from ldm.errors import InputError
-from ldm.formats import LEARNED, Adapter, kind_of, read_embedding, write_embedding
+from ldm.formats import LEARNED, Adapter, kind_of, modelspec, read_embedding, write_embedding
 from ldm.model import StableDiffusion
 
 
@@ -28,6 +29,7 @@ class LearnedToken:
     name: str
     vectors: nn.Parameter  # (N, D)
     norms: Tensor
+    config: ModelConfig  # of the model that it is for
 
     @property
     def file(self) -> str:
@@ -40,7 +42,8 @@ class LearnedToken:
 
     def save(self, folder: Path, metadata: dict[str, str]) -> None:
         """Writes the token's file into a folder."""
-        write_embedding(folder / self.file, self.token, self.vectors, metadata)
+        about = modelspec.describe(self.config, self.token, "textual-inversion")
+        write_embedding(folder / self.file, self.token, self.vectors, about | metadata)
 
     @torch.no_grad()
     def keep_norm(self) -> None:
@@ -109,4 +112,4 @@ def begin(sd: StableDiffusion, token: str, initializer: str, count: int | None =
         vectors = embeddings.vectors(torch.tensor(ids, device=sd.device))
     parameter = add_token(sd, token, vectors)
     name = LEARNED.format(len(embeddings.learned) - 1)
-    return LearnedToken(token, name, parameter, vectors.float().norm(dim=1, keepdim=True))
+    return LearnedToken(token, name, parameter, vectors.float().norm(dim=1, keepdim=True), sd.config)

@@ -53,6 +53,7 @@ WINGS = {
     "sampling": """
         contact_sheet
         flags
+        recipe
     """,
     "settings": """
         setting

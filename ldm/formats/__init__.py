@@ -32,12 +32,12 @@ from ldm.formats.lora_file import MAX_RANK, Adapter, Pair, kohya_metadata, read_
 from ldm.formats.lora_names import LORA_TEXT, LORA_UNET, official_to_kohya
 from ldm.formats.names import BUNDLED, LEARNED, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
 from ldm.formats.source import SAMPLING_KEY, TRAINING_KEY, Source, family
-from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, open_tensors, save_tensors
+from ldm.formats.tensors import PICKLE_SUFFIXES, Tensors, file_hash, open_tensors, save_tensors
 
 __all__ = [
+    "BUNDLED",
     "CHECKPOINT_MODEL",
     "LAYOUTS",
-    "BUNDLED",
     "LEARNED",
     "LORA_TEXT",
     "LORA_UNET",
@@ -55,10 +55,11 @@ __all__ = [
     "abbreviate",
     "differences",
     "family",
+    "file_hash",
     "illustrate",
     "kind_of",
-    "modelspec",
     "kohya_metadata",
+    "modelspec",
     "not_finite",
     "official_to_kohya",
     "open_tensors",

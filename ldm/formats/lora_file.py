@@ -63,7 +63,7 @@ class Adapter:
         tensors = {}
         for module, pair in self.pairs.items():
             tensors |= {f"{module}.lora_down.weight": pair.down, f"{module}.lora_up.weight": pair.up}
-            tensors[f"{module}.alpha"] = torch.tensor(pair.alpha, dtype=pair.down.dtype)
+            tensors[f"{module}.alpha"] = torch.tensor(pair.alpha)  # fp32, in which no alpha becomes 0 or infinite
         return tensors
 
     def bundle(self) -> Tensors:
@@ -161,12 +161,14 @@ def _checked_pair(path: Path, module: str, found: Tensors) -> tuple[Tensor, Tens
     if missing := [part for part in ("down", "up") if part not in found]:
         raise InputError(f"{path}: {module} lacks its tensor {missing[0]}, one half of a pair")
     down, up = found["down"], found["up"]
-    for tensor in found.values():
+    for tensor in (down, up):
         if tensor.dtype not in WEIGHT_DTYPES:
             raise InputError(f"{path}: {module} holds {tensor.dtype}, and should hold fp32, fp16 or bf16 numbers")
-    if found.get("alpha", down).numel() != 1 and "alpha" in found:
-        raise InputError(f"{path}: alpha of {module} is {tuple(found['alpha'].shape)}, and should be one number")
-    is_pair = min(down.ndim, up.ndim) >= 2 and len(down) == up.shape[1] and set(up.shape[2:]) <= {1}
+    alpha = found.get("alpha")  # a whole number in what kohya's tools write
+    if alpha is not None and (alpha.numel() != 1 or alpha.dtype not in (*WEIGHT_DTYPES, torch.int64, torch.int32)):
+        what = f"{tuple(alpha.shape)} {alpha.dtype}"
+        raise InputError(f"{path}: alpha of {module} is {what}, and should be one number")
+    is_pair = {down.ndim, up.ndim} <= {2, 4} and len(down) == up.shape[1] and set(up.shape[2:]) <= {1}
     if not is_pair or 0 in (*down.shape, *up.shape):
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
         raise InputError(f"{path}: down and up of {module} are {shapes}, and should be (rank, in) and (out, rank)")
@@ -191,7 +193,7 @@ def _stated(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[str,
 def _alpha(module: str, rank: int, found: Tensors, stated: dict[str, Any]) -> float:
     """The module's alpha; NaN if what the file says is not a number."""
     if "alpha" in found:
-        return found["alpha"].item()
+        return float(found["alpha"])
     network, _, inner = lora_names.diffusers_name(module).partition(".")
 
     def said(name: str, default: Any) -> Any:
@@ -217,20 +219,25 @@ def kohya_metadata(config: ModelConfig, adapter: Adapter, **names: str) -> dict[
 
     names: other entries, without `ss_`, output_name and sd_model_name for example.
     """
-    pairs = adapter.pairs
-    kernels = [name for name, pair in pairs.items() if pair.down.ndim == 4 and pair.down.shape[-1] > 1]
-    linear = next((pair for name, pair in pairs.items() if name not in kernels), next(iter(pairs.values())))
+    pairs = list(adapter.pairs.values())
+    kernels = [pair for pair in pairs if pair.down.shape[2:].numel() > 1]
+    linear = [pair for pair in pairs if pair.down.shape[2:].numel() == 1] or kernels
     is_v = config.schedule.prediction == "v"
     facts = {
         "v2": str(config.text.openclip),
         "base_model_version": ("sd_v2_v" if is_v else "sd_v2") if config.text.openclip else "sd_v1",
         "network_module": "networks.lora",
-        "network_dim": str(linear.rank),
-        "network_alpha": f"{linear.alpha:g}",
+        "network_dim": _one({pair.rank for pair in linear}),
+        "network_alpha": _one({pair.alpha for pair in linear}),
     }
     if config.schedule.zero_terminal_snr:
         facts["zero_terminal_snr"] = "True"
     if kernels:
-        pair = pairs[kernels[0]]
-        facts["network_args"] = json.dumps({"conv_dim": str(pair.rank), "conv_alpha": f"{pair.alpha:g}"})
+        ranks, alphas = ({getattr(pair, name) for pair in kernels} for name in ("rank", "alpha"))
+        facts["network_args"] = json.dumps({"conv_dim": _one(ranks), "conv_alpha": _one(alphas)})
     return {f"ss_{name}": text for name, text in (facts | names).items()}
+
+
+def _one(numbers: set[float]) -> str:
+    """The number that all pairs have, or kohya's word where they differ."""
+    return f"{min(numbers):g}" if len(numbers) == 1 else "Dynamic"

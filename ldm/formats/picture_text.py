@@ -1,8 +1,8 @@
 """How a picture was made <-> the text in its PNG file, as A1111's web UI writes it and as ours.
 
 The facts are a dictionary whose keys are the flags of sample.py, and tokens (the learned ones), model, model_name,
-model_hash, batch_size and batch_row. A file holds them twice: exactly, each under "ldm." and its name, and under
-"parameters" in the form that A1111, ComfyUI, Forge, Civitai and others show:
+model_hash, lora_hashes, token_hashes, batch_size and batch_row. A file holds them twice: exactly, each under "ldm." and
+its name, and under "parameters" in the form that A1111, ComfyUI, Forge, Civitai and others show:
 
     a photo of sks dog
     Negative prompt: fog
@@ -65,6 +65,8 @@ def _to_parameters(facts: Mapping[str, Any]) -> str:
         "Model": facts.get("model_name"),
         "Denoising strength": facts.get("strength"),
         "Eta DDIM": facts["eta"] if facts["sampler"] == "ddim" and facts["eta"] else None,
+        "Lora hashes": facts.get("lora_hashes"),
+        "TI hashes": facts.get("token_hashes"),
         "RNG": "CPU",  # our noise is that of torch's CPU generator for the seed, as A1111's with this setting
         "Version": PROGRAM,
     }
@@ -201,7 +203,7 @@ def _one_of(*words: str) -> Callable[[str], str]:
 
 
 TEXTS = ("prompt", "negative_prompt", "sampler", "init_image", "mask", "lora", "tokens", "model", "model_name")
-TEXTS += ("model_hash",)
+TEXTS += ("model_hash", "lora_hashes", "token_hashes")
 # How a fact is read from its text. A parser raises ValueError, whose message says what the text should be.
 PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(TEXTS, str),

@@ -15,9 +15,9 @@ from ldm.config import SD1, SD2, SD2_V, ModelConfig
 from ldm.errors import InputError, one_line
 from ldm.formats import modelspec, names
 from ldm.formats.archive import show
-from ldm.formats.tensors import Tensors, raw_bytes
+from ldm.formats.tensors import Tensors, file_hash, raw_bytes
 from ldm.images import MAX_SIDE
-from ldm.runtime import check_file, parse_json
+from ldm.runtime import parse_json
 from ldm.samplers import SAMPLERS
 from ldm.tokenizer import Tokenizer
 
@@ -105,9 +105,7 @@ class Source:
         """SHA-256 of the whole single file, by which other programs know it; None for a folder."""
         if self.path is None or not self.path.is_file():
             return None
-        check_file(self.path)
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(self.path)
 
     def sampling(self) -> dict[str, Any]:
         """How the model's training run sampled: any of sampler, steps, guidance_scale and resolution (in pixels).

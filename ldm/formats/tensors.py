@@ -169,6 +169,18 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None
             file.write(raw_bytes(tensors[name]))
 
 
+def file_hash(path: Path, behind_header: bool = False) -> str:
+    """SHA-256 of a file, in hexadecimal digits, by which other programs know it.
+
+    behind_header: without the header of a .safetensors file, as kohya's programs and A1111 know a LoRA.
+    """
+    check_file(path)
+    with path.open("rb") as file:
+        if behind_header:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def raw_bytes(tensor: Tensor) -> np.ndarray:
     """The tensor's numbers as a flat array of bytes, in row-major order."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import sys
 import time
@@ -143,7 +144,10 @@ def device(name: str | None) -> torch.device:
 
 def positive(text: str) -> int:
     """An argparse type: whole numbers from 1 to MAX_COUNT."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
     if not 1 <= number <= MAX_COUNT:
         raise argparse.ArgumentTypeError(f"{text} is not {'1 or more' if number < 1 else f'{MAX_COUNT} or less'}")
     return number
@@ -155,7 +159,7 @@ def scaled_path(text: str) -> tuple[str, float]:
     try:
         scale = float(end) if path and not os.path.exists(text) else None
     except ValueError:  # a colon in the path
-        scale = None
+        scale = math.nan if os.path.exists(path) else None
     if scale is not None and not abs(scale) <= MAX_SCALE:
         raise argparse.ArgumentTypeError(f"{text}: the scale {end} is not a number from -{MAX_SCALE} to {MAX_SCALE}")
     return (text, 1.0) if scale is None else (path, scale)

@@ -78,6 +78,9 @@ class TokenSettings(Group):
     def problem(self) -> str | None:
         if self.train == "token" and self.lora_rank:
             return "--train token trains the token alone: leave out --lora-rank, or --train token to train both"
+        for name in ("initializer_token", "num_vectors", "token_learning_rate"):
+            if self.placeholder_token is None and getattr(self, name) != getattr(TokenSettings, name):
+                return f"{flag(name)} is for a new token: give --placeholder-token too"
         return not_positive(self, "token_learning_rate")
 
 

@@ -34,6 +34,10 @@ class TokenTuning(Trainable):
     def result_path(self, folder: Path, settings: Settings) -> Path:
         return folder / self.token.file
 
+    def result(self, path: Path, settings: Settings, metadata: dict[str, str]) -> list[str]:
+        self.token.save(path.parent, metadata)
+        return []
+
 
 def begin_token(sd: StableDiffusion, settings: Settings) -> tokens.LearnedToken | None:
     """Adds the token that the settings ask for; None if they ask for none. Raises InputError if it can't be added."""
@@ -44,6 +48,8 @@ def begin_token(sd: StableDiffusion, settings: Settings) -> tokens.LearnedToken 
         return None
     if settings.initializer_token is None:
         raise InputError("--placeholder-token needs --initializer-token: a word for the subject's class, such as dog")
+    if "." in token:
+        raise InputError(f"--placeholder-token {token} holds a dot, at which other programs end a name; leave it out")
     if token.lower() not in prompt.lower():
         raise InputError(f"--instance-prompt {prompt!r} does not hold the placeholder token {token}")
     try:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm import InputError, StableDiffusion
 from ldm.config import SD1, SD2, SD2_V
-from ldm.formats import Adapter, kohya_metadata, open_tensors, read_lora
+from ldm.formats import Adapter, Pair, kohya_metadata, open_tensors, read_lora, write_lora
 from ldm.formats.names import invert, rename, unet_table
 from ldm.lora import TARGETS, LoRA, chosen
 
@@ -167,6 +167,21 @@ def test_alpha_from_tensors_from_diffusers_header_and_from_pefts_file(tmp_path):
         assert scales(tmp_path / "adapter_model.safetensors") == scale
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
+def test_alpha_may_be_a_whole_number_as_kohyas_svd_merge_lora_writes_it(dtype, tmp_path):
+    save_file(GOOD | {ALPHA: torch.tensor(3, dtype=dtype)}, tmp_path / "a.safetensors")
+    (pair,) = read_lora(tmp_path / "a.safetensors").pairs.values()
+    assert pair.alpha == 3.0 and pair.scale == 1.5
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 1e5])
+def test_an_alpha_that_fp16_can_t_hold_is_written(alpha, tmp_path):
+    half = Adapter({NAME: Pair(GOOD[DOWN], GOOD[UP], alpha)}).to(torch.float16)
+    write_lora(tmp_path / "a.safetensors", half.tensors(), {})
+    (pair,) = read_lora(tmp_path / "a.safetensors").pairs.values()
+    assert pair.down.dtype == torch.float16 and pair.alpha == pytest.approx(alpha)
+
+
 # Bad adapters
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -196,7 +211,9 @@ BAD = {
     "alpha 0": (GOOD | {ALPHA: torch.tensor(0.0)}, "alpha of .* is 0, and should be a positive number"),
     "alpha below 0": (GOOD | {ALPHA: torch.tensor(-1.0)}, "alpha of .* is -1, and should be a positive number"),
     "alpha nan": (GOOD | {ALPHA: torch.tensor(math.nan)}, "alpha holds NaN"),
-    "alpha twice": (GOOD | {ALPHA: torch.ones(2)}, r"alpha of .* is \(2,\), and should be one number"),
+    "alpha twice": (GOOD | {ALPHA: torch.ones(2)}, r"alpha of .* is \(2,\) torch.float32, and should be one number"),
+    "alpha true": (GOOD | {ALPHA: torch.tensor(True)}, r"alpha of .* is \(\) torch.bool, and should be one number"),
+    "three dimensions": (GOOD | {DOWN: GOOD[DOWN][..., None]}, r"down and up of .* are .*, and should be \(rank, in\)"),
     "whole numbers": (GOOD | {UP: torch.ones(128, 2, dtype=torch.int8)}, "holds torch.int8"),
     "dora": (GOOD | {f"{NAME}.dora_scale": torch.ones(1)}, f"{NAME}.dora_scale is no part of a LoRA"),
     "twice": (GOOD | {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora.up.weight": GOOD[UP] * 2}, "twice"),

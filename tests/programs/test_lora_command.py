@@ -1,5 +1,6 @@
 """python -m ldm lora inspect|merge|extract|convert, and sample.py --lora with a bad file."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,12 @@ def test_extract_finds_the_lora_that_was_merged(run, two, tmp_path):
     found = read_lora(paths[2]).pairs
     assert len({pair.rank for pair in found.values()}) > 1 and all(pair.rank <= 4 for pair in found.values())
     assert len({pair.alpha for pair in found.values()}) == 1  # programs expect one alpha
+    with safe_open(paths[2], "pt") as file:
+        said = file.metadata()
+    alpha = next(iter(found.values())).alpha
+    assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("Dynamic", f"{alpha:g}")  # kohya's word
+    assert said["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert said["modelspec.title"] and said["modelspec.hash_sha256"]
     left = sum((pair.change() - expected[name].change()).square().sum().item() for name, pair in found.items())
     whole = sum(pair.change().square().sum().item() for pair in expected.values())
     assert 0.8 <= kept < 1 and kept == pytest.approx(1 - left / whole, abs=1e-3)
@@ -142,15 +149,20 @@ def test_convert_there_and_back(run, tmp_path):
     assert run("convert", KOHYA, there, "--names", "diffusers", "--dtype", "fp32") == [f"wrote {there}"]
     keys = load_file(there).keys()
     assert len(keys) == 120 and all(key.split(".")[0] in ("unet", "text_encoder") for key in keys)
+    renamed, said = load_file(there), {"modelspec.title": "cats", "modelspec.hash_sha256": "0x0", "author": "me"}
+    save_file(renamed, there, said)
     run("convert", there, back)
     with safe_open(back, "pt") as file:
         said = file.metadata()
     assert (said["ss_v2"], said["ss_network_dim"], said["ss_network_alpha"]) == ("False", "4", "4")
+    content = hashlib.sha256(back.read_bytes()[8 + int.from_bytes(back.read_bytes()[:8], "little") :]).hexdigest()
+    assert (said["modelspec.title"], said["modelspec.hash_sha256"]) == ("cats", f"0x{content}")
     expected, found = read_lora(KOHYA).pairs, read_lora(back).pairs
     assert found.keys() == expected.keys()
     assert all(torch.equal(pair.change(), expected[name].change()) for name, pair in found.items())
     run("convert", KOHYA, tmp_path / "half.safetensors", "--dtype", "bf16")
-    assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
+    half = load_file(tmp_path / "half.safetensors")
+    assert all(tensor.dtype == (torch.float32 if "alpha" in key else torch.bfloat16) for key, tensor in half.items())
 
 
 @pytest.mark.parametrize("names", ["kohya", "diffusers"])
@@ -193,6 +205,7 @@ def test_impossible_commands_are_refused(run, saved, tmp_path):
         (("merge", TINY, new, "--lora", f"{KOHYA}:nan"), "the scale nan is not a number from -100 to 100"),
         (("merge", TINY, new, "--lora", f"{KOHYA}:1e9"), "the scale 1e9 is not a number"),
         (("merge", TINY, new, "--lora", "nowhere:x"), "nowhere:x can't be read: No such file"),
+        (("merge", TINY, new, "--lora", f"{KOHYA}:0,5"), "the scale 0,5 is not a number from -100 to 100"),
         (("extract", small, small, new), "one of the arguments --rank --energy is required"),
         (("extract", small, small, new, "--rank", 2000), "--rank 2000 is too much: it should be at most 1024"),
         (("extract", small, small, new, "--energy", 0), "--energy 0.0 is not a share"),

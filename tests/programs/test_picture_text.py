@@ -4,6 +4,7 @@ The grammar below is A1111's, modules/infotext_utils.py of v1.10 (its regular ex
 and the names of samplers are those of its modules/sd_samplers_kdiffusion.py and sd_samplers_timesteps.py.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,12 +13,13 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import sample
-from ldm import InputError
-from ldm.formats import picture_text
+from ldm import InputError, StableDiffusion
+from ldm.formats import Adapter, Pair, picture_text, write_embedding, write_lora
 from ldm.runtime import cli
 from ldm.samplers import SAMPLERS
 
@@ -222,6 +224,55 @@ def test_another_model_is_named_in_a_warning(run, random_model, tmp_path):
     random_model(1).save(tmp_path / "other.safetensors")
     with pytest.warns(UserWarning, match=r"made\.png was made with another model, model \(\w{64}\); this one is"):
         run("--from-picture", "made.png", model="other.safetensors")
+
+
+@pytest.fixture
+def additions(saved, tmp_path):
+    """Two LoRAs of the same name and two embeddings of the same token, in the folders "a" and "b"."""
+    layers = StableDiffusion.load(saved["official"]).lora_layers()
+    name, layer = next((name, layer) for name, layer in layers.items() if "attn2_to_k" in name)
+    for i, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        pair = Pair(torch.ones(1, layer.in_features), torch.full((layer.out_features, 1), 0.1 * (i + 1)), 1.0)
+        write_lora(tmp_path / folder / "lora.safetensors", Adapter({name: pair}).tensors(), {"format": "pt"})
+        write_embedding(tmp_path / folder / "<v>.safetensors", "<v>", torch.full((1, 24), i + 1.0), {})
+
+
+def test_loras_and_tokens_are_in_the_text_by_name_and_by_the_hashes_that_a1111_shows(additions, run, tmp_path):
+    flags = ("--lora", "a/lora.safetensors:0.7", "--lora", "b/lora.safetensors", "--embedding", "a/<v>.safetensors")
+    (tmp_path / "made.png").write_bytes(run("--prompt", "a <v>", "--steps", 1, *flags)["00000-0.png"])
+    contents = [(tmp_path / folder / "lora.safetensors").read_bytes() for folder in "ab"]
+    behind = [content[8 + int.from_bytes(content[:8], "little") :] for content in contents]
+    hashes = [hashlib.sha256(content).hexdigest()[:12] for content in behind]  # A1111's addnet_hash_safetensors
+    token = hashlib.sha256((tmp_path / "a" / "<v>.safetensors").read_bytes()).hexdigest()[:12]
+    said = Image.open(tmp_path / "made.png").text
+    shown = a1111(said["parameters"])
+    assert shown["Lora hashes"] == f"lora: {hashes[0]}, lora: {hashes[1]}" and hashes[0] != hashes[1]
+    assert shown["TI hashes"] == f"<v>: {token}"
+    assert said["ldm.lora"] == "lora.safetensors:0.7, lora.safetensors:1" and said["ldm.tokens"] == "<v>"
+    (again,) = run("--from-picture", "made.png", *flags).values()
+    assert again == (tmp_path / "made.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("a/lora.safetensors:0.7", "a/<v>.safetensors"), r"made with lora\.safetensors:0\.1 = lora: \w{12}, and this"),
+        (("b/lora.safetensors:0.1", "a/<v>.safetensors"), r"lora: \w{12}, and this one with lora\.safetensors:0\.1 = "),
+        (("a/lora.safetensors:0.1", "b/<v>.safetensors"), r"made with <v> = <v>: \w{12}, and this one with <v> = "),
+    ],
+)
+def test_another_scale_lora_or_token_is_named_in_a_warning(flags, said, additions, run, tmp_path):
+    made = run(
+        "--prompt", "a <v>", "--steps", 1, "--lora", "a/lora.safetensors:0.1", "--embedding", "a/<v>.safetensors"
+    )
+    (tmp_path / "made.png").write_bytes(made["00000-0.png"])
+    with pytest.warns(UserWarning, match=said) as warned:
+        run("--from-picture", "made.png", "--lora", flags[0], "--embedding", flags[1])
+    assert len(warned) == 1
+    (tmp_path / "plain.png").write_bytes(run("--prompt", "a <v>", "--steps", 1)["00000-0.png"])
+    with pytest.warns(UserWarning, match=r"plain\.png was made with no LoRA, and this one with lora"):
+        run("--from-picture", "plain.png", "--lora", "a/lora.safetensors")
 
 
 def test_a_picture_from_a_picture_asks_for_it(run, png, tmp_path):
