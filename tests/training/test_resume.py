@@ -58,6 +58,9 @@ def once(made, tmp_path) -> Path:
     return shutil.copytree(made, tmp_path / "once")
 
 
+EVERYWHERE = (*LORA, "--lora-targets", "all", "--lora-conv-rank", 1)
+
+
 @pytest.mark.parametrize(
     ("stop", "flags"),
     slow_after(
@@ -70,7 +73,7 @@ def once(made, tmp_path) -> Path:
             (3, ("--mixed-precision", "fp16", "--no-train-text-encoder")),
             (3, ("--mixed-precision", "bf16", "--random-crop", "--random-flip")),
             (3, (*LORA, "--train-batch-size", 2, "--gradient-accumulation-steps", 2, *ALL)),
-            (3, (*LORA, "--lora-targets", "all", "--mixed-precision", "fp16", "--gradient-checkpointing")),
+            (3, (*EVERYWHERE, "--mixed-precision", "fp16", "--gradient-checkpointing")),
             (3, (*LORA, "--text-encoder-stop-step", 2, "--mixed-precision", "bf16", "--random-crop")),
         ],
     ),
