@@ -59,6 +59,8 @@ class LoRASettings(Group):
                 return f"{flag(name)} is for a LoRA: give --lora-rank too"
         if self.lora_conv_rank and self.lora_targets != "all":
             return "--lora-conv-rank is for the convolutions, which only --lora-targets all trains"
+        if self.lora_rank and self.layout != "official":
+            return "--layout is for whole models; a LoRA is one file with kohya's names, which diffusers reads too"
         return not_positive(self, "lora_alpha")
 
 

@@ -230,6 +230,7 @@ def test_impossible_loras_are_refused(base, tmp_path):
         (("--lora-targets", "everything"), "invalid choice: 'everything'"),
         (("--lora-conv-rank", 2), "--lora-conv-rank is for the convolutions, which only --lora-targets all trains"),
         (("--lora-targets", "all", "--lora-conv-rank", 0), "0 is not 1 or more"),
+        (("--layout", "diffusers"), "--layout is for whole models; a LoRA is one file with kohya's names"),
     ):
         assert words in refused(*base, *flags, "--output-dir", tmp_path / "run")
     full = tuple(flag for flag in base if flag not in LORA)

@@ -1,6 +1,6 @@
 """Compares the ways of training: all weights, a LoRA, a learned token, and both of these together.
 
-Each way learns the same four pictures of "baron" in 500 steps: with class pictures, with the base model's own
+Each way learns the same four pictures of "baron" in 500 steps or fewer: with class pictures, with the base model's own
 prediction as prior, and without a prior. The measures are those of effect.py. Each cell has one number for each seed.
 
     python weights/tiny/ways.py            # 30 runs, one on each core; an interrupted call goes on
@@ -32,19 +32,19 @@ SEEDS = (0, 1)
 NEW_TOKEN = ["--placeholder-token", "[V]", "--initializer-token", "monster"]
 NEW_TOKEN += ["--instance-prompt", "a photo of [V] monster"]
 TOKEN = [*NEW_TOKEN, "--token-learning-rate", "2e-4"]
-# Rates and prior weight of a LoRA were chosen on this subject and seed 0, among some thirty runs.
+# Rates, prior weight and steps of a LoRA were chosen on this subject, among some sixty runs.
 LORA = ["--lora-rank", "4", "--learning-rate", "3e-3", "--text-encoder-learning-rate", "1e-3"]
 LORA += ["--prior-loss-weight", "0.5"]
 WIDE = ["--lora-rank", "16", "--learning-rate", "2e-3", "--text-encoder-learning-rate", "1e-3"]
 WIDE += ["--prior-loss-weight", "0.5"]
-EVERYWHERE = ["--lora-rank", "4", "--lora-targets", "all", "--learning-rate", "1.5e-3"]
-EVERYWHERE += ["--text-encoder-learning-rate", "1e-3"]
+EVERYWHERE = ["--lora-rank", "4", "--lora-targets", "all", "--lora-conv-rank", "1", "--learning-rate", "2e-3"]
+EVERYWHERE += ["--text-encoder-learning-rate", "1e-3", "--prior-loss-weight", "0.5", "--max-train-steps", "400"]
 WAYS = {
     "all weights": [],
     "LoRA, rank 4": LORA,
     "LoRA, rank 16": WIDE,
     "LoRA, rank 4, token": [*LORA, "--text-encoder-learning-rate", "5e-4", *TOKEN],
-    "LoRA, rank 4, convolutions too": EVERYWHERE,
+    "LoRA, rank 4, convolutions too, 400 steps": EVERYWHERE,
     "all weights, token": TOKEN,
     "token alone": [*NEW_TOKEN, "--num-vectors", "4", "--train", "token"],
 }
