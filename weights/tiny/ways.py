@@ -4,7 +4,7 @@ Each way learns the same four pictures of "baron" in 500 steps or fewer: with cl
 prediction as prior, and without a prior. The measures are those of effect.py. Each cell has one number for each seed.
 
     python weights/tiny/ways.py            # 30 runs, one on each core; an interrupted call goes on
-    python weights/tiny/ways.py --only LoRA
+    python weights/tiny/ways.py --only LoRA --seeds 2 3
 
 A run's folder keeps its measures. Delete the folder to repeat it.
 """
@@ -27,7 +27,6 @@ from ldm.runtime import cli, replacing
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SUBJECT = "baron"
-SEEDS = (0, 1)
 
 NEW_TOKEN = ["--placeholder-token", "[V]", "--initializer-token", "monster"]
 NEW_TOKEN += ["--instance-prompt", "a photo of [V] monster"]
@@ -38,7 +37,7 @@ LORA += ["--prior-loss-weight", "0.5"]
 WIDE = ["--lora-rank", "16", "--learning-rate", "2e-3", "--text-encoder-learning-rate", "1e-3"]
 WIDE += ["--prior-loss-weight", "0.5"]
 EVERYWHERE = ["--lora-rank", "4", "--lora-targets", "all", "--lora-conv-rank", "1", "--learning-rate", "2e-3"]
-EVERYWHERE += ["--text-encoder-learning-rate", "1e-3", "--prior-loss-weight", "0.5", "--max-train-steps", "400"]
+EVERYWHERE += ["--text-encoder-learning-rate", "5e-4", "--prior-loss-weight", "0.5", "--max-train-steps", "400"]
 WAYS = {
     "all weights": [],
     "LoRA, rank 4": LORA,
@@ -52,13 +51,13 @@ PRIORS = {"class pictures": [], "prediction": ["--prior", "prediction"], "none":
 COMPARED = list(WAYS)[:4]  # with each prior; the others with class pictures, and the token without, as it has no prior
 
 
-def jobs(only):
+def jobs(only, seeds):
     """(way, prior, seed) of each run. The first ones of each seed make the class pictures that the others take."""
     found = [
         (way, prior, seed)
         for prior in PRIORS
         for way in WAYS
-        for seed in SEEDS
+        for seed in seeds
         if way in COMPARED or prior == ("none" if way == "token alone" else "class pictures")
     ]
     return [job for job in found if only in job[0]]
@@ -116,10 +115,11 @@ def main():
     parser = cli.Parser(description="Compare the ways of training on the embedded model.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/ways"), help="folder of all runs")
     parser.add_argument("--only", default="", help="only the ways whose name has this")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="seeds of each way")
     parser.add_argument("--jobs", type=cli.positive, default=os.cpu_count(), help="runs at once, of one thread each")
     parser.add_argument("--one", type=int, help="only the run of this number, in this process")
     args = parser.parse_args()
-    todo = jobs(args.only)
+    todo = jobs(args.only, args.seeds)
     if args.one is not None:
         run(args.work_dir, todo[args.one])
         return
@@ -131,6 +131,7 @@ def main():
         if not (output / "measures.json").exists():
             output.parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, __file__, "--work-dir", args.work_dir, "--only", args.only, "--one", str(number)]
+            command += ["--seeds", *map(str, args.seeds)]
             with (args.work_dir / f"{output.name}.log").open("w") as log:
                 kept = {**os.environ, "OMP_NUM_THREADS": "1"}
                 if subprocess.run(command, env=kept, stdout=log, stderr=subprocess.STDOUT).returncode:
@@ -149,7 +150,7 @@ def main():
     ]
     order = [*WAYS, *PRIORS]
     for way, prior in sorted({job[:2] for job in todo}, key=lambda pair: (order.index(pair[0]), order.index(pair[1]))):
-        paths = [folder(args.work_dir, (way, prior, seed)) / "measures.json" for seed in SEEDS]
+        paths = [folder(args.work_dir, (way, prior, seed)) / "measures.json" for seed in args.seeds]
         if measures := [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]:
             table.append(row(f"{way} | {prior}", measures, base))
     text = "\n".join(table)
