@@ -156,6 +156,8 @@ def positive(text: str) -> int:
 def scaled_path(text: str) -> tuple[str, float]:
     """An argparse type: FILE, or FILE:SCALE -> the path, and the scale, 1 if there is none."""
     path, _, end = text.rpartition(":")
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty")
     try:
         scale = float(end) if path and not os.path.exists(text) else None
     except ValueError:  # a colon in the path

@@ -205,6 +205,7 @@ def test_impossible_commands_are_refused(run, saved, tmp_path):
         (("merge", TINY, new, "--lora", f"{KOHYA}:nan"), "the scale nan is not a number from -100 to 100"),
         (("merge", TINY, new, "--lora", f"{KOHYA}:1e9"), "the scale 1e9 is not a number"),
         (("merge", TINY, new, "--lora", "nowhere:x"), "nowhere:x can't be read: No such file"),
+        (("merge", TINY, new, "--lora", ""), "--lora: the name of the file is empty"),
         (("merge", TINY, new, "--lora", f"{KOHYA}:0,5"), "the scale 0,5 is not a number from -100 to 100"),
         (("extract", small, small, new), "one of the arguments --rank --energy is required"),
         (("extract", small, small, new, "--rank", 2000), "--rank 2000 is too much: it should be at most 1024"),
