@@ -264,7 +264,7 @@ def extract_lora(args: Namespace) -> None:
     print(f"not in the LoRA: {1 - inside / whole:.1%} of the squared change of the whole model, in other tensors")
     names = {"sd_model_name": Path(args.base).name, "output_name": output.stem}
     title = f"LoRA of {tuned.source.title()}, for {base.source.title()}"
-    about = formats.modelspec.describe(tuned.config, title, "lora") | tuned.source.metadata
+    about = tuned.source.metadata | formats.modelspec.describe(tuned.config, title, "lora")
     about |= formats.kohya_metadata(tuned.config, adapter, **names)
     _write_lora(output, adapter, about, args)
 

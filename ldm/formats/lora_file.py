@@ -63,7 +63,7 @@ class Adapter:
         tensors = {}
         for module, pair in self.pairs.items():
             tensors |= {f"{module}.lora_down.weight": pair.down, f"{module}.lora_up.weight": pair.up}
-            tensors[f"{module}.alpha"] = torch.tensor(pair.alpha)  # fp32, in which no alpha becomes 0 or infinite
+            tensors[f"{module}.alpha"] = torch.tensor(pair.alpha)  # fp32: fp16 would make 0 of 1e-9
         return tensors
 
     def bundle(self) -> Tensors:
@@ -128,7 +128,7 @@ def read_lora(path: str | Path, config: UNetConfig = UNetConfig()) -> Adapter:  
     for module, found in sorted(parts.items()):
         down, up = _checked_pair(path, module, found)
         alpha = _alpha(module, len(down), found, stated)
-        if not 0 < alpha < math.inf:
+        if not 0 < torch.tensor(alpha) < math.inf:  # in fp32, the type that alphas are written in
             raise InputError(f"{path}: alpha of {module} is {alpha:g}, and should be a positive number")
         pairs[module] = Pair(down, up, alpha)
     if not pairs:
@@ -227,17 +227,17 @@ def kohya_metadata(config: ModelConfig, adapter: Adapter, **names: str) -> dict[
         "v2": str(config.text.openclip),
         "base_model_version": ("sd_v2_v" if is_v else "sd_v2") if config.text.openclip else "sd_v1",
         "network_module": "networks.lora",
-        "network_dim": _one({pair.rank for pair in linear}),
-        "network_alpha": _one({pair.alpha for pair in linear}),
+        "network_dim": _common_number({pair.rank for pair in linear}),
+        "network_alpha": _common_number({pair.alpha for pair in linear}),
     }
     if config.schedule.zero_terminal_snr:
         facts["zero_terminal_snr"] = "True"
     if kernels:
         ranks, alphas = ({getattr(pair, name) for pair in kernels} for name in ("rank", "alpha"))
-        facts["network_args"] = json.dumps({"conv_dim": _one(ranks), "conv_alpha": _one(alphas)})
+        facts["network_args"] = json.dumps({"conv_dim": _common_number(ranks), "conv_alpha": _common_number(alphas)})
     return {f"ss_{name}": text for name, text in (facts | names).items()}
 
 
-def _one(numbers: set[float]) -> str:
+def _common_number(numbers: set[float]) -> str:
     """The number that all pairs have, or kohya's word where they differ."""
     return f"{min(numbers):g}" if len(numbers) == 1 else "Dynamic"

@@ -172,13 +172,17 @@ def save_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None
 def file_hash(path: Path, behind_header: bool = False) -> str:
     """SHA-256 of a file, in hexadecimal digits, by which other programs know it.
 
-    behind_header: without the header of a .safetensors file, as kohya's programs and A1111 know a LoRA.
+    behind_header: without the header of a .safetensors file, as kohya's programs and A1111 know a LoRA. Raises
+    InputError if it can't be read.
     """
     check_file(path)
-    with path.open("rb") as file:
-        if behind_header:
-            file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            if behind_header:
+                file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from None
 
 
 def raw_bytes(tensor: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from ldm import formats
 from ldm.errors import InputError
 from ldm.report.record import Record
+
+BRACKET = re.compile(r"[][()]")  # with which A1111 weighs words, unless a backslash stands before it
 
 
 class Command(NamedTuple):
@@ -112,7 +115,8 @@ def _elsewhere(record: Record) -> list[Command]:
     else:
         code = f"pipe.load_textual_inversion({path})\n"
         text = f"ComfyUI: copy {result.name} to models/embeddings, and write embedding:{name} in the prompt. "
-        text += f"A1111: copy it to embeddings, and write {name} in the prompt."
+        escaped = BRACKET.sub(r"\\\g<0>", name)
+        text += f"A1111: copy it to embeddings, and write {escaped} in the prompt."
     text += " Both programs load base models of the official sizes only."
     return [Command("Open it in diffusers", start + code + end), Command(text)]
 

@@ -50,7 +50,8 @@ def _training(record: Record) -> str | None:
     elif record.settings.get("train") == "token":
         what = f"Only the vectors of the new token {token or ''} trained"
     elif rank := record.count("lora_rank"):
-        what = f"A LoRA of rank {rank} trained{beside}"
+        conv = record.count("lora_conv_rank")
+        what = f"A LoRA of rank {rank}{f', {conv} in the 3x3 convolutions,' if conv else ''} trained{beside}"
     elif "train_text_encoder" in record.settings:
         text = record.settings["train_text_encoder"] is True
         what = "All weights of the UNet" + (" and of the text encoder" if text else "") + f" trained{beside}"

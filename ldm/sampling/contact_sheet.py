@@ -53,6 +53,8 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """The text in lines of at most `width` pixels where its words permit it; what needs more lines is left out."""
     lines: list[str] = []
     for word in one_line(text, MAX_LABEL).split():
+        while len(word) > 1 and font.getlength(word) > width:
+            word = word[:-1]
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:

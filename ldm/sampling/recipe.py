@@ -30,7 +30,9 @@ def recipe(args: Namespace, sd: StableDiffusion) -> dict[str, object]:
     if args.lora:
         paths = [Path(path) for path, _ in args.lora]
         how["lora"] = ", ".join(f"{path.name}:{scale:g}" for path, (_, scale) in zip(paths, args.lora, strict=True))
-        how["lora_hashes"] = ", ".join(f"{path.stem}: {file_hash(path, True)[:SHORT_HASH]}" for path in paths)
+        how["lora_hashes"] = ", ".join(
+            f"{path.stem}: {file_hash(path, behind_header=True)[:SHORT_HASH]}" for path in paths
+        )
     if args.init_image is not None:
         how |= {"init_image": Path(args.init_image).name, "strength": args.strength}
     if args.mask is not None:
@@ -53,10 +55,18 @@ def check_same(args: Namespace, how: dict[str, object]) -> None:
     if "model" not in args.picture:  # not ours: it names what else it was made with in other ways
         return
     for what, names in {"LoRA": ("lora", "lora_hashes"), "learned token": ("tokens", "token_hashes")}.items():
-        said, found = ([facts[name] for name in names if facts.get(name)] for facts in (args.picture, how))
-        if said != found[: len(said)] or (found and not said):  # a picture of an older version has no hashes
-            then, now = (" = ".join(map(str, facts)) or f"no {what}" for facts in (said, found))
+        said, found = ([str(facts[name]) for name in names if name in facts] for facts in (args.picture, how))
+        known = slice(1) if len(said) == 1 else slice(None)  # a picture of an older version has no hashes
+        if _contents(said[known]) != _contents(found[known]):
+            then, now = (" = ".join(facts) or f"no {what}" for facts in (said, found))
             _warn(f"{args.from_picture} was made with {then}, and this one with {now}")
+
+
+def _contents(facts: list[str]) -> list[list[str]]:
+    """What is behind the colon of each part, if there is one: scales, hashes. A file may have got another name."""
+    if len(facts) < 2:
+        return [facts]
+    return [[part.rpartition(":")[2].strip() for part in fact.split(",")] for fact in facts]
 
 
 def _warn(text: str) -> None:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from ldm.lora import TARGETS
 from ldm.runtime import cli
-from ldm.settings.setting import Group, flag, not_positive, setting
+from ldm.settings.setting import Group, not_positive, setting
 
 RATE, LORA_RATE = 2e-6, 1e-4  # learning rates that are usual for all weights, and for a LoRA
 LOW_LORA_RATE = 1e-5  # below it a LoRA hardly learns
+MIN_ALPHA = 1e-6  # far below it, the scale of a LoRA becomes 0 in fp32
 
 LR_SCHEDULES = {  # name -> the factor on the learning rate after the warm-up; progress: 0 at its first step
     "constant": lambda progress: 1.0,
@@ -48,20 +49,18 @@ class LoRASettings(Group):
     )
     lora_conv_rank: int | None = setting(
         None,
-        "rank of the 3x3 convolutions of --lora-targets all, which take most of the file; --lora-rank if not given",
+        "rank of the 3x3 convolutions of --lora-targets all, most of the file; alpha / rank is as elsewhere; "
+        "--lora-rank if not given",
         flags=("--conv-dim",),
         type=cli.positive,
     )
 
     def problem(self) -> str | None:
-        for name in ("lora_alpha", "lora_targets", "lora_conv_rank"):
-            if not self.lora_rank and getattr(self, name) != getattr(LoRASettings, name):
-                return f"{flag(name)} is for a LoRA: give --lora-rank too"
         if self.lora_conv_rank and self.lora_targets != "all":
-            return "--lora-conv-rank is for the convolutions, which only --lora-targets all trains"
-        if self.lora_rank and self.layout != "official":
-            return "--layout is for whole models; a LoRA is one file with kohya's names, which diffusers reads too"
-        return not_positive(self, "lora_alpha")
+            return "--lora-conv-rank is for the 3x3 convolutions, which only --lora-targets all trains"
+        if (problem := not_positive(self, "lora_alpha")) or self.lora_alpha is None or MIN_ALPHA <= self.lora_alpha:
+            return problem
+        return f"--lora-alpha {self.lora_alpha} is too little: it should be at least {MIN_ALPHA}"
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,6 @@ class TokenSettings(Group):
     def problem(self) -> str | None:
         if self.train == "token" and self.lora_rank:
             return "--train token trains the token alone: leave out --lora-rank, or --train token to train both"
-        for name in ("initializer_token", "num_vectors", "token_learning_rate"):
-            if self.placeholder_token is None and getattr(self, name) != getattr(TokenSettings, name):
-                return f"{flag(name)} is for a new token: give --placeholder-token too"
         return not_positive(self, "token_learning_rate")
 
 

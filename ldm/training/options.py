@@ -3,7 +3,7 @@
 import argparse
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,30 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     settings = _with_words(with_subjects_of_folders(settings))
     if problem := settings.problems():
         raise InputError(problem)
-    if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
-        said = f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
-        warnings.warn(said, stacklevel=2)
-    has_rate = settings.learning_rate != RATE and "learning_rate" in from_file | given  # config.toml has every default
-    if settings.train == "token" and has_rate:
-        warnings.warn("--learning-rate has no effect with --train token; --token-learning-rate does", stacklevel=2)
+    for doubt in _doubts(settings, from_file | given):
+        warnings.warn(doubt, stacklevel=2)
     return settings
+
+
+# Settings without effect where another one is not given.
+NEEDING = {
+    "lora_rank": ("lora_alpha", "lora_targets", "lora_conv_rank"),
+    "placeholder_token": ("num_vectors", "token_learning_rate"),
+}
+
+
+def _doubts(settings: Settings, given: dict[str, Any]) -> Iterator[str]:
+    """Settings that are possible, and hardly what the user wants. given: by the user; config.toml has every default."""
+    if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
+        yield f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
+    if settings.train == "token" and settings.learning_rate != RATE and "learning_rate" in given:
+        yield "--learning-rate has no effect with --train token; --token-learning-rate does"
+    for needed, names in NEEDING.items():
+        for name in names:
+            if getattr(settings, needed) is None and getattr(settings, name) != getattr(Settings, name):
+                yield f"{flag(name)} has no effect without {flag(needed)}"
+    if settings.layout != Settings.layout and (settings.lora_rank or settings.train == "token"):
+        yield "--layout has no effect on a LoRA or a token: each is one file, which all programs read"
 
 
 def _of_tiny(tiny: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Sheets of pictures for the validation prompts: before training, at each validation, and after training."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm import images, samplers
 from ldm.model import StableDiffusion
@@ -12,6 +14,8 @@ from ldm.runtime import replacing, uncompiled, written
 from ldm.sampling import contact_sheet
 from ldm.settings import Settings
 from ldm.training.run import Run
+
+PROMPTS = "ldm.prompts"  # the text in a sheet's file that has the prompts of its rows
 
 
 def sheet_path(run: Run, name: str) -> Path:
@@ -67,19 +71,19 @@ def make_steps(run: Run) -> None:
     steps = sorted(int(number) for number in found if number.isdecimal())
     names = {"before training": "before"} | {f"step {step}": step_name(step) for step in steps}
     names["after training"] = "after"
-    sheets = {}
+    sheets, prompts = {}, prompts_of(run.settings)
     for label, name in names.items():
         if sheet_path(run, name).exists():
             with images.open_picture(sheet_path(run, name)) as sheet:
-                sheets[label] = images.to_rgb(sheet)
-    newest, prompts = list(sheets.values())[-1], prompts_of(run.settings)
+                if sheet.info.get(PROMPTS) == json.dumps(prompts):  # a resumed run may have been given other prompts
+                    sheets[label] = images.to_rgb(sheet)
     rows = [
         (label, contact_sheet.first_column(sheet, len(prompts), run.settings.resolution))
         for label, sheet in sheets.items()
-        if sheet.size == newest.size  # a resumed run may have been given other prompts
     ]
     row = contact_sheet.grid(rows[:1], prompts)
-    _save(run, "steps", contact_sheet.grid(rows[-(images.MAX_PIXELS // (row.width * row.height)) :], prompts))
+    most = max(1, images.MAX_PIXELS // (row.width * row.height))
+    _save(run, "steps", contact_sheet.grid(rows[-most:], prompts))
 
 
 def prompts_of(settings: Settings) -> tuple[str, ...]:
@@ -95,9 +99,10 @@ def _sampling(run: Run, which: str) -> Iterator[None]:
 
 
 def _save(run: Run, name: str, sheet: Image.Image) -> Path:
-    path = sheet_path(run, name)
+    path, text = sheet_path(run, name), PngInfo()
+    text.add_text(PROMPTS, json.dumps(prompts_of(run.settings)))
     with written(path), replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG", pnginfo=text)
     return path
 
 

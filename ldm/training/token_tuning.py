@@ -48,8 +48,6 @@ def begin_token(sd: StableDiffusion, settings: Settings) -> tokens.LearnedToken 
         return None
     if settings.initializer_token is None:
         raise InputError("--placeholder-token needs --initializer-token: a word for the subject's class, such as dog")
-    if "." in token:
-        raise InputError(f"--placeholder-token {token} holds a dot, at which other programs end a name; leave it out")
     if token.lower() not in prompt.lower():
         raise InputError(f"--instance-prompt {prompt!r} does not hold the placeholder token {token}")
     try:

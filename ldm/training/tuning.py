@@ -119,10 +119,11 @@ class LoRATuning(Trainable):
 
 
 def _new(layer: Layer, settings: Settings) -> LoRA:
-    """Of the settings' rank. A 3x3 convolution may have another one, and the same alpha / rank."""
-    has_kernel = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-    rank = (settings.lora_conv_rank if has_kernel else None) or settings.lora_rank
-    return LoRA(layer, rank, (settings.lora_alpha or settings.lora_rank) * rank / settings.lora_rank)
+    """A new LoRA for a layer, with the rank of the settings; a 3x3 convolution can have its own, at the same scale."""
+    rank, alpha = settings.lora_rank, settings.lora_alpha or float(settings.lora_rank)
+    if settings.lora_conv_rank and isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+        rank, alpha = settings.lora_conv_rank, alpha * settings.lora_conv_rank / rank
+    return LoRA(layer, rank, alpha)
 
 
 def tuning_of(sd: StableDiffusion, settings: Settings) -> Trainable:

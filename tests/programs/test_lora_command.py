@@ -110,7 +110,7 @@ def test_extract_finds_the_lora_that_was_merged(run, two, tmp_path):
     alpha = next(iter(found.values())).alpha
     assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("Dynamic", f"{alpha:g}")  # kohya's word
     assert said["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert said["modelspec.title"] and said["modelspec.hash_sha256"]
+    assert said["modelspec.title"] == "LoRA of tuned, for base" and said["modelspec.hash_sha256"]
     left = sum((pair.change() - expected[name].change()).square().sum().item() for name, pair in found.items())
     whole = sum(pair.change().square().sum().item() for pair in expected.values())
     assert 0.8 <= kept < 1 and kept == pytest.approx(1 - left / whole, abs=1e-3)

@@ -47,7 +47,7 @@ CASES = {
     f"{SAMPLE} --init-image one_dark/0.png": "one_dark/0.png is not for this user to read",
     f"{SAMPLE} --output-dir dark": "--output-dir dark can't be written",
     f"{SAMPLE} --output-dir unlisted": "unlisted can't be listed: Permission denied",
-    "ldm weights verify dark.safetensors": "dark.safetensors can't be read: Permission denied",
+    "ldm weights verify dark.safetensors": "dark.safetensors is not for this user to read",
     "ldm weights inspect dark.safetensors": "dark.safetensors is not for this user to read",
     "ldm weights convert official.safetensors dark/a.safetensors": "output dark can't be written",
     "ldm weights convert official.safetensors dark_unet --overwrite": "can't be listed: Permission denied",

@@ -252,6 +252,22 @@ def test_loras_and_tokens_are_in_the_text_by_name_and_by_the_hashes_that_a1111_s
     assert said["ldm.lora"] == "lora.safetensors:0.7, lora.safetensors:1" and said["ldm.tokens"] == "<v>"
     (again,) = run("--from-picture", "made.png", *flags).values()
     assert again == (tmp_path / "made.png").read_bytes()
+    shutil.copy(tmp_path / "a" / "lora.safetensors", tmp_path / "renamed.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("--from-picture", "made.png", "--lora", "renamed.safetensors:0.7", *flags[2:])
+
+
+def test_a_picture_of_an_older_version_has_no_hashes(additions, run, png, tmp_path):
+    made = run("--prompt", "a", "--steps", 1, "--lora", "a/lora.safetensors")
+    (tmp_path / "made.png").write_bytes(made["00000-0.png"])
+    text = Image.open(tmp_path / "made.png").text
+    png({key: value for key, value in text.items() if key != "ldm.lora_hashes"}, "old.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("--from-picture", "old.png", "--lora", "a/lora.safetensors")
+    with pytest.warns(UserWarning, match=r"made with lora\.safetensors:1, and this one with lora\.safetensors:0\.5 = "):
+        run("--from-picture", "old.png", "--lora", "a/lora.safetensors:0.5")
 
 
 @pytest.mark.parametrize(

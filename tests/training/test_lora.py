@@ -228,14 +228,27 @@ def test_impossible_loras_are_refused(base, tmp_path):
         (("--lora-alpha", 0), "--lora-alpha 0.0 is not a positive number"),
         (("--lora-alpha", "nan"), "--lora-alpha nan is not a positive number"),
         (("--lora-targets", "everything"), "invalid choice: 'everything'"),
-        (("--lora-conv-rank", 2), "--lora-conv-rank is for the convolutions, which only --lora-targets all trains"),
+        (("--lora-conv-rank", 2), "--lora-conv-rank is for the 3x3 convolutions, which only --lora-targets all trains"),
         (("--lora-targets", "all", "--lora-conv-rank", 0), "0 is not 1 or more"),
-        (("--layout", "diffusers"), "--layout is for whole models; a LoRA is one file with kohya's names"),
+        (("--lora-alpha", "1e-9"), "--lora-alpha 1e-09 is too little: it should be at least 1e-06"),
     ):
         assert words in refused(*base, *flags, "--output-dir", tmp_path / "run")
-    full = tuple(flag for flag in base if flag not in LORA)
-    for flags in (("--lora-alpha", 4), ("--lora-targets", "all"), ("--lora-conv-rank", 2)):
-        assert f"{flags[0]} is for a LoRA: give --lora-rank too" in refused(*full, *flags, "--output-dir", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--lora-alpha", 4), "--lora-alpha has no effect without --lora-rank"),
+        (("--lora-targets", "all"), "--lora-targets has no effect without --lora-rank"),
+        (("--num-vectors", 3), "--num-vectors has no effect without --placeholder-token"),
+        (("--token-learning-rate", 1e-3), "--token-learning-rate has no effect without --placeholder-token"),
+        ((*LORA, "--layout", "diffusers"), "--layout has no effect on a LoRA or a token"),
+    ],
+)
+def test_a_setting_without_effect_is_told(flags, said):
+    with pytest.warns(UserWarning, match=said) as warned:
+        settings(*flags)
+    assert len(warned) == 1
 
 
 # sample.py

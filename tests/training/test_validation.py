@@ -10,8 +10,10 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import (
     LATEST,
     LORA,
@@ -39,6 +41,7 @@ from ldm.data.inpainting import widen
 from ldm.images import load_picture
 from ldm.preflight import predict
 from ldm.runtime import World
+from ldm.sampling import contact_sheet
 from ldm.sampling.contact_sheet import MARGIN
 from ldm.training import Run, parse, sheets, tuning_of
 from ldm.training.ema import EMA
@@ -113,8 +116,11 @@ def test_the_sheet_of_all_steps_has_a_row_for_each_step_and_a_column_for_each_pr
     """Cells are 128 pixels along, eight times the pictures; a label of 13 letters' height stands above each row."""
     row = 128 + 13 + 3 * MARGIN
     steps = pixels(made / "sheets" / "steps.png")
-    head = len(steps) - 3 * row  # the prompts
-    assert head >= 13
+    prompts = json.loads(Image.open(made / "sheets" / "steps.png").text["ldm.prompts"])
+    expected = np.asarray(contact_sheet.grid([("", [Image.new("RGB", (128, 128))] * 2)], prompts))
+    head = len(expected) - row
+    assert len(prompts) == 2 and head >= 13 and len(np.unique(expected[:head])) > 10  # there is ink
+    assert np.array_equal(steps[:head], expected[:head])
     assert steps.shape == (head + 3 * row, 2 * (128 + MARGIN) + MARGIN, 3)
     for r, name in enumerate(("before", "step-000002", "after")):
         sheet = pixels(made / "sheets" / f"{name}.png")
@@ -122,6 +128,14 @@ def test_the_sheet_of_all_steps_has_a_row_for_each_step_and_a_column_for_each_pr
             top, left = head + r * row + row - 128 - MARGIN, MARGIN + prompt * (128 + MARGIN)
             cell = sheet[prompt * row + row - 128 - MARGIN :][:128, MARGIN : MARGIN + 128]
             assert (steps[top : top + 128, left : left + 128] == cell).all()
+
+
+def test_the_sheet_of_all_steps_leaves_out_the_pictures_of_other_prompts(made, base, every, tmp_path):
+    again, prompts = shutil.copytree(made, tmp_path / "again"), ("a green dog", "snow")
+    given = [word for prompt in prompts for word in ("--validation-prompt", prompt)]
+    call(*base, *every, *given, "--max-train-steps", 6, "--output-dir", again, *LATEST)
+    steps = contact_sheet.grid([("after training", [Image.new("RGB", (128, 128))] * 2)], prompts)
+    assert Image.open(again / "sheets" / "steps.png").size == steps.size
 
 
 def grid_loss(sd: StableDiffusion, pictures: list[tuple[Path, str]], base: StableDiffusion | None = None) -> float:
