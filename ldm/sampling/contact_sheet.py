@@ -65,7 +65,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def first_column(sheet: Image.Image, rows: int, side: int) -> list[Image.Image]:
-    """The first picture of each row of a `grid` whose pictures were `side` pixels along, as magnified there."""
+    """The first picture of each row of a `grid` without headings, as magnified there. side: its pixels before that."""
     side *= max(1, -(-MIN_CELL // side))
     label = _label(side)
     tops = [r * (side + label + MARGIN) + label for r in range(rows)]

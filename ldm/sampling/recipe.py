@@ -56,14 +56,17 @@ def check_same(args: Namespace, how: dict[str, object]) -> None:
         return
     for what, names in {"LoRA": ("lora", "lora_hashes"), "learned token": ("tokens", "token_hashes")}.items():
         said, found = ([str(facts[name]) for name in names if name in facts] for facts in (args.picture, how))
-        known = slice(1) if len(said) == 1 else slice(None)  # a picture of an older version has no hashes
-        if _contents(said[known]) != _contents(found[known]):
+        known = found[: len(said) or None]  # a picture of an older version has no hashes
+        if _contents(said) != _contents(known):
             then, now = (" = ".join(facts) or f"no {what}" for facts in (said, found))
             _warn(f"{args.from_picture} was made with {then}, and this one with {now}")
 
 
 def _contents(facts: list[str]) -> list[list[str]]:
-    """What is behind the colon of each part, if there is one: scales, hashes. A file may have got another name."""
+    """Scales and hashes without the names of the files, which may have changed; without hashes, the facts as they are.
+
+    facts: as in `recipe`, "NAME:SCALE, ..." or words, and "NAME: HASH, ..." if it is known.
+    """
     if len(facts) < 2:
         return [facts]
     return [[part.rpartition(":")[2].strip() for part in fact.split(",")] for fact in facts]

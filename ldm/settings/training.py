@@ -58,9 +58,9 @@ class LoRASettings(Group):
     def problem(self) -> str | None:
         if self.lora_conv_rank and self.lora_targets != "all":
             return "--lora-conv-rank is for the 3x3 convolutions, which only --lora-targets all trains"
-        if (problem := not_positive(self, "lora_alpha")) or self.lora_alpha is None or MIN_ALPHA <= self.lora_alpha:
-            return problem
-        return f"--lora-alpha {self.lora_alpha} is too little: it should be at least {MIN_ALPHA}"
+        if self.lora_alpha is not None and 0 < self.lora_alpha < MIN_ALPHA:
+            return f"--lora-alpha {self.lora_alpha} is too little: it should be at least {MIN_ALPHA}"
+        return not_positive(self, "lora_alpha")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Machine(Group):
             return "--train-dtype bf16 is for whole networks; a LoRA is in fp32, its base in --mixed-precision's type"
         if not self.fused_backward:
             return None
-        for needed, is_given, reason in (
+        for flag, is_given, reason in (
             ("--max-grad-norm 0", self.max_grad_norm == 0, "the norm of all gradients is known after the updates"),
             (
                 "--gradient-accumulation-steps 1",
@@ -159,5 +159,5 @@ class Machine(Group):
             ("no --mixed-precision fp16", self.mixed_precision != "fp16", "an overflow is known after the updates"),
         ):
             if not is_given:
-                return f"--fused-backward needs {needed}: {reason}"
+                return f"--fused-backward needs {flag}: {reason}"
         return None
