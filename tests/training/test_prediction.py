@@ -1,16 +1,13 @@
 """The memory that a run is said to need is what a process grows by, and what autograd and AdamW really keep."""
 
-import json
 import re
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from grew import BASE, SETTINGS
-from runs import ROOT, SMALL, call, run, slow_after
+from growth import BASE, CPU, SETTINGS, check_growth, on_meta, predicted
+from runs import SMALL, call, slow_after
 from torch import nn
 
 from ldm import StableDiffusion
@@ -22,28 +19,8 @@ from ldm.runtime import World
 from ldm.training import optimizer, options
 from ldm.training.precision import Precision
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GPU = torch.device("cuda")
 LARGE = {"resolution": 128, "train_batch_size": 2}
-
-
-def training_step(sd: StableDiffusion, settings, device: torch.device = CPU, tuning=FullTuning) -> memory.Memory:
-    rehearsal = Rehearsal(sd, tuning, settings, device)
-    rehearsal.prepare()
-    return rehearsal.training_step(1)
-
-
-def on_meta(config) -> StableDiffusion:
-    with torch.device("meta"):
-        return StableDiffusion(config)
-
-
-def check_growth(model: str, sd: StableDiffusion, cases: list[dict], folder: Path) -> None:
-    """Checks that a process that trains grows within 20 % of the prediction."""
-    script = str(Path(__file__).with_name("grew.py"))
-    folder.mkdir(exist_ok=True)
-    done = run([sys.executable, script, model, json.dumps(cases)], folder, PYTHONPATH=str(ROOT))
-    for case, grew in zip(cases, map(int, done.out.split()), strict=True):
-        assert training_step(sd, replace(SETTINGS, **case)).total == pytest.approx(grew, rel=0.2), case
 
 
 EMBEDDED = {
@@ -57,17 +34,6 @@ EMBEDDED = {
 @pytest.mark.parametrize("case", slow_after(0, EMBEDDED))
 def test_the_process_grows_by_the_prediction_on_the_embedded_model(case, tmp_path):
     check_growth(str(BASE), StableDiffusion.load(BASE), [EMBEDDED[case]], tmp_path)
-
-
-@pytest.mark.slow
-def test_the_process_grows_by_the_prediction_at_full_size(tmp_path):
-    if memory.available(CPU) < 19e9:
-        pytest.skip("needs 19 GB of memory")
-    cases = [
-        {"resolution": 64},
-        {"resolution": 256, "gradient_checkpointing": True, "train_text_encoder": False},
-    ]
-    check_growth("sd1", on_meta(SD1), cases, tmp_path)
 
 
 @pytest.mark.parametrize("flags", [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}])
@@ -136,7 +102,7 @@ class Adapters(Trainable):
 def test_parameters_that_are_not_the_models_own_train_over_a_frozen_model_in_16_bits():
     sd = on_meta(SD1)
     settings = replace(SETTINGS, resolution=512, mixed_precision="bf16", train_batch_size=1)
-    found = training_step(sd, settings, GPU, Adapters)
+    found = predicted(sd, settings, GPU, Adapters)
     numbers = sum(p.numel() for network in (sd.unet, sd.text_encoder, sd.vae.decoder) for p in network.parameters())
     assert found.weights == pytest.approx(2 * numbers, rel=0.01)
     assert 0 < found.moments < 0.01 * found.weights and found.gradients < 0.01 * found.weights
@@ -149,11 +115,11 @@ def test_what_a_flag_saves_is_what_the_prediction_with_it_saves(device, random_m
     """Each part answers to the flag that is for it, and to no other."""
     sd = random_model()
     settings = replace(SETTINGS, train_batch_size=4, use_ema=True)
-    plain = training_step(sd, settings, device)
+    plain = predicted(sd, settings, device)
     trained = sum(p.nbytes for network in (sd.unet, sd.text_encoder) for p in network.parameters())
     assert plain.average == trained and plain.moments == 2 * trained
     with_flag = {
-        flag: training_step(sd, changed, device)
+        flag: predicted(sd, changed, device)
         for flag, changed in memory.savers(settings, device).items()
         if "sample" not in flag
     }

@@ -1,9 +1,10 @@
-"""Trains a few steps in this process, and prints by how many bytes it grew at its peak, one line for each case.
+"""By how much the memory of a process that trains grows, beside the prediction of it.
 
-python tests/training/grew.py MODEL CASES       MODEL: a model's path or sd1; CASES: a JSON list of changed settings
+    PYTHONPATH=. python tests/growth.py MODEL CASES
 
-Each case has a process of its own, which trains on the smallest pictures first, so that code of the libraries and
-tables do not count.
+trains a few steps and prints by how many bytes it grew at its peak, one line for each case. MODEL is a path or sd1,
+CASES a JSON list of changed settings. Each case has a process of its own, which trains on the smallest pictures first,
+so that code of the libraries and tables do not count.
 """
 
 import ctypes
@@ -14,18 +15,44 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from runs import ROOT, run
 
 from ldm import StableDiffusion
-from ldm.config import SD1
-from ldm.dreambooth import FullTuning, dreambooth_loss
+from ldm.config import SD1, ModelConfig
+from ldm.dreambooth import FullTuning, Trainable, dreambooth_loss
+from ldm.preflight.memory import Memory, Rehearsal
 from ldm.settings import Settings
 from ldm.training.ema import EMA
 from ldm.training.optimizer import adamw
 from ldm.training.precision import Precision
 
-BASE = Path(__file__).resolve().parents[2] / "weights" / "tiny" / "base"
+CPU = torch.device("cpu")
+BASE = ROOT / "weights" / "tiny" / "base"
 SETTINGS = Settings(instance_prompt="a photo of sks monster", class_prompt="a photo of a monster", resolution=64)
+
+
+def check_growth(model: str, sd: StableDiffusion, cases: list[dict], folder: Path) -> None:
+    """Checks that a process that trains grows within 20 % of the prediction."""
+    folder.mkdir(exist_ok=True)
+    done = run([sys.executable, __file__, model, json.dumps(cases)], folder, PYTHONPATH=str(ROOT))
+    for case, grew in zip(cases, map(int, done.out.split()), strict=True):
+        assert predicted(sd, replace(SETTINGS, **case)).total == pytest.approx(grew, rel=0.2), case
+
+
+def predicted(
+    sd: StableDiffusion, settings: Settings, device: torch.device = CPU, tuning: type[Trainable] = FullTuning
+) -> Memory:
+    """What is said before a run of the memory that its first step needs."""
+    rehearsal = Rehearsal(sd, tuning, settings, device)
+    rehearsal.prepare()
+    return rehearsal.training_step(1)
+
+
+def on_meta(config: ModelConfig) -> StableDiffusion:
+    with torch.device("meta"):
+        return StableDiffusion(config)
 
 
 def memory(key: str) -> int:
@@ -37,8 +64,7 @@ def memory(key: str) -> int:
 def load(model: str) -> StableDiffusion:
     if model != "sd1":
         return StableDiffusion.load(model, mapped=False)
-    with torch.device("meta"):
-        sd = StableDiffusion(SD1)
+    sd = on_meta(SD1)
     for network in sd.networks().values():
         network.to_empty(device="cpu")
         for parameter in network.parameters():
@@ -49,7 +75,7 @@ def load(model: str) -> StableDiffusion:
 def train(model: str, settings: Settings, steps: int = 2) -> None:
     """The steps of train.py, on random latents."""
     sd = load(model)
-    precision, trainable = Precision(settings.mixed_precision, torch.device("cpu")), FullTuning(sd, settings)
+    precision, trainable = Precision(settings.mixed_precision, CPU), FullTuning(sd, settings)
     parameters = trainable.named_parameters_saved()
     optimizer = adamw(trainable.parameter_groups(settings), settings.use_8bit_adam)
     ema = EMA(parameters, settings.ema_decay) if settings.use_ema else None
