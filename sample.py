@@ -119,8 +119,7 @@ def sample(args: Namespace, prompts: list[str], world: World, stop: Stop) -> Non
 
 def load(args: Namespace, device: torch.device) -> StableDiffusion:
     """The model of --model, or the embedded one. Raises InputError if it is damaged or does not suit the flags."""
-    source = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
-    sd = StableDiffusion.load(args.model or TINY / "base", device, cli.DTYPES[args.dtype], **source)
+    sd = StableDiffusion.load(args.model or TINY / "base", device, cli.DTYPES[args.dtype], **cli.source_options(args))
     sd.check_finite()
     args.tokens = [tokens.add_embedding(sd, path) for path in args.embedding]
     if args.zero_terminal_snr:

@@ -14,14 +14,13 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from ldm import data, images, preflight, report, training
 from ldm.data import Batches, Subject
-from ldm.dreambooth import Batch, Losses, Trainable, dreambooth_loss, mask_weight, min_snr_weight
+from ldm.dreambooth import Batch, Losses, Trainable, mask_weight, min_snr_weight, row_errors, two_terms
 from ldm.formats import abbreviate, illustrate
 from ldm.guidance import seen
 from ldm.model import StableDiffusion
@@ -101,15 +100,14 @@ def dreambooth_step(run: Run, state: TrainingState, model: torch.nn.Module, batc
             rows = batch.class_rows
             before = state.trainable.base(noisy[rows], batch.t[rows], batch.class_prompts)
             target = target.index_copy(0, rows, before.float())
-    snr_weight = place_weight = None
+    row_weight = place_weight = None
     if settings.snr_gamma is not None:
-        snr_weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
+        row_weight = min_snr_weight(schedule.snr(batch.t), settings.snr_gamma, schedule.config.prediction)
     if batch.mask is not None:
         place_weight = mask_weight(batch.mask, settings.unmasked_weight)
-    weights = {"prior_weight": settings.prior_loss_weight, "row_weight": snr_weight, "place_weight": place_weight}
-    losses = partial(dreambooth_loss, prediction, target, **weights, huber_c=settings.huber)  # a function of is_class
-    run.subject_losses.add(batch, losses)  # each subject's own loss, for metrics.jsonl
-    return losses(batch.is_class)
+    error = row_errors(prediction, target, row_weight, place_weight=place_weight, huber_c=settings.huber)  # (B,)
+    run.subject_losses.add(batch, error)  # each subject's own, for metrics.jsonl
+    return two_terms(error, batch.is_class, settings.prior_loss_weight)
 
 
 def begin(
@@ -142,8 +140,7 @@ def begin(
 def load(run: Run) -> StableDiffusion:
     """The base model, on this process's device. Raises InputError for settings that do not suit it."""
     settings = run.settings
-    source = {"ema": settings.ema, "prediction": settings.prediction_type, "variant": settings.variant}
-    sd = StableDiffusion.load(settings.model, run.world.device, **source, mapped=False)
+    sd = StableDiffusion.load(settings.model, run.world.device, **cli.source_options(settings), mapped=False)
     sd.prefer_device_layout()
     sd.check_size(settings.resolution, settings.resolution)
     sd.schedule.check_steps(settings.sample_steps)

@@ -128,7 +128,7 @@ def _add_file_flags(p: cli.Parser) -> None:
 
 def inspect(args: Namespace) -> None:
     """Describes a model and lists its problems. Exits with status 1 if there are any."""
-    source = formats.read(args.path, ema=args.ema, prediction=args.prediction_type, variant=args.variant)
+    source = formats.read(args.path, **cli.source_options(args))
     sd = StableDiffusion.without_weights(source)
     print(sd.summary)
     parts = {"UNet": formats.UNET_PREFIX, "autoencoder": formats.VAE_PREFIX, "text encoder": formats.TEXT_PREFIX}
@@ -151,8 +151,7 @@ def convert(args: Namespace) -> None:
     output = Path(args.output)
     layout = args.layout or ("official" if output.suffix == ".safetensors" else "diffusers")
     _check_output(output, args.overwrite)
-    options = {"ema": args.ema, "prediction": args.prediction_type, "variant": args.variant}
-    sd = StableDiffusion.load(args.path, dtype=None, **options)
+    sd = StableDiffusion.load(args.path, dtype=None, **cli.source_options(args))
     sd.check_finite()
     print(sd.summary)
     metadata = dict(sd.source.metadata)

@@ -19,7 +19,7 @@ from ldm.tokens import LearnedToken
 from ldm.unet import ResBlock, TransformerBlock
 
 Prompts = tuple[str, ...]
-PROMPTS_AT_ONCE = 64  # that a frozen text encoder encodes before training
+PROMPTS_AT_ONCE = 64  # in a batch, where a frozen text encoder encodes all prompts before training
 TRAIN_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -41,21 +41,38 @@ def dreambooth_loss(
     place_weight: Tensor | None = None,
     huber_c: float | None = None,
 ) -> Losses:
-    """Subject term plus weighted prior-preservation term (DreamBooth, eq. 2).
+    """The loss of a batch: `two_terms` of `row_errors`, which say what the arguments are."""
+    error = row_errors(prediction, target, row_weight, place_weight=place_weight, huber_c=huber_c)
+    return two_terms(error, is_class, prior_weight)
 
-    prediction, target: (B, C, h, w); is_class: (B,) bool, True for rows of the class prior.
-    row_weight: (B,) factors on the rows' errors, 1 if None. place_weight: (B, 1, h, w) factors on the errors of the
-    latents' places, 1 if None; see `mask_weight`. huber_c: takes the pseudo-Huber error instead of the squared one.
-    Returns (loss, subject_error, prior_error), scalars. The mean of no rows is 0.
+
+def row_errors(
+    prediction: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None = None,
+    *,
+    place_weight: Tensor | None = None,
+    huber_c: float | None = None,
+) -> Tensor:
+    """The mean squared error of each row, (B,) fp32. prediction, target: (B, C, h, w).
+
+    row_weight: (B,) factors on the rows' errors, 1 if None; see `min_snr_weight`. place_weight: (B, 1, h, w) factors on
+    the errors of the latents' places, 1 if None; see `mask_weight`. huber_c: takes the pseudo-Huber error instead.
     """
     error = (prediction.float() - target.float()).square()
     if huber_c is not None:  # diffusers' and kohya's "huber": about d^2 where d is far below c, 2 c |d| far above
         error = 2 * huber_c * ((error + huber_c**2).sqrt() - huber_c)
     if place_weight is not None:
         error = error * place_weight
-    error = error.flatten(1).mean(1)  # (B,)
-    if row_weight is not None:
-        error = error * row_weight
+    error = error.flatten(1).mean(1)
+    return error if row_weight is None else error * row_weight
+
+
+def two_terms(error: Tensor, is_class: Tensor, prior_weight: float) -> Losses:
+    """Subject term plus weighted prior-preservation term (DreamBooth, eq. 2): L = L(subject) + lambda L(class).
+
+    error: (B,), of the rows; is_class: (B,) bool, True for rows of the class prior. The mean of no rows is 0.
+    """
     subject, prior = _mean(error, ~is_class), _mean(error, is_class)
     return Losses(subject + prior_weight * prior, subject, prior)
 
@@ -74,10 +91,10 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
 
 
 def mask_weight(mask: Tensor, unmasked_weight: float) -> Tensor:
-    """Place weights of mean 1 in each row, (B, 1, h, w), so that a small subject counts as much as a large one.
+    """Place weights (B, 1, h, w): 1 inside the mask and `unmasked_weight` outside, divided by the row's mean.
 
-    mask: (B, 1, h, w) in [0, 1]; before the division, a place has weight 1 where it is 1, `unmasked_weight` where 0.
-    An empty mask counts as a full one does; not at all if `unmasked_weight` is 0.
+    mask: (B, 1, h, w) in [0, 1]. Their mean is 1, so that a small subject counts as much as a large one. An empty mask
+    counts as a full one does; not at all if `unmasked_weight` is 0.
     """
     weight = mask + unmasked_weight * (1.0 - mask)
     return weight / weight.mean((1, 2, 3), keepdim=True).clamp(min=1e-8)

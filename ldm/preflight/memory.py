@@ -116,7 +116,7 @@ class Rehearsal:
         """The sheet before training, or batches of class pictures, on a CPU as many at once as it has cores."""
         given, batches = self.settings, 1
         pictures = len(given.validation_prompt or given.prompts) * given.num_validation_images
-        if given.with_prior_preservation:
+        if given.uses_class_pictures:
             pictures = max(pictures, given.num_class_images)
             batches = min(at_once(self.device), -(-given.num_class_images // given.sample_batch_size))
         work = batches * self._sampling(min(given.sample_batch_size, pictures))

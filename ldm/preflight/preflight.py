@@ -86,7 +86,7 @@ def steps_note(settings: Settings, subjects: Sequence[Subject], processes: int) 
         whose = f" of {subject.name}" if len(subjects) > 1 else ""
         passes.append(f"{many} passes over the {counted(len(subject.examples), 'photograph')}{whose}")
     text = f"{counted(settings.max_train_steps, 'step')} = {listed(passes)}. A step takes {batch:,} of them"
-    if settings.with_prior_preservation and not settings.predicts_prior:
+    if settings.uses_class_pictures:
         text += " and as many class pictures"
     if batch > settings.train_batch_size:
         text += " (batch of {} x {} accumulated x {} processes)".format(*parts)

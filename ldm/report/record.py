@@ -11,7 +11,8 @@ from ldm.dreambooth import FullTuning
 from ldm.errors import InputError, one_line
 from ldm.report.numbers import MAX_STEP, Line, read_lines
 from ldm.runtime import exists, list_folder, read_json, read_toml
-from ldm.training import LoRATuning, TokenTuning
+from ldm.settings import ONCE
+from ldm.training import IDENTITY_PARTS, LoRATuning, TokenTuning
 from ldm.validation import Advice, advise
 
 MAX_TEXT = 400  # letters of a text that is shown
@@ -161,17 +162,11 @@ def _read_settings(record: Record, names: set[str]) -> None:
     table = _try(record, "config.toml", read_toml) if "config.toml" in names else None
     table = table if isinstance(table, dict) and table.keys() & RUNS else {}
     both = dict(list({**tree, **table}.items())[:MAX_ENTRIES])
-    record.identity = {name: value for name, value in tree.items() if name in IDENTITY}
-    record.settings = {name: value for name, value in both.items() if name not in IDENTITY | ONCE}
+    record.identity = {name: value for name, value in tree.items() if name in IDENTITY_PARTS}
+    record.settings = {name: value for name, value in both.items() if name not in (*IDENTITY_PARTS, *ONCE)}
 
-
-# What config.json says beside settings: see ldm.training.continuity.
-IDENTITY = {"global_batch", "base", "tuning", "launch", "pictures", "photographs", "captions", "masks", "focus"}
-IDENTITY |= {"held_out", "class_pictures", "program"}
 
 TUNINGS = {tuning.__name__ for tuning in (FullTuning, LoRATuning, TokenTuning)}
-
-ONCE = {"output_dir", "resume_from_checkpoint", "dry_run"}  # settings of one start of train.py, not of the run
 
 # Sheets without a step.
 OTHERS = {"photographs": "photographs.png", "class_pictures": "class.png", "all_steps": "steps.png"}

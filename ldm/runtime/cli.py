@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -99,6 +99,11 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         help="what the model predicts, eps or v; overrides the file, and SD 2.x files often do not say",
     )
     parser.add_argument("--variant", help='load the files of this variant of a diffusers folder, for example "fp16"')
+
+
+def source_options(given: Any) -> dict[str, Any]:
+    """What these flags say, or the settings of the same names, as arguments of `StableDiffusion.load`."""
+    return {"ema": given.ema, "prediction": given.prediction_type, "variant": given.variant}
 
 
 @contextmanager

@@ -10,15 +10,15 @@ toml        writes them as TOML, from which the run can be repeated
 from ldm.settings.setting import flag
 from ldm.settings.settings import SAVES_MEMORY, Settings
 from ldm.settings.subjects import FOLDERS, SubjectSettings, read_tables
-from ldm.settings.toml import SETTINGS, run_of, to_toml
-from ldm.settings.training import LORA_RATE, LOW_LORA_RATE, LR_SCHEDULES, RATE
+from ldm.settings.toml import ONCE, SETTINGS, run_of, to_toml
+from ldm.settings.training import LORA_RATE, LOW_LORA_RATE, LR_SCHEDULES
 
 __all__ = [
     "FOLDERS",
     "LORA_RATE",
     "LOW_LORA_RATE",
     "LR_SCHEDULES",
-    "RATE",
+    "ONCE",
     "SAVES_MEMORY",
     "SETTINGS",
     "Settings",

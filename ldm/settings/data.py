@@ -48,7 +48,7 @@ class Photographs(Group):
     random_crop: bool = setting(False, "cut another square out of a picture each time; latents are not cached then")
     random_flip: bool = setting(False, "mirror pictures half of the time")
 
-    alpha_masks: bool = setting(False, "the alpha channel of a photograph is its mask, where it has no file of one")
+    alpha_masks: bool = setting(False, "take a photograph's alpha channel as its mask, if it has no mask file")
     subjects: tuple[SubjectSettings, ...] = setting(
         (), "several subjects, each with its own folder and prompt", in_file_only=True
     )

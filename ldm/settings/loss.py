@@ -32,7 +32,7 @@ class Loss(Group):
     )
     min_timestep: int = setting(0, "lowest timestep to train at")
     max_timestep: int | None = setting(
-        None, "timestep below which to train; that of the model's schedule, 1000, if not given", type=int
+        None, "the first timestep above those to train at; the model's 1000 if not given", type=int
     )
 
     @property

@@ -67,6 +67,11 @@ class Settings(*GROUPS):
         return self.with_prior_preservation and self.prior == "prediction"
 
     @property
+    def uses_class_pictures(self) -> bool:
+        """Whether class pictures are the target of the prior term."""
+        return self.with_prior_preservation and self.prior == "pictures"
+
+    @property
     def photographs_of_step(self) -> int:
         """Photographs that a process trains on in a step."""
         return self.train_batch_size * self.gradient_accumulation_steps

@@ -79,7 +79,16 @@ class TokenSettings(Group):
     def problem(self) -> str | None:
         if self.train == "token" and self.lora_rank:
             return "--train token trains the token alone: leave out --lora-rank, or --train token to train both"
-        return not_positive(self, "token_learning_rate")
+        if problem := not_positive(self, "token_learning_rate"):
+            return problem
+        token, prompt = self.placeholder_token, self.instance_prompt or ""
+        if token is None:
+            return '--train token needs --placeholder-token: the new word, "[V]"' if self.train == "token" else None
+        if self.initializer_token is None:
+            return "--placeholder-token needs --initializer-token: a word for the subject's class, such as dog"
+        if token.lower() not in prompt.lower():
+            return f"--instance-prompt {prompt!r} does not hold the placeholder token {token}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Optimization(Group):
     )
     lr_scheduler: str = setting("constant", "learning rate over the steps", choices=tuple(LR_SCHEDULES))
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
-    max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it; 0: any")
+    max_grad_norm: float = setting(1.0, "largest norm of the gradients; larger ones are scaled down to it; 0: no limit")
     use_ema: bool = setting(False, "save the average of the weights instead of the last ones")
     ema_decay: float = setting(0.9999, "decay of that average, once it has warmed up")
     seed: int = setting(0, "random seed of the order of pictures, noise, timesteps and class pictures")

@@ -24,6 +24,7 @@ sheets          pictures of the validation prompts, before, after and in between
 from ldm.training import checkpoint, sheets
 from ldm.training.checkpoint import free_space
 from ldm.training.class_pictures import ClassPictures, distinct_class_pictures, plan_class_pictures, read_class_pictures
+from ldm.training.continuity import IDENTITY_PARTS
 from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
 from ldm.training.precision import Precision, set_exactness
@@ -34,6 +35,7 @@ from ldm.training.token_tuning import TokenTuning
 from ldm.training.tuning import LoRATuning, tuning_of
 
 __all__ = [
+    "IDENTITY_PARTS",
     "ClassPictures",
     "LoRATuning",
     "Precision",

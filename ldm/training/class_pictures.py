@@ -171,12 +171,12 @@ class ClassPictures:
 
 
 def plan_class_pictures(run: Run, sd: StableDiffusion, base: str, subjects: Sequence[Subject]) -> list[ClassPictures]:
-    """The class pictures of each subject; none without the prior term. base: the base model's fingerprint.
+    """The class pictures of each subject; none if the prior term does without. base: the base model's fingerprint.
 
     Subjects of one class, with no folder of their own, share its pictures. Raises InputError as `ClassPictures`.
     """
     settings = run.settings
-    if not settings.with_prior_preservation or settings.predicts_prior:
+    if not settings.uses_class_pictures:
         return []
     guidance = settings.class_guidance_scale
     recipe = {

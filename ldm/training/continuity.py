@@ -29,6 +29,7 @@ FILES = {
     "focus": "focal point of",
     "held_out": "held-out picture",
 }
+IDENTITY_PARTS = ("global_batch", "base", "pictures", "tuning", "program", "launch", *FILES)  # see `Identity`
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -46,12 +47,16 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 class Identity:
-    """What identifies a run: its settings, and the parts below.
+    """What identifies a run: its settings, and the IDENTITY_PARTS, which the run adds one after another.
 
-    parts: global_batch; base, the base model's fingerprint; pictures, a digest of the photographs and the user's own
-    class pictures; photographs, captions, masks and focus: see `what_is_taught`; class_pictures and held_out, the
-    SHA-256 of each by its name; class_captions: see `captions`; tuning, the name of its `Trainable`; program: see
-    `what_trains`; launch, the torchrun that it belongs to. The run adds them one after another.
+    global_batch                                rows of photographs in a step, in all processes
+    base                                        the base model's fingerprint
+    pictures                                    a digest of the photographs and the user's own class pictures
+    photographs, captions, masks, focus         see `what_is_taught`
+    class_pictures, held_out                    the SHA-256 of each by its name
+    class_captions                              see `captions`
+    tuning, program                             see `what_trains`
+    launch                                      the torchrun that it belongs to
     """
 
     def __init__(self, settings: Settings, **parts: Any):

@@ -108,7 +108,7 @@ class Reporter:
             shown = {name.removesuffix("_loss"): f"{read[name]:.4f}" for name in read if name.endswith("loss")}
             self.bar.update()
             self.bar.set_postfix(shown, refresh=False)
-        began, self._last = max(metrics["seconds"], self._last), time.perf_counter()
+        began, self._last = max(metrics.pop("began"), self._last), time.perf_counter()
         if self.log is not None:
             self.log.add({"step": step} | read | metrics | self._speed(seconds := self._last - began))
             if left := self._pace.after(step, seconds):

@@ -1,12 +1,12 @@
 """The losses and the norm of one step, on their way from the device to the host."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ldm.dreambooth import Batch, Losses
+from ldm.dreambooth import Batch
 
 
 class Numbers:
@@ -59,13 +59,12 @@ class SubjectLosses:
         self._none = self._sums = torch.zeros(len(self.names), 2, device=device)
 
     @torch.no_grad()
-    def add(self, batch: Batch, loss: Callable[[Tensor], Losses]) -> None:
-        """loss: gives the losses of the batch where a mask (B,) says which rows are not the subject's."""
+    def add(self, batch: Batch, error: Tensor) -> None:
+        """error: (B,), of the batch's rows."""
         found = []
         for i in range(len(self.names)):
             own = (batch.subject == i) & ~batch.is_class
-            count = own.sum()
-            found.append(torch.stack([loss(~own).subject * count, count]))
+            found.append(torch.stack([error.masked_fill(~own, 0.0).sum(), own.sum()]))
         if found:
             self._sums = self._sums + torch.stack(found)
 

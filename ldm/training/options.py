@@ -11,7 +11,7 @@ from typing import Any
 from ldm.data import Words, fill, names_prompts, with_subjects_of_folders, words_of
 from ldm.errors import InputError
 from ldm.runtime import check_path, cli, read_toml
-from ldm.settings import LORA_RATE, LOW_LORA_RATE, RATE, Settings, flag, read_tables, run_of
+from ldm.settings import LORA_RATE, LOW_LORA_RATE, Settings, flag, read_tables, run_of
 
 FIRST = (  # the flags at the top of --help
     "model",
@@ -55,25 +55,33 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     return settings
 
 
-# Settings without effect where another one is not given.
-NEEDING = {
-    "lora_rank": ("lora_alpha", "lora_targets", "lora_conv_rank"),
-    "placeholder_token": ("num_vectors", "token_learning_rate"),
-}
+# Settings, when they have no effect, and how that is said.
+WITHOUT_EFFECT = (
+    (("lora_alpha", "lora_targets", "lora_conv_rank"), lambda s: not s.lora_rank, "without --lora-rank"),
+    (("num_vectors", "token_learning_rate"), lambda s: not s.placeholder_token, "without --placeholder-token"),
+    (("text_encoder_learning_rate",), lambda s: not s.train_text_encoder, "with --no-train-text-encoder"),
+    (("learning_rate",), lambda s: s.train == "token", "with --train token; --token-learning-rate does"),
+    (("ema_decay",), lambda s: not s.use_ema, "without --use-ema"),
+    (("huber_c",), lambda s: s.huber is None, "without --loss huber"),
+    (("prior", "prior_loss_weight"), lambda s: not s.with_prior_preservation, "without a prior term"),
+    (("num_class_images", "class_data_dir"), lambda s: not s.uses_class_pictures, "where there are no class pictures"),
+    (
+        ("layout",),
+        lambda s: s.lora_rank or s.train == "token",
+        "on a LoRA or a token: each is one file, which all programs read",
+    ),
+)
 
 
 def _doubts(settings: Settings, given: dict[str, Any]) -> Iterator[str]:
     """Settings that are possible, and hardly what the user wants. given: by the user; config.toml has every default."""
     if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
         yield f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
-    if settings.train == "token" and settings.learning_rate != RATE and "learning_rate" in given:
-        yield "--learning-rate has no effect with --train token; --token-learning-rate does"
-    for needed, names in NEEDING.items():
+    usual = Settings(train=settings.train)
+    for names, is_idle, how in WITHOUT_EFFECT:
         for name in names:
-            if getattr(settings, needed) is None and getattr(settings, name) != getattr(Settings, name):
-                yield f"{flag(name)} has no effect without {flag(needed)}"
-    if settings.layout != Settings.layout and (settings.lora_rank or settings.train == "token"):
-        yield "--layout has no effect on a LoRA or a token: each is one file, which all programs read"
+            if name in given and getattr(settings, name) != getattr(usual, name) and is_idle(settings):
+                yield f"{flag(name)} has no effect {how}"
 
 
 def _of_tiny(tiny: Path, given: dict[str, Any]) -> dict[str, Any]:

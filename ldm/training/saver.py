@@ -96,7 +96,7 @@ class Saver:
 
     @contextmanager
     def rescuing(self, state: TrainingState, save: Callable[[], None]) -> Iterator[None]:
-        """Inside, an error that is not the training's own first saves the last complete step."""
+        """Inside, any error but Diverged first saves the last complete step."""
         self.saved = state.step
         try:
             yield

@@ -106,7 +106,7 @@ class TrainingState:
         overflowed, the step is done again on new rows with a lower scale. Raises Diverged if that never helps.
         """
         step, scaler = self.step + 1, self.precision.scaler
-        metrics = {"step": step, "lr": self.optimizer.param_groups[0]["lr"], "seconds": self._began}
+        metrics = {"step": step, "lr": self.optimizer.param_groups[0]["lr"], "began": self._began}
         self.skipped = self.waits and not numbers.are_finite
         self._updating = True
         if not self.waits:

@@ -41,16 +41,9 @@ class TokenTuning(Trainable):
 
 def begin_token(sd: StableDiffusion, settings: Settings) -> tokens.LearnedToken | None:
     """Adds the token that the settings ask for; None if they ask for none. Raises InputError if it can't be added."""
-    token, prompt = settings.placeholder_token, settings.instance_prompt or ""
-    if token is None:
-        if settings.train == "token":
-            raise InputError('--train token needs --placeholder-token: the new word, "[V]"')
+    if settings.placeholder_token is None:
         return None
-    if settings.initializer_token is None:
-        raise InputError("--placeholder-token needs --initializer-token: a word for the subject's class, such as dog")
-    if token.lower() not in prompt.lower():
-        raise InputError(f"--instance-prompt {prompt!r} does not hold the placeholder token {token}")
     try:
-        return tokens.begin(sd, token, settings.initializer_token, settings.num_vectors)
+        return tokens.begin(sd, settings.placeholder_token, settings.initializer_token, settings.num_vectors)
     except InputError as error:
         raise InputError(f"--placeholder-token: {error}") from None

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 Line = dict[str, Any]  # of validation.jsonl
 
-MUCH = 0.3  # without losses, the most harm to the class that the advice accepts
+MAX_HARM = 0.3  # without losses, the most harm to the class that the advice accepts
 
 
 class Advice(NamedTuple):
@@ -86,7 +86,7 @@ def without_losses(steps: Sequence[Line]) -> Advice:
     known = [(line, found) for line in steps if (found := harm(line)) is not None]
     if not known:
         return Advice(steps[-1]["step"], "the last one: neither held-out loss nor language drift was measured")
-    mild = [line for line, found in known if found <= MUCH]
+    mild = [line for line, found in known if found <= MAX_HARM]
     if mild:
         which = "the last step" if mild[-1] is known[-1][0] else "the last step before the class suffers"
         return Advice(mild[-1]["step"], f"{which}; {of_class(mild[-1])}; there are no held-out pictures")

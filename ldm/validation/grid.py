@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm import rng
 from ldm.data import Example, encode_pictures
-from ldm.dreambooth import Trainable
+from ldm.dreambooth import Trainable, row_errors
 from ldm.guidance import masked_columns, seen
 from ldm.model import StableDiffusion
 from ldm.runtime import uncompiled
@@ -104,4 +104,4 @@ def errors_of(run: Run, trainable: Trainable, part: Part, rows: range) -> Tensor
         prompts = [part.prompts[picture] for picture in pictures]
         prediction = trainable(noisy, t, prompts)
         target = trainable.base(noisy, t, prompts) if part.by_base else schedule.target(latents, noise, t)
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return row_errors(prediction, target)

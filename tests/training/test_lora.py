@@ -242,6 +242,17 @@ def test_impossible_loras_are_refused(base, tmp_path):
         (("--lora-targets", "all"), "--lora-targets has no effect without --lora-rank"),
         (("--num-vectors", 3), "--num-vectors has no effect without --placeholder-token"),
         (("--token-learning-rate", 1e-3), "--token-learning-rate has no effect without --placeholder-token"),
+        (
+            ("--no-train-text-encoder", "--text-encoder-learning-rate", 1e-5),
+            "has no effect with --no-train-text-encoder",
+        ),
+        (("--ema-decay", 0.99), "--ema-decay has no effect without --use-ema"),
+        (("--huber-c", 1), "--huber-c has no effect without --loss huber"),
+        (("--no-with-prior-preservation", "--prior-loss-weight", 0.5), "--prior-loss-weight has no effect without a"),
+        (
+            ("--prior", "prediction", "--num-class-images", 9),
+            "--num-class-images has no effect where there are no class",
+        ),
         ((*LORA, "--layout", "diffusers"), "--layout has no effect on a LoRA or a token"),
     ],
 )

@@ -306,7 +306,7 @@ def test_the_time_left_is_printed_while_it_trains(capsys, tmp_path):
     bar = log.tqdm(total=20, disable=True)
     reporter = log.Reporter(bar, log.Log(tmp_path, "", "", Tracker("none", tmp_path, {})), 1)
     for step in range(1, 21):
-        reporter.add(numbers, {"step": step, "seconds": time.perf_counter()})
+        reporter.add(numbers, {"step": step, "began": time.perf_counter()})
         reporter.finish()
         time.sleep(0.01)  # a validation, which is no part of the step
     (each,) = re.fullmatch(r"about .* of training left: 8 steps of (.*) s\n", capsys.readouterr().out).groups()
