@@ -151,23 +151,26 @@ def convert(args: Namespace) -> None:
     output = Path(args.output)
     layout = args.layout or ("official" if output.suffix == ".safetensors" else "diffusers")
     _check_output(output, args.overwrite)
-    sd = StableDiffusion.load(args.path, dtype=None, **cli.source_options(args))
+    dtype = cli.DTYPES[args.dtype] if args.dtype else None
+    # LoRAs are added in fp32 and the sum is rounded once, if it is written in another type than it is stored in.
+    sd = StableDiffusion.load(
+        args.path, dtype=torch.float32 if args.lora and dtype else None, **cli.source_options(args)
+    )
     sd.check_finite()
     print(sd.summary)
     metadata = dict(sd.source.metadata)
     if args.inpaint:
         widen(sd)
         print("added the input channels for painting in, which are still to be trained")
-    for path, scale in args.lora:
-        adapter = sd.merge_lora(path, scale)
+    for (path, scale), adapter in zip(args.lora, sd.merge_loras(args.lora), strict=True):
         sd.adopt_schedule([adapter])
         metadata = {key: text for key, text in adapter.metadata.items() if key == formats.SAMPLING_KEY} | metadata
         words = "".join(f", token {token}" for token in tokens.add_bundled(sd, adapter))
         print(f"added {scale:g} x {path}: {len(adapter.pairs)} modules{words}")
-    if args.lora and (bad := formats.not_finite(sd.state())):
+    if args.lora and (bad := [name for name, t in sd.state().items() if formats.not_finite({name: t.to(dtype)})]):
         raise InputError(f"{bad[0]} becomes too large for its type with the LoRA; take a lower scale")
     with written(output):
-        left_out = sd.save(output, layout, cli.DTYPES[args.dtype] if args.dtype else None, metadata)
+        left_out = sd.save(output, layout, dtype, metadata)
     print(f"wrote {output}")
     if left_out:
         print(f"not in it: {formats.abbreviate(left_out)}")
@@ -227,13 +230,14 @@ def convert_lora(args: Namespace) -> None:
     """Writes a LoRA under other names or in another type."""
     output = Path(args.output)
     _check_output(output, args.overwrite)
+    formats.check_lora_name(output)
     adapter = _read_lora(args.path, args.model)
-    about = {key: text for key, text in adapter.metadata.items() if key.startswith(("ldm.", formats.modelspec.PREFIX))}
+    kept = ("ldm.", formats.modelspec.PREFIX, formats.ZERO_SNR_KEY)
+    about = {key: text for key, text in adapter.metadata.items() if key.startswith(kept)}
     about |= dict.fromkeys({formats.modelspec.HASH_KEY} & about.keys(), "")  # computed again
     if args.names == "kohya":
-        is_sd2 = any("attn2_to_k" in name and pair.down.shape[1] == 1024 for name, pair in adapter.pairs.items())
         kohyas = {key: text for key, text in adapter.metadata.items() if key.startswith("ss_")}
-        about |= formats.kohya_metadata(SD2 if is_sd2 else SD1, adapter) | kohyas
+        about |= formats.kohya_metadata(SD2 if adapter.reads_text_of(SD2.text) else SD1, adapter) | kohyas
     _write_lora(output, adapter, about, args)
     for token in adapter.tokens:
         print(f"not in it: token {token}")
@@ -243,6 +247,7 @@ def extract_lora(args: Namespace) -> None:
     """Makes a LoRA of the difference between two models, and prints what is lost."""
     output = Path(args.output)
     _check_output(output, args.overwrite)
+    formats.check_lora_name(output)
     if args.rank and args.rank > formats.MAX_RANK:
         raise InputError(f"--rank {args.rank} is too much: it should be at most {formats.MAX_RANK}")
     if args.energy is not None and not 0 < args.energy <= 1:
@@ -250,13 +255,16 @@ def extract_lora(args: Namespace) -> None:
     base, tuned = (StableDiffusion.load(path) for path in (args.base, args.tuned))
     for sd in (base, tuned):
         sd.check_finite()
-    if problems := formats.differences(tuned.state(), base.state()):
+    old, new = base.state(), tuned.state()
+    new = {
+        name: tensor for name, tensor in new.items() if name in old or not name.startswith(formats.LEARNED.format(""))
+    }
+    if problems := formats.differences(new, old):
         raise InputError(f"{args.tuned} was not tuned from {args.base}: {problems[0]}")
     before, after = (chosen(sd.lora_layers(), args.targets) for sd in (base, tuned))
     with torch.no_grad():
         changes = {name: after[name].weight - before[name].weight for name in before}
-        states = base.parameters(), tuned.parameters()
-        whole = sum((tensor - states[0][name]).double().square().sum().item() for name, tensor in states[1].items())
+        whole = sum((tensor - old[name]).double().square().sum().item() for name, tensor in new.items())
         inside = sum(change.double().square().sum().item() for change in changes.values())
     adapter, kept = extract(changes, args.rank, args.energy or 1.0)
     print(f"kept {kept:.1%} of the squared change of {len(adapter.pairs)} weights")
@@ -266,6 +274,9 @@ def extract_lora(args: Namespace) -> None:
     about = tuned.source.metadata | formats.modelspec.describe(tuned.config, title, "lora")
     about |= formats.kohya_metadata(tuned.config, adapter, **names)
     _write_lora(output, adapter, about, args)
+    for token in tuned.tokenizer.added:
+        if token not in base.tokenizer.added:
+            print(f"not in it: token {token}")
 
 
 def _write_lora(output: Path, adapter: formats.Adapter, about: dict[str, str], args: Namespace) -> None:

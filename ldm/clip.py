@@ -4,7 +4,8 @@ The attributes spell the Hugging Face names, as the SD1 checkpoint does under `c
 of OpenCLIP in SD2 checkpoints are a table in formats/names.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.config import TextConfig
+
+PROMPTS_AT_ONCE = 64  # in a batch, where a frozen text encoder encodes all prompts once
 
 
 class TextEncoder(nn.Module):
@@ -136,3 +139,65 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Contexts:
+    """Prompts -> what the UNet is conditioned on, while a text encoder trains or after it has stopped.
+
+    A prompt's ids are made once, and its context once while the text encoder is frozen. Only prompts that `keep` names
+    stay: with shuffled tags there is no end of other ones. The host does not wait for the device.
+    """
+
+    def __init__(
+        self, tokenize: Callable[[list[str]], Tensor], encode: Callable[[Tensor], Tensor], device: torch.device
+    ):
+        """tokenize: P prompts -> ids (P, L); encode: ids -> (P, L, D), the text encoder."""
+        self._tokenize, self._encode, self._device = tokenize, encode, device
+        self._kept: dict[str, None] = {}  # a set in the order in which they were named
+        self._ids: dict[str, Tensor] = {}  # (L,)
+        self._contexts: dict[str, Tensor] = {}  # (L, D)
+
+    def keep(self, prompts: Sequence[str]) -> None:
+        """Names prompts that will come again."""
+        self._kept |= dict.fromkeys(prompts)
+
+    def trained(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L, D) for B prompts, with gradients; encodes each distinct one once."""
+        distinct = list(dict.fromkeys(prompts))
+        rows = self._sent(torch.tensor([distinct.index(prompt) for prompt in prompts]))
+        return self._encode(self._ids_of(distinct)).index_select(0, rows)
+
+    @torch.no_grad()
+    def frozen(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L, D) for B prompts; encodes only those whose context it does not have yet, in one batch."""
+        made: dict[str, Tensor] = {}
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
+            made = dict(zip(new, self._encode(self._ids_of(new)), strict=True))
+        self._contexts |= {prompt: context for prompt, context in made.items() if prompt in self._kept}
+        return torch.stack([made[prompt] if prompt in made else self._contexts[prompt] for prompt in prompts])
+
+    def encode_kept(self) -> None:
+        """Encodes the prompts to keep, in the same batches whatever has been encoded before: called when the text
+        encoder stops training, so that a run that resumes later computes the same bits."""
+        self._contexts.clear()
+        prompts = list(self._kept)
+        for i in range(0, len(prompts), PROMPTS_AT_ONCE):
+            self.frozen(prompts[i : i + PROMPTS_AT_ONCE])
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, the text encoder has other weights: prompts are encoded anew, and these contexts forgotten after."""
+        kept, self._contexts = self._contexts, {}
+        try:
+            yield
+        finally:
+            self._contexts = kept
+
+    def _ids_of(self, prompts: list[str]) -> Tensor:
+        rows = [self._ids[p] if p in self._ids else self._sent(self._tokenize([p])[0]) for p in prompts]
+        self._ids |= {prompt: row for prompt, row in zip(prompts, rows, strict=True) if prompt in self._kept}
+        return torch.stack(rows)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        values = values.pin_memory() if self._device.type == "cuda" else values  # else a copy waits for the device
+        return values.to(self._device, non_blocking=True)

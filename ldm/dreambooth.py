@@ -1,6 +1,7 @@
 """DreamBooth (Ruiz et al. 2023): the loss, the batch that it is computed on, and the parameters that train."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ldm import formats
-from ldm.clip import Block
+from ldm.clip import Block, Contexts
 from ldm.formats import Tensors
-from ldm.guidance import Contexts, seen
+from ldm.guidance import seen
 from ldm.model import StableDiffusion
 from ldm.runtime import compile_blocks, replacing
+from ldm.settings import Settings
 from ldm.tokens import LearnedToken
-from ldm.unet import ResBlock, TransformerBlock
+from ldm.unet import ResBlock, TransformerBlock, UNet
 
 Prompts = tuple[str, ...]
-PROMPTS_AT_ONCE = 64  # in a batch, where a frozen text encoder encodes all prompts before training
+Parameters = dict[str, nn.Parameter]  # by name
 TRAIN_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -41,7 +43,7 @@ def dreambooth_loss(
     place_weight: Tensor | None = None,
     huber_c: float | None = None,
 ) -> Losses:
-    """The loss of a batch: `two_terms` of `row_errors`, which say what the arguments are."""
+    """`two_terms` of `row_errors`: DreamBooth, eq. 2. prediction, target: (B, C, h, w); is_class, row_weight: (B,)."""
     error = row_errors(prediction, target, row_weight, place_weight=place_weight, huber_c=huber_c)
     return two_terms(error, is_class, prior_weight)
 
@@ -117,6 +119,14 @@ class Batch:
     extra: Tensor | None = None  # (B, 5, h, w), a mask and the masked picture, which a model for painting in sees too
 
 
+@dataclass(eq=False)
+class Base:
+    """The base model, whose predictions can be the target of the prior term. contexts: (L, D) of each class prompt."""
+
+    unet: UNet
+    contexts: dict[str, Tensor]
+
+
 class Trainable(nn.Module):
     """One way of fine-tuning: the parameters that train, their saved names, and the result that a run writes.
 
@@ -126,10 +136,8 @@ class Trainable(nn.Module):
 
     weights_file = "trained.safetensors"  # name of the file that `save` writes in a checkpoint folder
 
-    def __init__(
-        self, sd: StableDiffusion, settings: Any, trained: dict[str, nn.Parameter], token: LearnedToken | None = None
-    ):
-        """settings: those of the run, `ldm.settings.Settings`. token: a learned token that is among what trains."""
+    def __init__(self, sd: StableDiffusion, settings: Settings, trained: Parameters, token: LearnedToken | None = None):
+        """token: a learned token that is among what trains."""
         super().__init__()
         self.sd, self.trained, self.token = sd, trained, token
         for parameter in sd.parameters().values():
@@ -142,9 +150,10 @@ class Trainable(nn.Module):
                 setattr(self, name, getattr(sd, name).to(TRAIN_TYPES[settings.train_dtype]))
         self._compiles = settings.compile
         sd.unet.checkpointing = sd.text_encoder.text_model.checkpointing = settings.gradient_checkpointing
-        self._base: list[Any] = []  # see `keep_base`
+        self._base: Base | None = None  # see `keep_base`
         self._base_schedule = sd.schedule  # what the base model was trained on, also if the run trains on another one
         self._contexts = Contexts(sd.tokenizer, sd.text_encoder, sd.device)
+        self._text_encoder_may_stop = False
 
     # One forward pass
 
@@ -167,21 +176,20 @@ class Trainable(nn.Module):
     def keep_base(self, prompts: Prompts, dtype: torch.dtype) -> None:
         """Called once before training if `base` will be: keeps a frozen copy of the UNet in `dtype`."""
         unet = deepcopy(self.sd.unet).requires_grad_(False).to(dtype)
-        contexts = dict(zip(prompts, self.sd.encode_prompt(prompts), strict=True))  # (L, D) each
-        self._base = [unet, contexts]  # in a list: no submodule of this one should be frozen
+        self._base = Base(unet, dict(zip(prompts, self.sd.encode_prompt(prompts), strict=True)))
 
     @torch.no_grad()
     def base(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """The base model's prediction. noisy: (B, 4 or 9, h, w); t: (B,); prompts: B of those of `keep_base`."""
-        unet, contexts = self._base
+        unet = self._base.unet
         dtype, channels = next(unet.parameters()).dtype, unet.config.out_channels
-        context = torch.stack([contexts[prompt] for prompt in prompts]).to(dtype)
+        context = torch.stack([self._base.contexts[prompt] for prompt in prompts]).to(dtype)
         x, beside = noisy[:, :channels], noisy[:, channels:]
         return self.sd.schedule.ask(lambda x, t: unet(seen(x, beside).to(dtype), t, context), self._base_schedule, x, t)
 
     def base_parameters(self) -> list[nn.Parameter]:
         """The parameters of the copy that `keep_base` has made, if it has."""
-        return list(self._base[0].parameters()) if self._base else []
+        return list(self._base.unet.parameters()) if self._base else []
 
     def prepare(self, prompts: Prompts, dtype: torch.dtype) -> None:
         """Called once before training: a frozen text encoder encodes the prompts, and is then stored in `dtype`.
@@ -194,11 +202,20 @@ class Trainable(nn.Module):
             self.sd.freeze(self.sd.text_encoder, dtype)
 
     def keep_prompts(self, prompts: Prompts) -> None:
-        """Encodes these prompts once, if the text encoder is frozen."""
+        """Encodes these prompts once: now if the text encoder is frozen, else when it stops training."""
         self._contexts.keep(prompts)
-        if not self.text_encoder_trains:
-            for i in range(0, len(prompts), PROMPTS_AT_ONCE):
-                self.context(prompts[i : i + PROMPTS_AT_ONCE])
+        self._text_encoder_may_stop = self.text_encoder_trains
+        if not self._text_encoder_may_stop:
+            self._contexts.encode_kept()
+
+    def after_stop(self) -> None:
+        """Called when parameters have stopped training: if they were the text encoder's last, encodes the prompts."""
+        if self._text_encoder_may_stop and not self.text_encoder_trains:
+            self._contexts.encode_kept()
+
+    def with_other_weights(self) -> AbstractContextManager:
+        """Inside, the weights are averages: what a text encoder has encoded after it stopped training is set aside."""
+        return self._contexts.set_aside() if self._text_encoder_may_stop else nullcontext()
 
     def compile_networks(self) -> None:
         """Makes torch compile UNet and text encoder block by block, if the settings say so."""
@@ -208,17 +225,36 @@ class Trainable(nn.Module):
 
     # What the optimizer and a checkpoint see
 
-    def parameter_groups(self, settings: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, settings: Settings) -> list[dict[str, Any]]:
         """Groups for the optimizer: "params", "lr", "name", and "stop", the last step that updates them, or None."""
         params = list(self.trained.values())
         return [{"name": "trained", "params": params, "lr": settings.learning_rate, "stop": None}]
+
+    def groups_of(self, unet: str, text: str, settings: Settings, text_rate: float) -> list[dict[str, Any]]:
+        """A group each for the UNet, the text encoder and the token.
+
+        unet, text: what the names of their parameters begin with. text_rate: the text encoder's learning rate, if the
+        settings have none.
+        """
+        stop, token = settings.text_encoder_stop_step, self.token.vectors if self.token else None
+        of_unet, of_text = (
+            [p for name, p in self.trained.items() if name.startswith(prefix) and p is not token]
+            for prefix in (unet, text)
+        )
+        groups = [{"name": "unet", "params": of_unet, "lr": settings.learning_rate, "stop": None}]
+        if of_text:
+            rate = settings.text_encoder_learning_rate or text_rate
+            groups.append({"name": "text encoder", "params": of_text, "lr": rate, "stop": stop})
+        if self.token is not None:
+            groups.append(self.token.group(settings, stop))
+        return groups
 
     def after_update(self) -> None:
         """Called after each update of the parameters."""
         if self.token is not None and self.token.vectors.requires_grad:
             self.token.keep_norm()
 
-    def named_parameters_saved(self) -> dict[str, nn.Parameter]:
+    def named_parameters_saved(self) -> Parameters:
         """The parameters that a checkpoint holds, by name."""
         return self.trained
 
@@ -252,66 +288,11 @@ class Trainable(nn.Module):
 
     # The run's result
 
-    def result_path(self, folder: Path, settings: Any) -> Path:
+    def result_path(self, folder: Path, settings: Settings) -> Path:
         """The path in a run's folder that `result` writes to."""
         return folder / self.weights_file
 
-    def result(self, path: Path, settings: Any, metadata: dict[str, str]) -> list[str]:
+    def result(self, path: Path, settings: Settings, metadata: dict[str, str]) -> list[str]:
         """Writes the run's result to `path`. Returns the names of tensors that it leaves out."""
         with replacing(path) as temporary:
             return self.save(temporary, metadata)
-
-
-class FullTuning(Trainable):
-    """Trains the whole UNet and, if the settings say so, the whole text encoder: DreamBooth as it was published."""
-
-    weights_file = formats.CHECKPOINT_MODEL  # a whole model, so that sample.py takes a checkpoint folder as --model
-
-    def __init__(self, sd: StableDiffusion, settings: Any, token: LearnedToken | None = None):
-        """token: one to train too."""
-        networks = (formats.UNET_PREFIX, formats.TEXT_PREFIX) if settings.train_text_encoder else (formats.UNET_PREFIX,)
-        trained = {n: p for n, p in sd.parameters().items() if n.startswith(networks)}
-        super().__init__(sd, settings, trained | ({token.name: token.vectors} if token else {}), token)
-
-    def parameter_groups(self, settings: Any) -> list[dict[str, Any]]:
-        unet, text = (
-            [p for name, p in self.trained.items() if name.startswith(prefix) and not self._is_token(p)]
-            for prefix in (formats.UNET_PREFIX, formats.TEXT_PREFIX)
-        )
-        rate = settings.learning_rate
-        groups = [{"name": "unet", "params": unet, "lr": rate, "stop": None}]
-        if text:
-            rate, stop = settings.text_encoder_learning_rate or rate, settings.text_encoder_stop_step
-            groups.append({"name": "text encoder", "params": text, "lr": rate, "stop": stop})
-        if self.token is not None:
-            groups.append(self.token.group(settings, settings.text_encoder_stop_step))
-        return groups
-
-    def _is_token(self, parameter: nn.Parameter) -> bool:
-        return self.token is not None and parameter is self.token.vectors
-
-    def bytes_saved(self) -> int:
-        extra = self.sd.source.extra.values() if self.sd.source is not None else ()
-        added = formats.unused_text(self.sd.config.text).values()
-        return sum(4 * tensor.numel() for tensor in (*self.sd.state().values(), *extra, *added))
-
-    def save(self, path: Path, metadata: dict[str, str]) -> list[str]:
-        """Writes the whole model as an official single file."""
-        return self.sd.save(path, "official", metadata=metadata)
-
-    def read(self, path: Path) -> Tensors:
-        return formats.read(path).tensors
-
-    def expected(self) -> Tensors:
-        return self.sd.state()
-
-    def result_path(self, folder: Path, settings: Any) -> Path:
-        return folder / RESULTS[settings.layout]
-
-    def result(self, path: Path, settings: Any, metadata: dict[str, str]) -> list[str]:
-        if self.token is not None:  # beside the model: for programs that know the token only by its file
-            self.token.save(path.parent, metadata)
-        return self.sd.save(path, settings.layout, metadata=metadata)
-
-
-RESULTS = {"official": "model.safetensors", "diffusers": "model"}  # names of the final model by its layout

@@ -1,4 +1,4 @@
-"""What sampling is made of: guidance, which makes a denoiser of a UNet; painting in; seeded noise; kept prompts."""
+"""What sampling is made of: guidance, which makes a denoiser of a UNet; painting in; seeded noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -227,48 +227,3 @@ def pair_up(prompts: str | Sequence[str], seeds: Sequence[int], latents: int) ->
     if any(length not in (1, count) for length in (len(prompts), len(seeds), latents)):
         raise InputError(f"{len(prompts)} prompts, {len(seeds)} seeds and {latents} latents do not pair up")
     return list(prompts) * (count // len(prompts)), list(seeds) * (count // len(seeds))
-
-
-class Contexts:
-    """Prompts -> what the UNet is conditioned on, while a text encoder trains or after it has stopped.
-
-    A prompt's ids are made once, and its context once while the text encoder is frozen. Only prompts that `keep` names
-    stay: with shuffled tags there is no end of other ones. The host does not wait for the device.
-    """
-
-    def __init__(
-        self, tokenize: Callable[[list[str]], Tensor], encode: Callable[[Tensor], Tensor], device: torch.device
-    ):
-        """tokenize: P prompts -> ids (P, L); encode: ids -> (P, L, D), the text encoder."""
-        self._tokenize, self._encode, self._device = tokenize, encode, device
-        self._kept: set[str] = set()
-        self._ids: dict[str, Tensor] = {}  # (L,)
-        self._contexts: dict[str, Tensor] = {}  # (L, D)
-
-    def keep(self, prompts: Sequence[str]) -> None:
-        """Names prompts that will come again."""
-        self._kept.update(prompts)
-
-    def trained(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L, D) for B prompts, with gradients; encodes each distinct one once."""
-        distinct = list(dict.fromkeys(prompts))
-        rows = self._sent(torch.tensor([distinct.index(prompt) for prompt in prompts]))
-        return self._encode(self._ids_of(distinct)).index_select(0, rows)
-
-    @torch.no_grad()
-    def frozen(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L, D) for B prompts; encodes only those that it does not keep yet, in one batch."""
-        made: dict[str, Tensor] = {}
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]:
-            made = dict(zip(new, self._encode(self._ids_of(new)), strict=True))
-        self._contexts |= {prompt: context for prompt, context in made.items() if prompt in self._kept}
-        return torch.stack([made[prompt] if prompt in made else self._contexts[prompt] for prompt in prompts])
-
-    def _ids_of(self, prompts: list[str]) -> Tensor:
-        rows = [self._ids[p] if p in self._ids else self._sent(self._tokenize([p])[0]) for p in prompts]
-        self._ids |= {prompt: row for prompt, row in zip(prompts, rows, strict=True) if prompt in self._kept}
-        return torch.stack(rows)
-
-    def _sent(self, values: Tensor) -> Tensor:
-        values = values.pin_memory() if self._device.type == "cuda" else values  # else a copy waits for the device
-        return values.to(self._device, non_blocking=True)

@@ -12,7 +12,7 @@ adapters is, up to alpha, the file that other programs read.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ldm import rng
 from ldm.config import ModelConfig
 from ldm.errors import InputError
-from ldm.formats import Adapter, Pair, official_to_kohya, read_lora
+from ldm.formats import MAX_RANK, Adapter, Pair, official_to_kohya, read_lora
 
 Layer = nn.Linear | nn.Conv2d
 Layers = dict[str, Layer]  # by kohya's names
@@ -136,7 +136,8 @@ class Adaptable:
     def apply_lora(self, path: str | Path, scale: float = 1.0) -> Adapter:
         """From now on the model computes with `scale` times this LoRA, and with all others that are applied.
 
-        The weights stay as they are, also in what `save` writes. Raises InputError as `read_lora` does.
+        The weights stay as they are, also in what `save` writes. Raises InputError as `read_lora` does. Tokens that lie
+        in its file are the caller's to add: see `tokens.add_bundled`.
         """
         adapter, layers = self.read_lora(path), self.lora_layers()
         for name, pair in adapter.pairs.items():
@@ -156,25 +157,33 @@ class Adaptable:
             handle.remove()
         self._applied = ()
 
-    @torch.no_grad()
     def merge_lora(self, path: str | Path, scale: float = 1.0) -> Adapter:
         """Adds `scale` times this LoRA to the weights: W + scale * alpha / rank * up @ down.
 
         Raises InputError as `read_lora` does.
         """
-        adapter, layers = self.read_lora(path), self.lora_layers()
-        for name, pair in adapter.pairs.items():
+        return self.merge_loras([(path, scale)])[0]
+
+    @torch.no_grad()
+    def merge_loras(self, scaled: Sequence[tuple[str | Path, float]]) -> list[Adapter]:
+        """Adds several LoRAs with their scales. The sum is made in fp32, and rounded once to the weight's type."""
+        adapters, layers = [self.read_lora(path) for path, _ in scaled], self.lora_layers()
+        for name in dict.fromkeys(name for adapter in adapters for name in adapter.pairs):
             weight = layers[name].weight
-            change = scale * pair.change().to(weight.device)
-            weight.data = (weight.float() + change).to(weight.dtype)  # a new tensor: the old one may be mapped
-        return adapter
+            total = weight.float()
+            for adapter, (_, scale) in zip(adapters, scaled, strict=True):
+                if name in adapter.pairs:
+                    total = total + scale * adapter.pairs[name].change().to(weight.device)
+            weight.data = total.to(weight.dtype)  # a new tensor: the old one may be mapped
+        return adapters
 
 
 def extract(changes: dict[str, Tensor], rank: int | None, energy: float) -> tuple[Adapter, float]:
     """The LoRA that is nearest to the changes of a model's weights (Eckart & Young 1936).
 
     changes: by kohya's names. rank: of each pair, where the weight has as many; if None, the lowest rank that keeps
-    this share, `energy`, of the sum of each change's squares. Returns the LoRA, and the share that it keeps of all.
+    this share, `energy`, of the sum of each change's squares, but at most MAX_RANK. Returns the LoRA, and the share
+    that it keeps of all.
     Raises InputError if nothing has changed.
     """
     pairs, kept, total = {}, 0.0, 0.0
@@ -186,7 +195,7 @@ def extract(changes: dict[str, Tensor], rank: int | None, energy: float) -> tupl
         values, vectors = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)
         values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)  # squares of the singular values, largest first
         count = rank or int((values.cumsum(0) < energy * values.sum()).sum()) + 1
-        best = vectors[:, : min(count, len(values))]  # singular vectors: left ones if wide, else right ones
+        best = vectors[:, : min(count, len(values), MAX_RANK)]  # singular vectors: left ones if wide, else right ones
         down, up = (best.T @ matrix, best) if is_wide else (best.T, matrix @ best)
         up = up.view(*up.shape, *[1] * (change.ndim - 2))
         pairs[name] = down.reshape(-1, *change.shape[1:]).float(), up.float()

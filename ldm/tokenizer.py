@@ -33,7 +33,7 @@ WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 
 MAX_PROMPT = 10_000  # letters; a model reads about 300
 MAX_TOKENS = 1 << 20
-MAX_ADDED, MAX_LETTERS = 256, 100  # vectors of all added tokens; letters of one token
+MAX_ADDED, MAX_TOKEN = 256, 150  # vectors of all added tokens; bytes of one token, which is a file's name too
 
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # that a damaged tokenizer can raise
 
@@ -102,9 +102,9 @@ class Tokenizer:
             raise InputError("the tokenizer's vocabulary has gaps: no token can be added to it")
         if type(count) is not int or not 1 <= count <= MAX_ADDED - (first - len(self.vocab)):
             raise InputError(f"token {token} has {count} vectors; 1 to {MAX_ADDED} are possible for all added tokens")
-        known = self._bpe.get_vocab()
+        known = {word.lower() for word in self._bpe.get_vocab()}
         for name in spelled(token, count):
-            if {name, name.lower(), f"{name.lower()}</w>"} & known.keys():
+            if {name.lower(), f"{name.lower()}</w>"} & known:
                 raise InputError(f"there is a token {name} already; give another name")
         names = [AddedToken(name, normalized=True) for name in spelled(token, count)]  # as transformers' add_tokens
         self._bpe.add_tokens(names)
@@ -220,9 +220,10 @@ def check_prompt(prompt: str) -> None:
 
 def check_token(token: str) -> None:
     """Raises InputError for a text that can't be a token and a file's name, such as one with a space or a slash."""
-    if not token or len(token) > MAX_LETTERS or not token.isprintable() or set(token) & set(" /\\") or token[0] in ".-":
-        said = one_line(token, MAX_LETTERS)
-        raise InputError(f"{said!r} can't be a token; take one word, such as [V], that no . or - begins")
+    size = len(token.encode(errors="replace"))
+    if not 0 < size <= MAX_TOKEN or not token.isprintable() or set(token) & set(" /\\") or token[0] in ".-":
+        said = one_line(token, MAX_TOKEN)
+        raise InputError(f"{said!r} can't be a token; take one short word, such as [V], that no . or - begins")
 
 
 def spelled(token: str, count: int) -> list[str]:

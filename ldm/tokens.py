@@ -19,6 +19,7 @@ from ldm.config import ModelConfig
 from ldm.errors import InputError
 from ldm.formats import LEARNED, Adapter, kind_of, modelspec, read_embedding, write_embedding
 from ldm.model import StableDiffusion
+from ldm.settings import Settings
 
 
 @dataclass(eq=False)
@@ -36,7 +37,7 @@ class LearnedToken:
         """The name of its file: the token's own, from which A1111 and ComfyUI take it."""
         return f"{self.token}.safetensors"
 
-    def group(self, settings: Any, stop: int | None = None) -> dict[str, Any]:
+    def group(self, settings: Settings, stop: int | None = None) -> dict[str, Any]:
         """The optimizer's group; see `Trainable.parameter_groups`."""
         return {"name": "token", "params": [self.vectors], "lr": settings.token_learning_rate, "stop": stop}
 
@@ -90,6 +91,8 @@ def add_embedding(sd: StableDiffusion, path: str | Path, token: str | None = Non
 def add_bundled(sd: StableDiffusion, adapter: Adapter) -> list[str]:
     """Adds the tokens that lie in a LoRA's file, and returns them. Raises InputError as `add_token` does."""
     for token, vectors in adapter.tokens.items():
+        if token in sd.tokenizer.added:
+            raise InputError(f"{adapter.path}: its token {token} is there already, from the model or another file")
         try:
             add_token(sd, token, vectors).requires_grad_(False)
         except InputError as error:
@@ -106,7 +109,10 @@ def begin(sd: StableDiffusion, token: str, initializer: str, count: int | None =
     ids = sd.tokenizer.ids(initializer)
     if not ids:
         raise InputError(f"the initializer {initializer!r} has no token to begin with; take a word such as dog")
-    ids = [ids[i % len(ids)] for i in range(count or len(ids))]
+    count, room = count or len(ids), sd.tokenizer.context_length - 2
+    if count > room:
+        raise InputError(f"token {token} is to have {count} vectors, and a prompt has room for {room}")
+    ids = [ids[i % len(ids)] for i in range(count)]
     embeddings = sd.text_encoder.text_model.embeddings
     with torch.no_grad():
         vectors = embeddings.vectors(torch.tensor(ids, device=sd.device))

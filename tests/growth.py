@@ -21,9 +21,10 @@ from runs import ROOT, run
 
 from ldm import StableDiffusion
 from ldm.config import SD1, ModelConfig
-from ldm.dreambooth import FullTuning, Trainable, dreambooth_loss
+from ldm.dreambooth import Trainable, dreambooth_loss
 from ldm.preflight.memory import Memory, Rehearsal
 from ldm.settings import Settings
+from ldm.training import FullTuning
 from ldm.training.ema import EMA
 from ldm.training.optimizer import adamw
 from ldm.training.precision import Precision

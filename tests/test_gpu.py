@@ -158,9 +158,10 @@ def test_the_peak_of_a_training_step_is_within_15_percent_of_the_prediction(flag
     """SD1 at full size, 512 pixels, against the largest number of bytes that CUDA's allocator has given out."""
     from ldm import StableDiffusion
     from ldm.config import SD1
-    from ldm.dreambooth import FullTuning, dreambooth_loss
+    from ldm.dreambooth import dreambooth_loss
     from ldm.preflight.memory import Rehearsal
     from ldm.settings import Settings
+    from ldm.training import FullTuning
     from ldm.training.optimizer import adamw
     from ldm.training.precision import Precision
 

@@ -14,7 +14,7 @@ LDM = ROOT / "ldm"
 
 # In reading order. The name of a wing, a folder of ldm/, stands for all of its modules.
 FLOORS = """errors runtime rng config tokenizer clip vae tiling unet schedule samplers guidance images
-formats lora model tokens dreambooth sampling settings data training validation preflight report __main__""".split()
+formats lora model sampling settings tokens dreambooth data training validation preflight report __main__""".split()
 
 # One room a line, in the order of imports.
 WINGS = {
@@ -90,6 +90,7 @@ WINGS = {
         optimizer
         piecewise
         tracking
+        full_tuning
         token_tuning
         tuning
         options

@@ -28,7 +28,16 @@ from ldm.formats.card import illustrate
 from ldm.formats.checks import abbreviate, differences, not_finite
 from ldm.formats.embedding import kind_of, read_embedding, write_embedding
 from ldm.formats.layouts import CHECKPOINT_MODEL, LAYOUTS, read, write
-from ldm.formats.lora_file import MAX_RANK, Adapter, Pair, kohya_metadata, read_lora, write_lora
+from ldm.formats.lora_file import (
+    MAX_RANK,
+    ZERO_SNR_KEY,
+    Adapter,
+    Pair,
+    check_lora_name,
+    kohya_metadata,
+    read_lora,
+    write_lora,
+)
 from ldm.formats.lora_names import LORA_TEXT, LORA_UNET, official_to_kohya
 from ldm.formats.names import BUNDLED, LEARNED, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, unused_text
 from ldm.formats.source import SAMPLING_KEY, TRAINING_KEY, Source, family
@@ -48,11 +57,13 @@ __all__ = [
     "TRAINING_KEY",
     "UNET_PREFIX",
     "VAE_PREFIX",
+    "ZERO_SNR_KEY",
     "Adapter",
     "Pair",
     "Source",
     "Tensors",
     "abbreviate",
+    "check_lora_name",
     "differences",
     "family",
     "file_hash",

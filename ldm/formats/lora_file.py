@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.config import ModelConfig, UNetConfig
+from ldm.config import ModelConfig, TextConfig, UNetConfig
 from ldm.errors import InputError
 from ldm.formats import lora_names
 from ldm.formats.checks import WEIGHT_DTYPES, not_finite
@@ -20,6 +22,9 @@ from ldm.runtime import exists, parse_json, read_json, replacing
 
 MAX_RANK = 1024
 METADATA_KEY = "lora_adapter_metadata"  # diffusers: peft's configuration of each network, as JSON
+# A learned token in the file of a LoRA, as A1111 names it (`BUNDLED`) and as OneTrainer does.
+BUNDLED_KEY = re.compile(r"bundle_emb\.(.+)\.(?:string_to_param\.\*|clip_l)")
+ZERO_SNR_KEY = "ss_zero_terminal_snr"  # kohya's
 PEFT_CONFIG = "adapter_config.json"  # peft: the same, beside the file
 
 
@@ -56,7 +61,12 @@ class Adapter:
     @property
     def has_zero_terminal_snr(self) -> bool:
         """Whether it was trained on a schedule with zero terminal SNR, as its file says under kohya's name."""
-        return self.metadata.get("ss_zero_terminal_snr") == "True"
+        return self.metadata.get(ZERO_SNR_KEY) == "True"
+
+    def reads_text_of(self, config: TextConfig) -> bool:
+        """Whether it changes layers that read vectors of this text encoder's width."""
+        readers = ("attn2_to_k", "attn2_to_v", "q_proj", "k_proj", "v_proj", "out_proj", "mlp_fc1")
+        return any(p.down.shape[1] == config.width for name, p in self.pairs.items() if name.endswith(readers))
 
     def tensors(self) -> Tensors:
         """The tensors under kohya's names."""
@@ -111,23 +121,31 @@ def read_lora(path: str | Path, config: UNetConfig = UNetConfig()) -> Adapter:  
     """Reads a LoRA whose names are kohya's, diffusers', peft's or official, of all modules or of some.
 
     config: of the UNet, for official names. Alpha is taken from the file's tensors, or from what peft and diffusers
-    say in the header or in adapter_config.json; where nothing says it, it is the rank.
+    say in the header or in adapter_config.json; where nothing says it, it is the rank, with a warning for a file of
+    peft's, which has it there.
     Raises InputError, which names the tensor, for an unknown name, half of a pair, shapes that are no pair, a rank
-    above MAX_RANK, an alpha that is not a positive number, and NaN or infinity. Pickled files are not read.
+    above MAX_RANK, an alpha that is not a positive number, one that is stated by a regular expression, and NaN or
+    infinity. Pickled files are not read.
     """
     path = Path(path)
     if path.suffix in PICKLE_SUFFIXES:
         raise InputError(f"{path} is pickled; a LoRA is read from a .safetensors file")
     tensors, metadata = open_tensors(path)
     tokens = _take_tokens(path, tensors)
-    parts = _sorted_out(path, tensors, config)
+    parts = {
+        module: _checked_pair(path, module, found)
+        for module, found in sorted(_sorted_out(path, tensors, config).items())
+    }
     if bad := not_finite(tensors):
         raise InputError(f"{path}: {bad[0]} holds NaN or infinity")
     stated = _stated(path, tensors, metadata)
     pairs = {}
-    for module, found in sorted(parts.items()):
-        down, up = _checked_pair(path, module, found)
-        alpha = _alpha(module, len(down), found, stated)
+    for module, found in parts.items():
+        down, up = found["down"], found["up"]
+        try:
+            alpha = _alpha(module, len(down), found, stated)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         if not 0 < torch.tensor(alpha) < math.inf:  # in fp32, the type that alphas are written in
             raise InputError(f"{path}: alpha of {module} is {alpha:g}, and should be a positive number")
         pairs[module] = Pair(down, up, alpha)
@@ -138,9 +156,13 @@ def read_lora(path: str | Path, config: UNetConfig = UNetConfig()) -> Adapter:  
 
 def _take_tokens(path: Path, tensors: Tensors) -> Tensors:
     """Removes the vectors of learned tokens from a file's tensors. Returns them by token."""
-    head, tail = BUNDLED.split("{}")
-    names = [key for key in tensors if key.startswith(head) and key.endswith(tail)]
-    return {key.removeprefix(head).removesuffix(tail): checked_vectors(path, tensors.pop(key)) for key in names}
+    tokens: Tensors = {}
+    for key, match in [(key, BUNDLED_KEY.fullmatch(key)) for key in tensors]:
+        if match and match[1] in tokens:
+            raise InputError(f"{path}: {key} is in it twice, under two names")
+        if match:
+            tokens[match[1]] = checked_vectors(path, tensors.pop(key))
+    return tokens
 
 
 def _sorted_out(path: Path, tensors: Tensors, config: UNetConfig) -> dict[str, Tensors]:
@@ -157,7 +179,8 @@ def _sorted_out(path: Path, tensors: Tensors, config: UNetConfig) -> dict[str, T
     return parts
 
 
-def _checked_pair(path: Path, module: str, found: Tensors) -> tuple[Tensor, Tensor]:
+def _checked_pair(path: Path, module: str, found: Tensors) -> Tensors:
+    """The tensors of one module. Raises InputError unless they are a pair of halves, and an alpha or none."""
     if missing := [part for part in ("down", "up") if part not in found]:
         raise InputError(f"{path}: {module} lacks its tensor {missing[0]}, one half of a pair")
     down, up = found["down"], found["up"]
@@ -174,14 +197,20 @@ def _checked_pair(path: Path, module: str, found: Tensors) -> tuple[Tensor, Tens
         raise InputError(f"{path}: down and up of {module} are {shapes}, and should be (rank, in) and (out, rank)")
     if len(down) > MAX_RANK:
         raise InputError(f"{path}: {module} has rank {len(down)}, and should have at most {MAX_RANK}")
-    return down, up
+    return found
 
 
 def _stated(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[str, Any]:
     """What diffusers says in the header, or peft beside the file, of all networks: "unet.lora_alpha" and so on."""
     if METADATA_KEY in metadata:
         tree = parse_json(metadata[METADATA_KEY], f"{path}: its metadata {METADATA_KEY}")
-    elif exists(path.parent / PEFT_CONFIG) and all(key.startswith("base_model.model.") for key in tensors):
+    elif all(key.startswith("base_model.model.") for key in tensors):
+        if not exists(path.parent / PEFT_CONFIG):
+            if tensors:
+                warnings.warn(
+                    f"{path}: {PEFT_CONFIG} is not beside it; its alpha is taken to be the rank", stacklevel=3
+                )
+            return {}
         tree = read_json(path.parent / PEFT_CONFIG)
     else:
         return {}
@@ -200,16 +229,32 @@ def _alpha(module: str, rank: int, found: Tensors, stated: dict[str, Any]) -> fl
         return stated.get(f"{network}.{name}", stated.get(name, default))
 
     alpha, own = said("lora_alpha", rank), said("alpha_pattern", {})
-    if isinstance(own, dict):  # modules with an alpha of their own, by the ends of their names
-        alpha = next((value for end, value in own.items() if f".{inner}".endswith(f".{end}")), alpha)
+    if isinstance(own, dict):  # modules with an alpha of their own
+        alpha = next((value for pattern, value in own.items() if _is_named(pattern, inner)), alpha)
     alpha = alpha if type(alpha) in (int, float) and abs(alpha) < 1e9 else math.nan
     return alpha * math.sqrt(rank) if said("use_rslora", False) is True else float(alpha)
 
 
-def write_lora(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Writes a LoRA's file. What is at `path` stays until it is whole."""
+def _is_named(pattern: str, module: str) -> bool:
+    """Whether a pattern of peft's names a module: by the end of its name, or by all of it after a ^.
+
+    Raises InputError for any other regular expression: one from a stranger's file could take for ever to match.
+    """
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not re.fullmatch(r"[\w.]+", name):
+        raise InputError(f"its alpha_pattern {pattern!r} is a regular expression, and only names of modules are read")
+    return module == name or (pattern[0] != "^" and module.endswith(f".{name}"))
+
+
+def check_lora_name(path: Path) -> None:
+    """Raises InputError unless a LoRA's file can have this name."""
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: the name of a LoRA to save should end in .safetensors")
+
+
+def write_lora(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Writes a LoRA's file. What is at `path` stays until it is whole. Raises as `check_lora_name`."""
+    check_lora_name(path)
     with replacing(path) as temporary:
         save_tensors(temporary, tensors, {"format": "pt"} | metadata)
 
@@ -231,7 +276,7 @@ def kohya_metadata(config: ModelConfig, adapter: Adapter, **names: str) -> dict[
         "network_alpha": _common_number({pair.alpha for pair in linear}),
     }
     if config.schedule.zero_terminal_snr:
-        facts["zero_terminal_snr"] = "True"
+        facts[ZERO_SNR_KEY.removeprefix("ss_")] = "True"
     if kernels:
         ranks, alphas = ({getattr(pair, name) for pair in kernels} for name in ("rank", "alpha"))
         facts["network_args"] = json.dumps({"conv_dim": _common_number(ranks), "conv_alpha": _common_number(alphas)})

@@ -19,7 +19,7 @@ OPENCLIP_PREFIX = "cond_stage_model.model."  # the text encoder in SD2's files
 
 TABLE = TEXT_PREFIX + "text_model.embeddings.token_embedding.weight"
 # The vectors of the i-th learned token. Single files name them by the token, as other programs do that put embeddings
-# into another file (A1111, OneTrainer); the table of a diffusers folder holds them as its last rows.
+# into another file (A1111); the table of a diffusers folder holds them as its last rows.
 LEARNED = TEXT_PREFIX + "text_model.embeddings.learned.{}"
 BUNDLED = "bundle_emb.{}.string_to_param.*"
 

@@ -42,6 +42,8 @@ SAMPLER_NAMES = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_karras": "DPM++ 2M Karras",  # A1111's name until 1.8; later versions and Forge read it too
 }
+# From 1.9 on A1111 has a sampler's schedule apart, and its own choice, Automatic, is Karras for this one.
+KARRAS_BY_ITSELF = "DPM++ 2M"
 
 # A field of A1111's last line: a name, and a value up to the next comma or between quotes.
 FIELD = re.compile(r'\s*(\w[\w /-]{1,99}):\s*("(?:\\.|[^\\"])+"(?=,|$)|[^,]*)(?:,|$)')
@@ -57,7 +59,8 @@ def _to_parameters(facts: Mapping[str, Any]) -> str:
     """The facts that have a name in A1111's form."""
     fields = {
         "Steps": facts["steps"],
-        "Sampler": SAMPLER_NAMES[facts["sampler"]],
+        "Sampler": (sampler := SAMPLER_NAMES[facts["sampler"]]),
+        "Schedule type": "Uniform" if sampler == KARRAS_BY_ITSELF else None,
         "CFG scale": facts["guidance_scale"],
         "Seed": facts["seed"],
         "Size": f"{facts['width']}x{facts['height']}",
@@ -125,8 +128,10 @@ def _from_parameters(text: str) -> dict[str, str]:
     first = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
     negative = "\n".join(line.removeprefix(NEGATIVE).strip() for line in lines[first:])
     found = {"prompt": "\n".join(lines[:first]), "negative_prompt": negative}
-    if "Schedule type" in fields and (kind := fields.pop("Schedule type")) not in ("Automatic", "Uniform"):
-        name = fields.get("Sampler", "")
+    name, kind = fields.get("Sampler", ""), fields.pop("Schedule type", "Uniform")
+    if kind == "Automatic":
+        kind = "Karras" if name == KARRAS_BY_ITSELF else "Uniform"
+    if kind != "Uniform":
         fields["Sampler"] = name if name.endswith(kind) else f"{name} {kind}"
     if "Size" in fields:
         found["width"], _, found["height"] = fields.pop("Size").partition("x")

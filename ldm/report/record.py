@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.dreambooth import FullTuning
 from ldm.errors import InputError, one_line
 from ldm.report.numbers import MAX_STEP, Line, read_lines
 from ldm.runtime import exists, list_folder, read_json, read_toml
 from ldm.settings import ONCE
-from ldm.training import IDENTITY_PARTS, LoRATuning, TokenTuning
+from ldm.training import IDENTITY_PARTS, FullTuning, LoRATuning, TokenTuning
 from ldm.validation import Advice, advise
 
 MAX_TEXT = 400  # letters of a text that is shown

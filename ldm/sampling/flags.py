@@ -1,6 +1,7 @@
 """The flags of sample.py: what they are, what a picture says of them, and which values can't be."""
 
 import math
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         raise InputError(f"{args.from_picture} was made from a picture {said['init_image']}: give it as --init-image")
     if "mask" in said and args.mask is None:
         raise InputError(f"{args.from_picture} was painted in a mask {said['mask']}: give it as --mask")
+    if "strength" in said and args.init_image is None:  # A1111's text does not name the picture
+        warnings.warn(
+            f"{args.from_picture} has a strength: if it was made from a picture, give that as --init-image",
+            stacklevel=2,
+        )
     if "lora" in said and not args.lora:
         raise InputError(f"{args.from_picture} was made with {said['lora']}: give it as --lora")
     if "tokens" in said and not args.embedding:

@@ -86,6 +86,8 @@ class TokenSettings(Group):
             return '--train token needs --placeholder-token: the new word, "[V]"' if self.train == "token" else None
         if self.initializer_token is None:
             return "--placeholder-token needs --initializer-token: a word for the subject's class, such as dog"
+        if token.lower() in ("lora", "model"):
+            return f"--placeholder-token {token}: its file would have the name of the run's own; take another word"
         if token.lower() not in prompt.lower():
             return f"--instance-prompt {prompt!r} does not hold the placeholder token {token}"
         return None

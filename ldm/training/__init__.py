@@ -6,8 +6,9 @@ numbers         the losses of a step, on their way from the device
 optimizer, ema  AdamW and its learning rate; the average of the weights
 piecewise       small memory: weights in bf16, updates inside the backward pass
 tracking        TensorBoard and Weights & Biases
-tuning          which parameters train: a LoRA, or the whole networks; a token with them
-token_tuning    the vectors of a learned token alone
+full_tuning     trains the networks themselves
+token_tuning    trains the vectors of a learned token alone
+tuning          trains a LoRA, also with a token; chooses one of the three by the settings
 state           everything that changes during training
 content         whether a checkpoint holds such a state
 checkpoint      saves that state to disk, whole or not at all
@@ -25,6 +26,7 @@ from ldm.training import checkpoint, sheets
 from ldm.training.checkpoint import free_space
 from ldm.training.class_pictures import ClassPictures, distinct_class_pictures, plan_class_pictures, read_class_pictures
 from ldm.training.continuity import IDENTITY_PARTS
+from ldm.training.full_tuning import FullTuning
 from ldm.training.numbers import SubjectLosses
 from ldm.training.options import parse
 from ldm.training.precision import Precision, set_exactness
@@ -37,6 +39,7 @@ from ldm.training.tuning import LoRATuning, tuning_of
 __all__ = [
     "IDENTITY_PARTS",
     "ClassPictures",
+    "FullTuning",
     "LoRATuning",
     "Precision",
     "Run",

@@ -50,21 +50,36 @@ def parse(argv: Sequence[str] | None, tiny: Path) -> Settings:
     settings = _with_words(with_subjects_of_folders(settings))
     if problem := settings.problems():
         raise InputError(problem)
-    for doubt in _doubts(settings, from_file | given):
+    for doubt in _doubts(settings, given):
         warnings.warn(doubt, stacklevel=2)
     return settings
 
 
-# Settings, when they have no effect, and how that is said.
+# Settings, when they have no effect, and the words for that.
 WITHOUT_EFFECT = (
     (("lora_alpha", "lora_targets", "lora_conv_rank"), lambda s: not s.lora_rank, "without --lora-rank"),
     (("num_vectors", "token_learning_rate"), lambda s: not s.placeholder_token, "without --placeholder-token"),
+    (("initializer_token",), lambda s: not s.placeholder_token and s.class_prompt, "without --placeholder-token"),
     (("text_encoder_learning_rate",), lambda s: not s.train_text_encoder, "with --no-train-text-encoder"),
+    (
+        ("text_encoder_learning_rate", "text_encoder_stop_step"),
+        lambda s: s.train == "token" and s.train_text_encoder,
+        "with --train token",
+    ),
+    (
+        ("text_encoder_stop_step",),
+        lambda s: not s.train_text_encoder and not s.placeholder_token,
+        "with --no-train-text-encoder",
+    ),
     (("learning_rate",), lambda s: s.train == "token", "with --train token; --token-learning-rate does"),
     (("ema_decay",), lambda s: not s.use_ema, "without --use-ema"),
     (("huber_c",), lambda s: s.huber is None, "without --loss huber"),
     (("prior", "prior_loss_weight"), lambda s: not s.with_prior_preservation, "without a prior term"),
-    (("num_class_images", "class_data_dir"), lambda s: not s.uses_class_pictures, "where there are no class pictures"),
+    (
+        ("num_class_images", "class_data_dir"),
+        lambda s: not s.uses_class_pictures,
+        "with --prior prediction or without a prior term",
+    ),
     (
         ("layout",),
         lambda s: s.lora_rank or s.train == "token",
@@ -74,7 +89,7 @@ WITHOUT_EFFECT = (
 
 
 def _doubts(settings: Settings, given: dict[str, Any]) -> Iterator[str]:
-    """Settings that are possible, and hardly what the user wants. given: by the user; config.toml has every default."""
+    """Settings that are possible, and hardly what the user wants. given: by flags; a file can serve several runs."""
     if settings.lora_rank and settings.learning_rate < LOW_LORA_RATE:
         yield f"--learning-rate {settings.learning_rate:g} is low for a LoRA; {LORA_RATE:g} is usual"
     usual = Settings(train=settings.train)
@@ -85,18 +100,23 @@ def _doubts(settings: Settings, given: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_tiny(tiny: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the embedded model, without those of its subject that do not suit what is given.
+    """The settings of the embedded model, without those that do not suit what is given.
 
     Its prompts are left out if other subjects are given with theirs; its held-out pictures for any other photographs.
+    A LoRA has settings of its own, lora.toml beside `tiny`; their rank of convolutions only where these train.
     """
-    folder, left_out = given.get("instance_data_dir"), set()
+    known, folder, left_out = _read_toml(tiny), given.get("instance_data_dir"), set()
+    if "lora_rank" in given:
+        known |= _read_toml(tiny.with_name("lora.toml"))
+        if given.get("lora_targets", "all") != "all":
+            left_out.add("lora_conv_rank")
     if "subjects" in given or (folder and "instance_prompt" not in given and names_prompts(Path(folder))):
         left_out |= {"instance_data_dir", "instance_prompt", "class_prompt", "validation_prompt"}
     elif "instance_prompt" in given:
         left_out.add("validation_prompt")  # it shows the embedded subject
     if "subjects" in given or folder or given.get("hold_out"):
         left_out.add("validation_data_dir")
-    return {name: value for name, value in _read_toml(tiny).items() if name not in left_out}
+    return {name: value for name, value in known.items() if name not in left_out}
 
 
 def _with_words(settings: Settings) -> Settings:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -147,9 +146,7 @@ class Run:
 
     def reduce(self, losses: Sequence[Losses], norm: Tensor) -> Numbers:
         """The losses of all processes and their batches, and the gradients' norm, on their way to the host."""
-        signal = torch.full((1,), float(self.stop.asked), device=norm.device)
-        values = torch.cat([*map(torch.stack, losses), self.subject_losses.take(), norm[None], signal])
-        return Numbers(self.world.gather(values), self.subject_losses.names)
+        return Numbers(self.world, losses, self.subject_losses, norm, self.stop.asked)
 
     def log(self, numbers: Numbers, metrics: Metrics) -> None:
         """Reports the step when its numbers have arrived: on a GPU while it runs the next step, else at once.

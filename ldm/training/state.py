@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,13 @@ class TrainingState:
     # One step
 
     def start_step(self) -> bool:
-        """Sets the learning rate and clears the gradients.
+        """Sets the learning rate, clears the gradients, and freezes what trains no longer.
 
         Returns True if other parameters train than in the step before, as in the first step: the module that averages
         gradients over processes has to be made anew then.
         """
         self._began, step, given = time.perf_counter(), self.step + 1, self.settings
-        changed = optimizer.freeze_stopped(self.optimizer, step) or not self._wrapped
+        changed = self._freeze_stopped(step) or not self._wrapped
         self._wrapped = True
         factor = optimizer.lr_factor(given.lr_scheduler, step, given.lr_warmup_steps, given.max_train_steps)
         optimizer.set_lr(self.optimizer, factor)
@@ -90,6 +91,14 @@ class TrainingState:
         if isinstance(self.optimizer, Piecewise):
             self.optimizer.begin(step)
         return changed
+
+    def _freeze_stopped(self, step: int) -> bool:
+        """Freezes the parameters that train no longer at `step`. Returns whether there are new ones."""
+        if not optimizer.freeze_stopped(self.optimizer, step):
+            return False
+        with self.precision.autocast():
+            self.trainable.after_stop()
+        return True
 
     def clip_gradients(self) -> Tensor:
         """Scales the gradients down to the largest norm allowed. Returns their norm before, a scalar on the device."""
@@ -144,10 +153,15 @@ class TrainingState:
             if not parameter.isfinite().all():
                 raise Diverged(f"{name} is not finite after step {self.step}, and was not saved; lower --learning-rate")
 
-    def averaged(self) -> AbstractContextManager:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Inside, the model's weights are their averages, if the run keeps averages. Frees the gradients first."""
         self.optimizer.zero_grad(set_to_none=True)  # sampling needs their memory
-        return self.ema.applied() if self.ema is not None else nullcontext()
+        if self.ema is None:
+            yield
+            return
+        with self.ema.applied(), self.trainable.with_other_weights():
+            yield
 
     def metadata(self) -> dict[str, str]:
         """Where the model comes from and how its pictures are sampled, for the headers of its files."""
@@ -223,6 +237,7 @@ class TrainingState:
         self.precision.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
             self.ema.updates = numbers["ema_updates"]
+        self._freeze_stopped(self.step)  # as it was after that step
 
 
 def laid_out_as(parameter: nn.Parameter, tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.dreambooth import FullTuning, Prompts, Trainable
+from ldm.dreambooth import Base, Prompts, Trainable
 from ldm.formats import (
     BUNDLED,
     LORA_TEXT,
@@ -24,6 +24,7 @@ from ldm.lora import Layer, LoRA, attach, chosen, disabled
 from ldm.model import StableDiffusion
 from ldm.settings import Settings
 from ldm.tokens import LearnedToken
+from ldm.training.full_tuning import FullTuning
 from ldm.training.token_tuning import TokenTuning, begin_token
 
 
@@ -67,25 +68,14 @@ class LoRATuning(Trainable):
     def keep_base(self, prompts: Prompts, dtype: torch.dtype) -> None:
         """The base is the model without the adapter: only the prompts are encoded once."""
         with disabled(self.adapters.values()):
-            self._base = [self.sd.unet, dict(zip(prompts, self.sd.encode_prompt(prompts), strict=True))]
+            self._base = Base(self.sd.unet, dict(zip(prompts, self.sd.encode_prompt(prompts), strict=True)))
 
     def base(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         with disabled(self.adapters.values()):
             return super().base(noisy, t, prompts)
 
     def parameter_groups(self, settings: Settings) -> list[dict[str, Any]]:
-        unet, text = (
-            [parameter for name, parameter in self.trained.items() if name.startswith(prefix)]
-            for prefix in (LORA_UNET, LORA_TEXT)
-        )
-        groups = [{"name": "unet", "params": unet, "lr": settings.learning_rate, "stop": None}]
-        if text:
-            rate = settings.text_encoder_learning_rate or settings.learning_rate / 2
-            stop = settings.text_encoder_stop_step
-            groups.append({"name": "text encoder", "params": text, "lr": rate, "stop": stop})
-        if self.token is not None:
-            groups.append(self.token.group(settings, settings.text_encoder_stop_step))
-        return groups
+        return self.groups_of(LORA_UNET, LORA_TEXT, settings, settings.learning_rate / 2)
 
     def adapter(self) -> Adapter:
         """The LoRA and the token as they are now."""

@@ -4,7 +4,8 @@ Nothing of it changes the training: it computes no gradients, and its random num
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -94,9 +95,9 @@ class Validation:
         if not prompts:
             self._say("no --class-prompt: language drift is not measured")
             return None
-        photographs = self.parts[0]
-        made = self._tried("language drift", lambda: {"made": Drift(self.run, self.trainable, prompts, photographs)})
-        return made.get("made")
+        with self._optional("language drift"):
+            return Drift(self.run, self.trainable, prompts, self.parts[0])
+        return None
 
     def is_due(self, state: TrainingState) -> bool:
         """Whether the state should be measured now, and has not been."""
@@ -117,10 +118,14 @@ class Validation:
         began = time.perf_counter()
         try:
             with state.averaged():
-                line = {"step": state.step} | self._tried("losses", self._losses)
-                line |= self._tried("language drift", lambda: self._drift(state.step))
+                line: Line = {"step": state.step}
+                with self._optional("losses"):
+                    line |= grid.losses(self.run, self.trainable, self.parts)
+                with self._optional("language drift"):
+                    line |= self._drift(state.step)
                 if 0 < state.step < self.settings.max_train_steps:  # else the run makes its sheets before and after
-                    self._tried("sheet", lambda: self._sheet(state.step))
+                    with self._optional("sheet"):
+                        self.run.world.on_main(lambda: self._sheet(state.step))
                 line["seconds"] = round(time.perf_counter() - began, 4)
                 self.done.add(state.step)
                 self.run.world.on_main(lambda: self.run.lines.add_validation(line))
@@ -153,29 +158,22 @@ class Validation:
         """The lines of validation.jsonl so far, in all processes."""
         return self.run.world.on_main(lambda: self.run.lines.validations)
 
-    def _losses(self) -> Line:
-        return grid.losses(self.run, self.trainable, self.parts)
-
     def _drift(self, step: int) -> Line:
         if self.drift is None:
             return {}
         return self.drift.measure() if step > 0 else {"drift": 0.0, "diversity": 1.0}  # by definition
 
-    def _sheet(self, step: int) -> Line:
-        def work() -> None:
-            path = sheets.make_step_sheet(self.run, self.trainable.sd, step)
-            self.run.lines.tracker.picture(step, "sheet", path)
+    def _sheet(self, step: int) -> None:
+        path = sheets.make_step_sheet(self.run, self.trainable.sd, step)
+        self.run.lines.tracker.picture(step, "sheet", path)
 
-        self.run.world.on_main(work)
-        return {}
-
-    def _tried(self, what: str, measure: Callable[[], Any]) -> Line:
-        """What is measured; on a RunError, which has been raised in all processes, nothing."""
+    @contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        """Inside, a RunError, which has been raised in all processes, costs what is measured there, and a warning."""
         try:
-            return measure() or {}
+            yield
         except RunError as error:
             self._say(f"warning: no {what}: {error}")
-            return {}
 
     def _say(self, text: str) -> None:
         if self.run.world.main:

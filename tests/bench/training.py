@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 import train
 from ldm import training
-from ldm.dreambooth import Batch, FullTuning
+from ldm.dreambooth import Batch
 from ldm.runtime import processes
-from ldm.training import Run
+from ldm.training import FullTuning, Run
 from ldm.validation import Validation
 
 PROMPTS = ("a photo of sks monster", "a photo of a monster")  # of the subject and of its class

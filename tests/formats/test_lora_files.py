@@ -162,9 +162,29 @@ def test_alpha_from_tensors_from_diffusers_header_and_from_pefts_file(tmp_path):
         ({"r": 4, "lora_alpha": 8}, {2.0}),
         ({"r": 4, "lora_alpha": 8, "use_rslora": True}, {4.0}),
         ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 2}}, {2.0, 0.5}),
+        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {r"attn1\.to_q$": 2}}, {2.0, 0.5}),
+        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"^attn1.to_q": 2}}, {2.0}),  # no name is this as a whole
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         assert scales(tmp_path / "adapter_model.safetensors") == scale
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {"(a+)+": 2}}))
+    with pytest.raises(InputError, match=r"its alpha_pattern '\(a\+\)\+' is a regular expression"):
+        scales(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.warns(UserWarning, match="adapter_config.json is not beside it; its alpha is taken to be the rank"):
+        assert scales(tmp_path / "adapter_model.safetensors") == {1.0}
+
+
+@pytest.mark.parametrize("name", ["bundle_emb.[V].string_to_param.*", "bundle_emb.[V].clip_l"])
+def test_a_token_in_the_file_has_the_names_of_a1111_and_of_onetrainer(name, tmp_path):
+    save_file(GOOD | {name: torch.ones(2, 128)}, tmp_path / "a.safetensors")
+    adapter = read_lora(tmp_path / "a.safetensors")
+    assert list(adapter.pairs) == [NAME] and torch.equal(adapter.tokens["[V]"], torch.ones(2, 128))
+    save_file(
+        GOOD | {name: torch.ones(2, 128), "bundle_emb.[V].clip_g": torch.ones(2, 1280)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(InputError, match=r"bundle_emb.\[V\].clip_g is no part of a LoRA"):
+        read_lora(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -215,6 +235,7 @@ BAD = {
     "alpha twice": (GOOD | {ALPHA: torch.ones(2)}, r"alpha of .* is \(2,\) torch.float32, and should be one number"),
     "alpha true": (GOOD | {ALPHA: torch.tensor(True)}, r"alpha of .* is \(\) torch.bool, and should be one number"),
     "three dimensions": (GOOD | {DOWN: GOOD[DOWN][..., None]}, r"down and up of .* are .*, and should be \(rank, in\)"),
+    "fp8 nan": (GOOD | {UP: torch.full((128, 2), math.nan).to(torch.float8_e4m3fn)}, "holds torch.float8_e4m3fn"),
     "whole numbers": (GOOD | {UP: torch.ones(128, 2, dtype=torch.int8)}, "holds torch.int8"),
     "dora": (GOOD | {f"{NAME}.dora_scale": torch.ones(1)}, f"{NAME}.dora_scale is no part of a LoRA"),
     "twice": (GOOD | {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora.up.weight": GOOD[UP] * 2}, "twice"),

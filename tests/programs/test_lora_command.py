@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm import InputError, StableDiffusion, __main__
+from ldm import InputError, StableDiffusion, __main__, lora, tokens
 from ldm.formats import Adapter, read_lora, write_lora
 from ldm.lora import LoRA, chosen
 from ldm.runtime import cli
@@ -59,6 +59,37 @@ def test_merge_writes_the_sum_in_both_layouts(name, run, tmp_path):
     assert len(changed) == 60  # diffusers' 40 modules are among kohya's
     for key, tensor in merged.state().items():  # the base is fp16, and so is the sum
         assert (tensor - sd.state()[key]).abs().max() <= 2**-10 * max(1e-3, sd.state()[key].abs().max())
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32", "fp16"])
+def test_a_sum_is_made_in_fp32_and_rounded_once(dtype, run, random_model, tmp_path):
+    """Of a model in bf16 and two LoRAs whose changes are below half of its smallest step."""
+    base, loras = random_model(), [tmp_path / f"{i}.safetensors" for i in range(2)]
+    base.save(tmp_path / "base.safetensors", dtype=torch.bfloat16)
+    for path in loras:
+        pairs = {}
+        for name, layer in chosen(base.lora_layers(), "attention").items():
+            pair = LoRA(layer, 1, 1.0).draw(0, name).pair()
+            pairs[name] = pair._replace(up=torch.full_like(pair.up, 1e-3))
+        write_lora(path, Adapter(pairs).tensors(), {})
+    more = ["--dtype", dtype] if dtype else []
+    run(
+        "merge",
+        tmp_path / "base.safetensors",
+        tmp_path / "a.safetensors",
+        "--lora",
+        loras[0],
+        "--lora",
+        loras[1],
+        *more,
+    )
+    before, after = (
+        StableDiffusion.load(tmp_path / f"{name}.safetensors", dtype=None).lora_layers() for name in ("base", "a")
+    )
+    stored = {None: torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
+    for name, pair in read_lora(loras[0]).pairs.items():
+        due = before[name].weight.float() + pair.change() + pair.change()
+        assert after[name].weight.dtype == stored and torch.equal(after[name].weight, due.to(stored))
 
 
 @pytest.fixture
@@ -116,6 +147,30 @@ def test_extract_finds_the_lora_that_was_merged(run, two, tmp_path):
     assert 0.8 <= kept < 1 and kept == pytest.approx(1 - left / whole, abs=1e-3)
 
 
+def test_extract_leaves_a_learned_token_out_and_says_so(run, two):
+    def change(sd: StableDiffusion) -> None:
+        tokens.begin(sd, "[V]", "a")
+        sd.unet.middle_block[1].proj_in.weight.add_(0.1)
+
+    paths, *_ = two(change)
+    lines = run("extract", *paths, "--rank", 1)
+    assert lines[0] == "kept 100.0% of the squared change of 1 weights" and lines[1].startswith("not in the LoRA: 0.0%")
+    assert lines[-1] == "not in it: token [V]"
+    assert list(read_lora(paths[2]).pairs) == ["lora_unet_mid_block_attentions_0_proj_in"]
+
+
+def test_extract_makes_no_rank_that_is_refused_later(run, two, monkeypatch):
+    monkeypatch.setattr(lora, "MAX_RANK", 5)
+
+    def change(sd: StableDiffusion) -> None:
+        for parameter in sd.parameters().values():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+
+    paths, *_ = two(change)
+    assert float(run("extract", *paths, "--energy", 1)[0].split()[1].rstrip("%")) < 100
+    assert max(pair.rank for pair in read_lora(paths[2]).pairs.values()) == 5
+
+
 def test_extract_equals_the_truncated_svd_also_of_convolutions(run, two):
     """Of every kind of layer. What no LoRA holds is reported: here the biases, norms and embeddings."""
 
@@ -165,6 +220,18 @@ def test_convert_there_and_back(run, tmp_path):
     assert all(tensor.dtype == (torch.float32 if "alpha" in key else torch.bfloat16) for key, tensor in half.items())
 
 
+def test_convert_keeps_what_a_lora_is_for(run, tmp_path):
+    """Zero terminal SNR under any names; the family also where only layers of the text encoder tell it."""
+    name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 1024), f"{name}.lora_up.weight": torch.ones(1024, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_zero_terminal_snr": "True"})
+    for names in ("diffusers", "kohya"):
+        run("convert", tmp_path / "a.safetensors", tmp_path / f"{names}.safetensors", "--names", names)
+        adapter = read_lora(tmp_path / f"{names}.safetensors")
+        assert adapter.has_zero_terminal_snr
+    assert adapter.metadata["ss_v2"] == "True" and adapter.metadata["ss_base_model_version"] == "sd_v2"
+
+
 @pytest.mark.parametrize("names", ["kohya", "diffusers"])
 def test_diffusers_opens_what_convert_writes(names, run, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs the parity extra")
@@ -211,6 +278,7 @@ def test_impossible_commands_are_refused(run, saved, tmp_path):
         (("extract", small, small, new, "--rank", 2000), "--rank 2000 is too much: it should be at most 1024"),
         (("extract", small, small, new, "--energy", 0), "--energy 0.0 is not a share"),
         (("extract", small, small, new, "--energy", "nan"), "--energy nan is not a share"),
+        (("extract", small, small, tmp_path / "a", "--rank", 2), "should end in .safetensors"),
         (("extract", small, small, new, "--rank", 2), "no weight that a LoRA can hold differs"),
     ):
         assert said in refused(lambda words=words: run(*words)), words

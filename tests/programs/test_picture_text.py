@@ -158,6 +158,12 @@ def test_a_text_of_a1111_is_followed_as_far_as_it_goes(png):
         "model_hash": "45dee52b1f",
         "model_name": "a, b",
     }
+    # Since 1.9 a schedule that A1111 chooses by itself is Karras for this sampler, so that ours says which one it is.
+    for kind, sampler in (("Automatic", "dpmpp_2m_karras"), ("Uniform", "dpmpp_2m")):
+        text = f"a\nSteps: 20, Sampler: DPM++ 2M, Schedule type: {kind}, CFG scale: 7, RNG: CPU"
+        assert picture_text.read_text(png({"parameters": text}))["sampler"] == sampler
+    text = picture_text.to_text(FACTS | {"sampler": "dpmpp_2m"})["parameters"]
+    assert "Sampler: DPM++ 2M, Schedule type: Uniform, " in text
     assert picture_text.read_text(png({"parameters": "a cat, red: no settings"}))["prompt"] == "a cat, red: no settings"
 
 
@@ -299,6 +305,14 @@ def test_a_picture_from_a_picture_asks_for_it(run, png, tmp_path):
         run("--from-picture", "made.png")
     again = run("--from-picture", "made.png", "--init-image", start)
     assert [*again.values()] == [(tmp_path / "made.png").read_bytes()]
+
+
+def test_a_strength_of_a1111_asks_for_the_picture_that_its_text_does_not_name(run, png, tmp_path):
+    picture = png({"parameters": "a\nSteps: 2, Sampler: DDIM, Seed: 1, Denoising strength: 0.5, Size: 16x16, RNG: CPU"})
+    with pytest.warns(UserWarning, match="has a strength: if it was made from a picture, give that as --init-image"):
+        run("--from-picture", picture)
+    with warnings.catch_warnings(action="error"):
+        run("--from-picture", picture, "--init-image", picture)
 
 
 OURS = {"ldm.prompt": "a cat", "ldm.steps": "3", "ldm.seed": "1"}

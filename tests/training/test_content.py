@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldm import StableDiffusion
-from ldm.dreambooth import FullTuning
 from ldm.settings import Settings
-from ldm.training import TrainingState, checkpoint
+from ldm.training import FullTuning, TrainingState, checkpoint
 from ldm.training.precision import Precision
 
 BIAS = "model.diffusion_model.out.2.bias"

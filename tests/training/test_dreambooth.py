@@ -12,11 +12,11 @@ from runs import latent_rows, pixels, sample_rows
 from ldm import InputError, rng
 from ldm.data import Example, encode_pictures
 from ldm.data.rows import Rows
-from ldm.dreambooth import FullTuning, dreambooth_loss
+from ldm.dreambooth import dreambooth_loss
 from ldm.images import load_picture, read_picture
 from ldm.runtime.processes import World
 from ldm.settings import Settings
-from ldm.training import ClassPictures, Run
+from ldm.training import ClassPictures, FullTuning, Run
 from ldm.training.class_pictures import FLAGS
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped")

@@ -14,10 +14,9 @@ from runs import BOTH, SMALL, call, checkpoints, latent_rows, metrics, timeless,
 import train
 from ldm import StableDiffusion, training
 from ldm.data import Batches
-from ldm.dreambooth import FullTuning
 from ldm.errors import RunError
 from ldm.runtime.processes import World
-from ldm.training import Run, SubjectLosses, TrainingState, numbers
+from ldm.training import FullTuning, Run, SubjectLosses, TrainingState, numbers
 from ldm.training.precision import Precision
 from ldm.validation import Validation
 

@@ -246,12 +246,17 @@ def test_impossible_loras_are_refused(base, tmp_path):
             ("--no-train-text-encoder", "--text-encoder-learning-rate", 1e-5),
             "has no effect with --no-train-text-encoder",
         ),
+        (
+            ("--no-train-text-encoder", "--text-encoder-stop-step", 9),
+            "--text-encoder-stop-step has no effect with --no-train-text-encoder",
+        ),
+        (("--initializer-token", "dog"), "--initializer-token has no effect without --placeholder-token"),
         (("--ema-decay", 0.99), "--ema-decay has no effect without --use-ema"),
         (("--huber-c", 1), "--huber-c has no effect without --loss huber"),
         (("--no-with-prior-preservation", "--prior-loss-weight", 0.5), "--prior-loss-weight has no effect without a"),
         (
             ("--prior", "prediction", "--num-class-images", 9),
-            "--num-class-images has no effect where there are no class",
+            "--num-class-images has no effect with --prior prediction",
         ),
         ((*LORA, "--layout", "diffusers"), "--layout has no effect on a LoRA or a token"),
     ],
@@ -260,6 +265,21 @@ def test_a_setting_without_effect_is_told(flags, said):
     with pytest.warns(UserWarning, match=said) as warned:
         settings(*flags)
     assert len(warned) == 1
+
+
+def test_the_embedded_models_lora_has_settings_of_its_own():
+    """Those of weights/tiny/lora.toml, unless a model is given; no rank of convolutions where these do not train."""
+
+    def known(*flags: object) -> tuple:
+        given = parse([str(flag) for flag in flags], train.TINY)
+        return given.lora_targets, given.lora_conv_rank, given.learning_rate, given.text_encoder_learning_rate
+
+    assert known() == ("transformer", None, 2e-4, 2e-5)
+    assert known("--lora-rank", 4) == ("all", 1, 2e-3, 5e-4)
+    assert known("--lora-rank", 4, "--lora-targets", "attention", "--learning-rate", 3e-3) == (
+        ("attention", None, 3e-3, 5e-4)
+    )
+    assert known("--config", train.TINY, "--lora-rank", 4) == ("transformer", None, 2e-4, 2e-5)
 
 
 # sample.py

@@ -19,10 +19,10 @@ from ldm.data import Batches, Example, Subject, make_rows, sort_class_pictures, 
 from ldm.data.buckets import bucket_of, bucket_sizes, bucket_step, cut_around, cut_away
 from ldm.data.mixture import Mixture, turn_of
 from ldm.data.sorting import sizes_of_photographs
-from ldm.dreambooth import FullTuning
 from ldm.images import Picture, fit, upright_size
 from ldm.runtime import Stop, World, progress_bar
 from ldm.settings import Settings
+from ldm.training import FullTuning
 
 CPU = torch.device("cpu")
 BAR = partial(progress_bar, Stop())

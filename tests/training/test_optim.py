@@ -13,11 +13,11 @@ from ldm import StableDiffusion, rng
 from ldm.data import Batches
 from ldm.data.latents import encode
 from ldm.data.rows import CropDraws, Rows
-from ldm.dreambooth import FullTuning, min_snr_weight
+from ldm.dreambooth import min_snr_weight
 from ldm.images import load_picture, read_picture
 from ldm.runtime import World
 from ldm.settings import Settings
-from ldm.training import LoRATuning
+from ldm.training import FullTuning, LoRATuning
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model."
 
@@ -112,10 +112,16 @@ def test_a_text_encoder_that_has_stopped_does_not_run(base, tmp_path):
 
     class Counted(FullTuning):
         def forward(self, *inputs):
+            return self.counted(super().forward, *inputs)
+
+        def after_stop(self):
+            self.counted(super().after_stop)
+
+        def counted(self, work, *inputs):
             hook = self.sd.text_encoder.register_forward_hook(count)
-            prediction = super().forward(*inputs)
+            result = work(*inputs)
             hook.remove()
-            return prediction
+            return result
 
     flags = ("--text-encoder-stop-step", 2, "--max-train-steps", 6)
     call(*base, *flags, "--output-dir", tmp_path / "run", tuning=Counted)

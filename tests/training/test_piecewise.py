@@ -7,10 +7,9 @@ import torch
 from runs import BOTH, LATEST, LORA, SMALL, call, checkpoints, losses, metrics, refused, slow_after, weights
 
 import train
-from ldm.dreambooth import FullTuning
 from ldm.errors import InputError, RunError
 from ldm.runtime.processes import World
-from ldm.training import LoRATuning, Run, parse
+from ldm.training import FullTuning, LoRATuning, Run, parse
 from ldm.training.optimizer import adamw
 from ldm.training.piecewise import Piecewise, rounded
 

@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from ldm import InputError, StableDiffusion, __main__, tokens
-from ldm.dreambooth import FullTuning
 from ldm.formats import read_lora
 from ldm.sampling import contact_sheet
 from ldm.settings import Settings
-from ldm.training import LoRATuning, tuning_of
+from ldm.training import FullTuning, LoRATuning, tuning_of
 
 TINY = Path(__file__).resolve().parents[2] / "weights" / "tiny" / "base"
 WORDS = ("--placeholder-token", "[V]", "--initializer-token", "dog", "--num-vectors", 2, "--token-learning-rate", 1e-2)

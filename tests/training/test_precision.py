@@ -23,11 +23,10 @@ from runs import (
 import train
 from ldm import StableDiffusion
 from ldm.data import read_subjects
-from ldm.dreambooth import FullTuning
 from ldm.errors import RunError
 from ldm.runtime.processes import World
 from ldm.settings import Settings
-from ldm.training import Run, TrainingState, parse
+from ldm.training import FullTuning, Run, TrainingState, parse
 
 UNET = "model.diffusion_model."
 ALONE = World(0, 1, torch.device("cpu"))

@@ -12,11 +12,11 @@ from torch import nn
 
 from ldm import StableDiffusion
 from ldm.config import SD1
-from ldm.dreambooth import FullTuning, Trainable
+from ldm.dreambooth import Trainable
 from ldm.preflight import memory, predict
 from ldm.preflight.memory import Rehearsal
 from ldm.runtime import World
-from ldm.training import optimizer, options
+from ldm.training import FullTuning, optimizer, options
 from ldm.training.precision import Precision
 
 GPU = torch.device("cuda")

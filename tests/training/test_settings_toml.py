@@ -11,10 +11,10 @@ import pytest
 from runs import LATEST, SMALL, call, check_same, checkpoints, refused
 
 import train
-from ldm.dreambooth import FullTuning, Trainable
+from ldm.dreambooth import Trainable
 from ldm.settings import Settings
 from ldm.settings.toml import ONCE, to_toml
-from ldm.training import options
+from ldm.training import FullTuning, options
 from ldm.training.continuity import what_trains
 
 # A run of two steps on the embedded model, with its own prompts and photographs.

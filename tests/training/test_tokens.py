@@ -153,6 +153,9 @@ def test_diffusers_loads_the_token_of_a_run(base, saved, tmp_path):
         ((*WORDS, "--placeholder-token", "[V]/x", "--instance-prompt", "a [V]/x dog"), "can't be a token"),
         ((*ALONE, "--lora-rank", 4), "--train token trains the token alone: leave out --lora-rank"),
         ((*WORDS, "--num-vectors", 300), "300 vectors"),
+        ((*WORDS, "--num-vectors", 23), r"token \[V\] is to have 23 vectors, and a prompt has room for 22"),
+        ((*WORDS, "--placeholder-token", "LoRA", "--instance-prompt", "a lora dog"), "the name of the run's own"),
+        ((*WORDS, "--placeholder-token", "犬" * 51, "--instance-prompt", "a " + "犬" * 51), "can't be a token"),
         ((*WORDS, "--initializer-token", " "), "has no token to begin with"),
         ((*WORDS, "--token-learning-rate", 0), "is not a positive number"),
     ],
@@ -169,13 +172,11 @@ def test_the_sheet_shows_the_subject_of_the_prompt(tmp_path):
 
 
 def test_a_learning_rate_that_has_no_effect_is_a_warning(tmp_path):
-    """Also in a file; not the one of the embedded model, which the user has not given."""
+    """One that is given as a flag. A file can serve several runs, and a run's own config.toml has every setting."""
     (tmp_path / "a.toml").write_text("learning_rate = 1e-3\n")
     known = [str(word) for word in (*ALONE, "--instance-prompt", "a [V] dog")]
-    for given in (["--learning-rate", "1e-3"], ["--config", str(tmp_path / "a.toml")]):
-        with pytest.warns(UserWarning, match="^--learning-rate has no effect with --train token; --token-learning"):
-            parse([*known, *given], train.TINY)
-    (tmp_path / "a.toml").write_text("learning_rate = 2e-6\n")  # as a run's own config.toml has the default
+    with pytest.warns(UserWarning, match="^--learning-rate has no effect with --train token; --token-learning"):
+        parse([*known, "--learning-rate", "1e-3"], train.TINY)
     with warnings.catch_warnings(action="error"):
         parse([*known, "--config", str(tmp_path / "a.toml")], train.TINY)
         parse(known, train.TINY)

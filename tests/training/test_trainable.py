@@ -8,8 +8,9 @@ from runs import LATEST, SMALL, call, checkpoints, losses
 from safetensors.torch import load_file
 
 from ldm import InputError, StableDiffusion
-from ldm.dreambooth import FullTuning, Trainable
+from ldm.dreambooth import Trainable
 from ldm.settings import Settings
+from ldm.training import FullTuning
 
 
 class KeysAndValues(Trainable):

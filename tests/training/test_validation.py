@@ -43,7 +43,7 @@ from ldm.preflight import predict
 from ldm.runtime import World
 from ldm.sampling import contact_sheet
 from ldm.sampling.contact_sheet import MARGIN
-from ldm.training import Run, parse, sheets, tuning_of
+from ldm.training import Precision, Run, TrainingState, parse, sheets, tuning_of
 from ldm.training.ema import EMA
 from ldm.validation import advise, best, grid
 from ldm.validation.drift import Drift, diversity, drift
@@ -220,6 +220,42 @@ def test_training_does_not_notice_validation(flags, base, every, tmp_path):
     assert digest(states[0] / "training.safetensors") == digest(states[1] / "training.safetensors")
     scalers = [json.loads((state / "state.json").read_text())["scaler"] for state in states]
     assert scalers[0] == scalers[1]
+
+
+def test_averages_of_a_text_encoder_that_has_stopped_encode_prompts_anew(base, random_model):
+    settings = parse([str(flag) for flag in (*base, "--use-ema", "--text-encoder-stop-step", 1)], train.TINY)
+    sd, prompts = random_model(), ("a sks dog", "a dog")
+    state = TrainingState(tuning_of(sd, settings), settings, Precision("no", torch.device("cpu")), "")
+    state.trainable.prepare(prompts, torch.float32)
+    state.step = 1
+    assert state.start_step()  # of the second step, in which the text encoder no longer trains
+    last = state.trainable.context(prompts)
+    torch.testing.assert_close(last, sd.encode_prompt(prompts))
+    for average in state.ema.averages.values():
+        average.mul_(0.5)
+    with state.averaged():
+        assert (state.trainable.context(prompts) - last).abs().max() > 0.01
+        torch.testing.assert_close(state.trainable.context(prompts), sd.encode_prompt(prompts))
+    assert torch.equal(state.trainable.context(prompts), last)
+
+
+@pytest.mark.parametrize("average", [(), ("--use-ema", "--ema-decay", "0.5")], ids=["last", "average"])
+def test_prompts_first_seen_by_a_validation_are_the_same_in_training(average, base, every, tmp_path):
+    """The text encoder has stopped, and most captions come for the first time since then when a validation has had all
+    of them, with the average of the weights. A run that resumes behind it has no such captions."""
+    folder = photograph(tmp_path / "captioned", [(32, 32)] * 12)
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"a sks dog {'abcdefghijkl'[i]}")
+    base = (*base, "--instance-data-dir", folder, "--learning-rate", "1e-2", "--text-encoder-stop-step", 1, *average)
+    base = (*base, "--max-train-steps", 6, "--checkpointing-steps", 3)
+    call(*base, *every, "--output-dir", tmp_path / "with")
+    call(*base, "--output-dir", tmp_path / "without")
+    check_same(tmp_path / "with", tmp_path / "without")
+    again = shutil.copytree(tmp_path / "with", tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "checkpoint-000006")
+    call(*base, *every, "--output-dir", again, *LATEST)
+    check_same(tmp_path / "with", again)
+    check_same_validation(tmp_path / "with", again)
 
 
 @pytest.mark.slow
