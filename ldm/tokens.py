@@ -20,6 +20,7 @@ from ldm.errors import InputError
 from ldm.formats import LEARNED, Adapter, kind_of, modelspec, read_embedding, write_embedding
 from ldm.model import StableDiffusion
 from ldm.settings import Settings
+from ldm.tokenizer import check_token
 
 
 @dataclass(eq=False)
@@ -81,6 +82,11 @@ def add_embedding(sd: StableDiffusion, path: str | Path, token: str | None = Non
     Raises InputError, which names the file, if it can't be read, or its token can't be added.
     """
     own, vectors = read_embedding(path)
+    try:
+        check_token(token or own)
+    except InputError as error:
+        advice = "; rename the file" if token is None and own == Path(path).stem else ""
+        raise InputError(f"{path}: {error}{advice}") from None
     try:
         add_token(sd, token or own, vectors).requires_grad_(False)
     except InputError as error:

@@ -21,7 +21,6 @@ from ldm.formats.ckpt import read_pickle
 from ldm.formats.tensors import PICKLE_SUFFIXES, open_tensors, save_tensors
 from ldm.formats.unpickle import Stub
 from ldm.runtime import check_file, exists, replacing
-from ldm.tokenizer import check_token
 
 NAMELESS = ("emb_params", "emp_params", "clip_l")  # names of tensors that do not say the token
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
@@ -43,10 +42,6 @@ def read_embedding(path: str | Path) -> tuple[str, Tensor]:
         token, vectors = _of_tensors(path, open_tensors(path)[0])
     else:
         raise InputError(f"{path} is no embedding: the name of one ends in .safetensors, .pt or .bin")
-    try:
-        check_token(token)
-    except InputError as error:
-        raise InputError(f"{path}: {error}" + ("; rename the file" if token == path.stem else "")) from None
     return token, checked_vectors(path, vectors)
 
 

@@ -143,6 +143,7 @@ def bad_files() -> dict[str, tuple[object, str]]:
         "whole.safetensors": ({"x1": torch.zeros(2, 128, dtype=torch.int64)}, "1 to 75 vectors"),
         "monster.safetensors": ({"emb_params": vectors}, "there is a token monster already"),
         "space.safetensors": ({"a b": vectors}, "can't be a token"),
+        "ng deep.safetensors": ({"emb_params": vectors}, "no . or - begins; rename the file"),
         "path.safetensors": ({"../x1": vectors}, "can't be a token"),
         "code.pt": ({"string_to_param": {"*": Command()}}, "holds 0 tensors"),
         "code.bin": (Command(), "holds no embedding"),
@@ -168,6 +169,9 @@ def test_a_token_is_added_once(tiny):
     for name in ("<baron>", "<BARON>", "<baron>_1"):
         with pytest.raises(InputError, match=f"there is a token {name} already"):
             tokens.add_embedding(sd, FACTS / "learned_embeds.safetensors", name)
+    tokens.add_embedding(sd, FACTS / "learned_embeds.safetensors", "[V]")
+    with pytest.raises(InputError, match=r"there is a token \[v\] already"):  # prompts are read in small letters
+        tokens.add_embedding(sd, FACTS / "learned_embeds.safetensors", "[v]")
     with pytest.raises(InputError, match="missing"):
         tokens.add_embedding(sd, "missing.txt")
 
