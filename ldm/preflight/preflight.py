@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.data import Subject, sizes_of_photographs
 from ldm.model import StableDiffusion
@@ -14,6 +15,8 @@ from ldm.preflight.prompts import prompt_notes
 from ldm.runtime import Stopped
 from ldm.settings import Settings
 from ldm.training import ClassPictures, Run, TrainingState, distinct_class_pictures, free_space
+
+NAMES = {"unet": "UNet", "text encoder": "text encoder", "token": "new token"}  # of groups of parameters
 
 
 def tell(
@@ -30,6 +33,7 @@ def tell(
     def work() -> None:
         notes = [note for subject in subjects for note in subject_notes(subject, settings, sd, len(subjects) > 1)]
         notes += resolution_notes(settings, sd.config.resolution)
+        notes.append(trains_note(settings, state.trainable.parameter_groups(settings)))
         notes += [class_note(settings, class_pictures), steps_note(settings, subjects, run.world.size)]
         notes += held_out_notes(settings, len(run.held_out))
         notes += disk_notes(run, state, class_pictures)
@@ -57,6 +61,20 @@ def resolution_notes(settings: Settings, own: int) -> list[Note]:
         return []
     text = f"The model was trained at {own} pixels; this run has {settings.resolution}. --resolution {own} suits it."
     return [Note("resolution", text, warning=True)]
+
+
+def trains_note(settings: Settings, groups: Sequence[dict[str, Any]]) -> Note:
+    """What trains: how many numbers of each network, and how fast. groups: see `Trainable.parameter_groups`."""
+    parts = []
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        name = NAMES.get(group["name"], group["name"])
+        parts.append(f"{name}: {count:,} numbers at a learning rate of {group['lr']:g}")
+    lora = ""
+    if settings.lora_rank:
+        lora = f"LoRA of rank {settings.lora_rank}"
+        lora += f", {settings.lora_conv_rank} in 3x3 convolutions. " if settings.lora_conv_rank else ". "
+    return Note("trains", f"{lora}{'; '.join(parts)}.")
 
 
 def class_note(settings: Settings, class_pictures: Sequence[ClassPictures]) -> Note:

@@ -16,11 +16,19 @@ from ldm import images
 from ldm.data import Example, Subject
 from ldm.preflight.note import Note, listed
 from ldm.preflight.photographs import ALIKE, fingerprint, photograph_notes
-from ldm.preflight.preflight import class_note, disk_notes, held_out_notes, resolution_notes, steps_note, subject_notes
+from ldm.preflight.preflight import (
+    class_note,
+    disk_notes,
+    held_out_notes,
+    resolution_notes,
+    steps_note,
+    subject_notes,
+    trains_note,
+)
 from ldm.preflight.prompts import prompt_notes
 from ldm.settings import Settings
 from ldm.tokenizer import Tokenizer
-from ldm.training import ClassPictures, distinct_class_pictures, log, pace
+from ldm.training import ClassPictures, distinct_class_pictures, log, pace, tuning_of
 from ldm.training.tracking import Tracker
 
 
@@ -291,8 +299,20 @@ def test_a_run_says_it_first_and_keeps_it_and_a_dry_run_says_the_same_and_writes
     notes = json.loads((tmp_path / "run" / "preflight.json").read_text())
     assert all(note.keys() == {"topic", "text", "warning"} for note in notes)
     topics = [note["topic"] for note in notes]
-    assert {"identifier", "prompts", "photographs", "class pictures", "steps", "disk", "memory"} <= set(topics)
+    known = {"identifier", "prompts", "photographs", "trains", "class pictures", "steps", "disk", "memory"}
+    assert known <= set(topics)
     assert " ".join(re.sub(free, "", notes[-1]["text"]).split()) in " ".join(" ".join(real).split())
+
+
+def test_what_trains_is_said_by_network(random_model):
+    settings = Settings(lora_rank=2, lora_targets="all", lora_conv_rank=1)
+    groups = tuning_of(random_model(), settings).parameter_groups(settings)
+    count = {group["name"]: sum(parameter.numel() for parameter in group["params"]) for group in groups}
+    assert trains_note(settings, groups).text == (
+        f"LoRA of rank 2, 1 in 3x3 convolutions. UNet: {count['unet']:,} numbers at a learning rate of 0.0001; "
+        f"text encoder: {count['text encoder']:,} numbers at a learning rate of 5e-05."
+    )
+    assert "LoRA" not in trains_note(Settings(), groups).text
 
 
 @pytest.mark.slow
