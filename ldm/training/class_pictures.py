@@ -250,5 +250,16 @@ def _tidy(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         if name := TEMPORARY.fullmatch(path.name):
             host, pid = name.groups()
-            if host is None or (host == socket.gethostname() and not (Path("/proc") / pid).exists()):
+            if host is None or (host == socket.gethostname() and not _is_alive(int(pid))):
                 path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)  # sends no signal
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True

@@ -17,7 +17,7 @@ class Reserve:
     """Disk space for one checkpoint, and for best/ if the run keeps one, so that a disk that fills up costs no step.
 
     It is held from the start of a run. An unlinked file holds the space, so it is free again as soon as the process
-    ends, however it ends.
+    ends, however it ends. macOS has no call that gives space to a file; there nothing is held.
     """
 
     def __init__(self, folder: Path, size: int):
@@ -28,7 +28,8 @@ class Reserve:
         self.file = self.path.open("wb")
         self.path.unlink()
         try:
-            os.posix_fallocate(self.file.fileno(), 0, self.size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.file.fileno(), 0, self.size)
         except OSError:
             self.release()
             raise

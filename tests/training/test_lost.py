@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -398,8 +399,21 @@ def test_files_of_the_users_stay_in_a_class_folder(base, tmp_path):
     for name in mine:
         (folder / name).write_bytes(b"mine")
     (folder / ".class-00001.png.tmp").write_bytes(b"half a picture")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, 10**20):
+        (folder / f".class-00002.png.{socket.gethostname()}-{pid}.tmp").write_bytes(b"half a picture")
+    mine.append(f".class-00003.png.{socket.gethostname()}-{os.getppid()}.tmp")  # of a process that runs
+    (folder / mine[-1]).write_bytes(b"half a picture")
     call(*base, "--max-train-steps", 1, "--class-data-dir", folder, "--output-dir", tmp_path / "run")
     assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == set(mine)
+
+
+def test_a_run_goes_on_where_the_system_can_t_keep_space(base, tmp_path, monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    call(*base, "--max-train-steps", 2, "--checkpointing-steps", 1, "--output-dir", tmp_path / "run")
+    assert checkpoints(tmp_path / "run")[-1] == 2
 
 
 def test_a_picture_that_another_run_has_made_stays(random_model, tmp_path):
