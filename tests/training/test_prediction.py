@@ -164,3 +164,12 @@ def test_the_prediction_is_the_largest_of_the_moments_of_a_run(random_model):
     many = replace(SETTINGS, resolution=128, sample_batch_size=16)
     assert "samples" in predict(sd, FullTuning, many, GPU).moment
     assert predict(sd, FullTuning, replace(many, sample_batch_size=1, train_batch_size=16), GPU).moment.endswith("step")
+
+
+def test_class_pictures_need_memory_only_where_they_are_made(random_model):
+    def needed(**changes) -> int:
+        settings = replace(SETTINGS, num_validation_images=1, num_class_images=64, sample_batch_size=16, **changes)
+        return memory.Rehearsal(random_model(), FullTuning, settings, GPU).class_pictures().total
+
+    without = needed(with_prior_preservation=False)
+    assert needed(prior="prediction") == without < needed()
