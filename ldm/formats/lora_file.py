@@ -206,7 +206,7 @@ def _stated(path: Path, tensors: Tensors, metadata: dict[str, str]) -> dict[str,
         tree = parse_json(metadata[METADATA_KEY], f"{path}: its metadata {METADATA_KEY}")
     elif all(key.startswith("base_model.model.") for key in tensors):
         if not exists(path.parent / PEFT_CONFIG):
-            if tensors:
+            if tensors and not any(key.endswith(".alpha") for key in tensors):
                 warnings.warn(
                     f"{path}: {PEFT_CONFIG} is not beside it; its alpha is taken to be the rank", stacklevel=3
                 )
